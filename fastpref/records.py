@@ -1,0 +1,80 @@
+"""What flows through one step, each field with its shape.
+
+Shape letters are those of the README: P prompts (one pair each), K completions of a prompt, S prompt tokens,
+T completion tokens. Arrays are padded on the right; a length says how much of a row is real, so that no token id
+needs to be reserved for padding.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptBatch:
+    """Prompts of one step, on the host."""
+
+    tokens: Int[np.ndarray, "P S"]
+    """Token ids, int32, padded on the right."""
+    lengths: Int[np.ndarray, " P"]
+    """Real tokens of each prompt, int32, at least 1."""
+    ids: Int[np.ndarray, " P"]
+    """Position of each prompt in the source, int64: names it in samples, noise and reports."""
+
+    @property
+    def mask(self) -> Bool[np.ndarray, "P S"]:
+        """True where a token is real."""
+        return np.arange(self.tokens.shape[1])[None, :] < self.lengths[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionBatch:
+    """Prompts with K recorded completions each, on the host: K is 1 for supervised tuning, 2 for preference pairs."""
+
+    prompt_tokens: Int[np.ndarray, "P S"]
+    prompt_lengths: Int[np.ndarray, " P"]
+    completion_tokens: Int[np.ndarray, "P K T"]
+    """Token ids, int32, padded on the right; each completion ends with its EOS."""
+    completion_lengths: Int[np.ndarray, "P K"]
+    """Real tokens of each completion, its EOS included, int32."""
+    preference: Float[np.ndarray, " P"]
+    """Probability that completion 0 beats completion 1, float32; 1 where the source has hard labels."""
+    ids: Int[np.ndarray, " P"]
+
+
+class Completions(NamedTuple):
+    """What the sampler wrote, on the device. A completion includes its EOS and nothing after it."""
+
+    tokens: Int[jax.Array, "P K T"]
+    """Token ids, int32; 0 past the length."""
+    lengths: Int[jax.Array, "P K"]
+    """Tokens of each completion, its EOS included, int32; T where it was cut off without one."""
+    policy_logps: Float[jax.Array, "P K"]
+    """Sum of log π over the completion, at temperature 1, float32."""
+    ref_logps: Float[jax.Array, "P K"]
+    """Sum of log π_ref over the completion, at temperature 1, float32."""
+    mixture_logps: Float[jax.Array, "P K"]
+    """Sum of the log-probs that the tokens were drawn with, at the sampling temperature, float32."""
+
+    @property
+    def mask(self) -> Bool[jax.Array, "P K T"]:
+        """True where a token is real."""
+        return jnp.arange(self.tokens.shape[-1])[None, None, :] < self.lengths[:, :, None]
+
+
+class PairBatch(NamedTuple):
+    """Judged pairs, ready for the learner: prompt, two completions in sampled order, and what is known of them."""
+
+    prompt_tokens: Int[jax.Array, "P S"]
+    prompt_lengths: Int[jax.Array, " P"]
+    completion_tokens: Int[jax.Array, "P 2 T"]
+    completion_lengths: Int[jax.Array, "P 2"]
+    ref_logps: Float[jax.Array, "P 2"]
+    preference: Float[jax.Array, " P"]
+    """p(y ≻ y' | x), in [0, 1]."""
+    where: Bool[jax.Array, " P"]
+    """False for pairs that teach nothing (identical completions): they are counted, not learned from."""

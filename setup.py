@@ -1,0 +1,20 @@
+"""Builds the one native extension; everything else about the package stands in pyproject.toml."""
+
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+
+SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cc"))
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "fastpref._batcher",
+            SOURCES,
+            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+            cxx_std=20,
+            extra_compile_args=["-O3", "-Wall", "-Wextra"],
+        )
+    ]
+)

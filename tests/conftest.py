@@ -1,0 +1,10 @@
+"""Strictness for every test: no implicit dtype promotion, no silent broadcasting of ranks."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
