@@ -1,0 +1,3 @@
+"""Online preference optimisation of language models."""
+
+__version__ = "0.1.0"
