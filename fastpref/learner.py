@@ -1,0 +1,180 @@
+"""The jitted update of the policy from judged pairs."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jaxtyping import Float
+
+from fastpref import losses
+from fastpref.kernels import preference_loss, token_logprobs
+from fastpref.models.policy import Policy
+from fastpref.records import PairBatch
+
+Metrics = dict[str, Array]
+
+
+def prompt_mask(batch: PairBatch) -> Array:
+    """True where a prompt token is real, [P, S]."""
+    return jnp.arange(batch.prompt_tokens.shape[1])[None, :] < batch.prompt_lengths[:, None]
+
+
+def completion_mask(batch: PairBatch) -> Array:
+    """True where a completion token is real, [P, 2, T]."""
+    return jnp.arange(batch.completion_tokens.shape[2])[None, None, :] < batch.completion_lengths[:, :, None]
+
+
+def sequence_logps(policy: Policy, batch: PairBatch) -> Float[Array, "P 2"]:
+    """Teacher-forced log π(y | x) of both completions, sums over tokens, shape [P, 2]. Differentiable."""
+    hidden = policy.hidden_states(batch.prompt_tokens, prompt_mask(batch), batch.completion_tokens)
+    real = completion_mask(batch)
+    logps = token_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]),
+        policy.head(),
+        batch.completion_tokens.reshape(-1),
+        where=real.reshape(-1),
+    )
+    return logps.reshape(real.shape).sum(-1)
+
+
+def pair_loss(
+    policy: Policy, batch: PairBatch, *, loss: losses.Loss, tau: Float[Array, ""], length_normalize: bool = False
+) -> tuple[Float[Array, ""], Float[Array, "P 2"]]:
+    """Mean loss of a batch of judged pairs, and the policy's sequence log-probs.
+
+    Args:
+      policy: π.
+      batch: P judged pairs; those with `where` False have no part in the mean.
+      loss: elementwise loss of `fastpref.losses`.
+      tau: τ, a scalar; may be traced.
+      length_normalize: ρ from averages of token log-probs instead of sums.
+
+    Returns:
+      The loss, a scalar, and log π(y), log π(y') as sums, shape [P, 2].
+    """
+    bound = losses.bind(loss, tau=tau)
+    if length_normalize:
+        policy_logps = sequence_logps(policy, batch)
+        margins = (policy_logps - batch.ref_logps) / jnp.maximum(batch.completion_lengths, 1).astype(jnp.float32)
+        per_pair = bound(margins[:, 0] - margins[:, 1], batch.preference)
+        count = jnp.maximum(batch.where.sum(), 1).astype(jnp.float32)
+        return jnp.where(batch.where, per_pair, 0.0).sum() / count, policy_logps
+    hidden = policy.hidden_states(batch.prompt_tokens, prompt_mask(batch), batch.completion_tokens)
+    real = completion_mask(batch)
+    segments = jnp.arange(real.shape[0] * 2, dtype=jnp.int32).reshape(-1, 2, 1)
+    result = preference_loss(
+        hidden.reshape(-1, hidden.shape[-1]),
+        policy.head(),
+        batch.completion_tokens.reshape(-1),
+        jnp.where(real, segments, -1).reshape(-1),
+        batch.ref_logps,
+        batch.preference,
+        loss=bound,
+        where=batch.where,
+    )
+    return result.loss, result.policy_logps
+
+
+def pair_metrics(batch: PairBatch, policy_logps: Float[Array, "P 2"], tau: Float[Array, ""]) -> Metrics:
+    """Metrics of judged pairs under their usual names; averages over the pairs that are learned from."""
+    rows = jnp.arange(policy_logps.shape[0])
+    chosen = jnp.where(batch.preference >= 0.5, 0, 1)
+    count = jnp.maximum(batch.where.sum(), 1).astype(jnp.float32)
+
+    def mean(values: Array) -> Array:
+        return jnp.where(batch.where, values, 0.0).sum() / count
+
+    rewards = tau * (policy_logps - batch.ref_logps)
+    margins = rewards[rows, chosen] - rewards[rows, 1 - chosen]
+    return {
+        "rewards/chosen": mean(rewards[rows, chosen]),
+        "rewards/rejected": mean(rewards[rows, 1 - chosen]),
+        "rewards/margins": mean(margins),
+        "rewards/accuracies": mean((margins > 0).astype(jnp.float32)),
+        "logps/chosen": mean(policy_logps[rows, chosen]),
+        "logps/rejected": mean(policy_logps[rows, 1 - chosen]),
+    }
+
+
+@partial(
+    jax.jit,
+    static_argnames=("definition", "optimizer", "loss", "gradient_accumulation", "length_normalize"),
+    donate_argnames=("params", "opt_state"),
+)
+def update(
+    definition: Any,
+    params: Any,
+    opt_state: Any,
+    batch: PairBatch,
+    tau: Float[Array, ""],
+    *,
+    optimizer: optax.GradientTransformation,
+    loss: losses.Loss,
+    gradient_accumulation: int = 1,
+    length_normalize: bool = False,
+) -> tuple[Any, Any, Metrics]:
+    """One optimiser step on a batch of judged pairs.
+
+    The gradient is the mean over the pairs with `where` True, however many parts the batch is taken in. A step whose
+    loss or gradient is not finite changes nothing and counts in `updates/skipped`.
+
+    Args:
+      definition: GraphDef of the policy.
+      params: its parameters; donated.
+      opt_state: state of the optimiser; donated.
+      batch: P judged pairs.
+      tau: τ, a scalar.
+      optimizer: an optax transformation.
+      loss: elementwise loss of `fastpref.losses`.
+      gradient_accumulation: parts of the batch; divides P.
+      length_normalize: ρ from averages of token log-probs instead of sums.
+
+    Returns:
+      New parameters, new optimiser state, metrics.
+    """
+    total = jnp.maximum(batch.where.sum(), 1).astype(jnp.float32)
+
+    def part_loss(parameters: Any, part: PairBatch) -> tuple[Array, Array]:
+        value, logps = pair_loss(
+            nnx.merge(definition, parameters), part, loss=loss, tau=tau, length_normalize=length_normalize
+        )
+        return value * part.where.sum().astype(jnp.float32) / total, logps
+
+    value_and_grad = jax.value_and_grad(part_loss, has_aux=True)
+    if gradient_accumulation == 1:
+        (value, policy_logps), gradients = value_and_grad(params, batch)
+    else:
+        parts = jax.tree.map(lambda x: x.reshape(gradient_accumulation, -1, *x.shape[1:]), batch)
+
+        def add(carry: tuple[Array, Any], part: PairBatch) -> tuple[tuple[Array, Any], Array]:
+            (value, logps), gradients = value_and_grad(params, part)
+            return (carry[0] + value, jax.tree.map(jnp.add, carry[1], gradients)), logps
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        (value, gradients), stacked = jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), parts)
+        policy_logps = stacked.reshape(-1, 2)
+    norm = optax.global_norm(gradients)
+    healthy = jnp.isfinite(value) & jnp.isfinite(norm)
+    updates, new_opt_state = optimizer.update(gradients, opt_state, params)
+    new_params = optax.apply_updates(params, updates)
+
+    def keep(new: Array, old: Array) -> Array:
+        return jnp.where(healthy, new, old)
+
+    metrics = {
+        "loss": value,
+        "grad_norm": norm,
+        "updates/skipped": (~healthy).astype(jnp.float32),
+        **pair_metrics(batch, policy_logps, tau),
+    }
+    return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_opt_state, opt_state), metrics
+
+
+@partial(jax.jit, static_argnames=("definition",))
+def score(definition: Any, params: Any, batch: PairBatch) -> Float[Array, "P 2"]:
+    """`sequence_logps` of a split NNX module, compiled."""
+    return sequence_logps(nnx.merge(definition, params), batch)
