@@ -1,0 +1,209 @@
+"""Records of text to records of token ids, within limits: each one delivered, or counted with its reason."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64
+
+from fastpref.readers import BadRecord, DataError, DropReport, Ledger, OnBadRecord, Record
+
+Overlong = Literal["drop", "raise", "truncate"]
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """What a tokenizer must be able to do."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below it."""
+
+    def encode_prompts(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, ready to be continued."""
+
+    def encode_completions(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, ending with EOS."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ragged:
+    """N rows of token ids in two arrays: row i is `values[offsets[i]:offsets[i + 1]]`."""
+
+    values: Int32[np.ndarray, " M"]
+    offsets: Int64[np.ndarray, " N_plus_1"]
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Sequence[int] | np.ndarray]) -> "Ragged":
+        """Copy rows of token ids.
+
+        Raises:
+          DataError: something that is not a whole number of at most 32 bits.
+        """
+        rows = list(rows)
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        values = np.asarray(list(chain.from_iterable(rows)))
+        if values.size and values.dtype.kind not in "iu":
+            raise DataError(
+                f"token ids must be whole numbers, got {values.dtype}. Tokenize text first, as tokenize_prompts does."
+            )
+        if values.size and (values.min() < -(2**31) or values.max() >= 2**31):
+            raise DataError(
+                f"token ids must fit into 32 bits, got {values.min()} to {values.max()}. Repair the tokens."
+            )
+        return cls(values.astype(np.int32), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Int32[np.ndarray, " L"]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row must be in [{-len(self)}, {len(self)}), got {index}")
+        index %= len(self)
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenRecords:
+    """N prompts with K recorded completions each, as token ids."""
+
+    prompts: Ragged
+    completions: tuple[Ragged, ...]
+    """K columns of N rows: none for prompts alone, one for supervised examples, chosen and rejected for pairs."""
+    preference: Float32[np.ndarray, " N"]
+    """Probability that completion 0 beats completion 1."""
+    ids: Int64[np.ndarray, " N"]
+    """Position of each record in the source."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def tokenize_prompts(
+    prompts: Sequence[Record | str],
+    tokenizer: Encoder,
+    *,
+    max_tokens: int,
+    vocab_size: int | None = None,
+    overlong: Overlong = "drop",
+    on_bad_record: OnBadRecord = "raise",
+) -> tuple[TokenRecords, DropReport]:
+    """Encode prompts; completions are left out. The arguments are those of `tokenize_completions`."""
+    bare = [
+        Record(index, record) if isinstance(record, str) else Record(record.id, record.prompt)
+        for index, record in enumerate(prompts)
+    ]
+    return tokenize_completions(
+        bare,
+        tokenizer,
+        max_prompt_tokens=max_tokens,
+        max_completion_tokens=1,
+        vocab_size=vocab_size,
+        overlong=overlong,
+        on_bad_record=on_bad_record,
+    )
+
+
+def tokenize_completions(
+    records: Sequence[Record],
+    tokenizer: Encoder,
+    *,
+    max_prompt_tokens: int,
+    max_completion_tokens: int,
+    vocab_size: int | None = None,
+    overlong: Overlong = "drop",
+    on_bad_record: OnBadRecord = "raise",
+) -> tuple[TokenRecords, DropReport]:
+    """Encode supervised examples or preference pairs.
+
+    Args:
+      records: all with the same number of completions.
+      tokenizer: encodes; a completion gets its EOS from it.
+      max_prompt_tokens: limit of a prompt, at least 1.
+      max_completion_tokens: limit of a completion with its EOS, at least 1.
+      vocab_size: ids are below it; None for the tokenizer's own.
+      overlong: for a record over a limit: "drop" counts it ("prompt too long", "completion too long"), "raise" raises,
+        "truncate" keeps the first tokens and counts it as truncated. A cut completion has no EOS, like a sampled one
+        that ran into the limit.
+      on_bad_record: for a record without tokens, with an id outside the vocabulary, or whose completions are the same
+        tokens (after cutting): "raise", "skip" (counted), or "warn" (counted, one warning).
+
+    Returns:
+      The tokens in the order of the records, and the account of those dropped.
+
+    Raises:
+      DataError: a record that the policies refuse; the message names its place in the source.
+      ValueError: a limit below 1, an unknown policy, mixed numbers of completions.
+    """
+    for name, limit in (("max_prompt_tokens", max_prompt_tokens), ("max_completion_tokens", max_completion_tokens)):
+        if limit < 1:
+            raise ValueError(f"{name} must be at least 1, got {limit}; give the number of tokens that fit")
+    if overlong not in ("drop", "raise", "truncate"):
+        raise ValueError(f"overlong must be 'drop', 'raise' or 'truncate', got {overlong!r}; choose one of them")
+    counts = {len(record.completions) for record in records}
+    if len(counts) > 1:
+        raise ValueError(f"records must have one number of completions, got {sorted(counts)}; tokenize each kind apart")
+    size = tokenizer.vocab_size if vocab_size is None else vocab_size
+    limits = (max_prompt_tokens, *[max_completion_tokens] * max(counts, default=0))
+    ledger = Ledger("tokenization", on_bad_record)
+    kept: list[Record] = []
+    rows: list[list[list[int]]] = []
+    for record, row in zip(records, _encode(records, tokenizer, len(limits) - 1), strict=True):
+        ledger.read += 1
+        place = f"record {record.id}"
+        long = _overlong(row, limits)
+        try:
+            if long is not None and overlong == "truncate":
+                row = [tokens[:limit] for tokens, limit in zip(row, limits, strict=True)]
+            _check(row, size)
+        except BadRecord as bad:
+            ledger.drop(place, bad)
+            continue
+        if long is not None and overlong != "truncate":
+            ledger.drop(place, long, counted=overlong == "drop")
+            continue
+        ledger.truncated += long is not None
+        kept.append(record)
+        rows.append(row)
+    columns = [Ragged.from_rows([row[column] for row in rows]) for column in range(len(limits))]
+    tokens = TokenRecords(
+        columns[0],
+        tuple(columns[1:]),
+        np.asarray([record.preference for record in kept], np.float32),
+        np.asarray([record.id for record in kept], np.int64),
+    )
+    return tokens, ledger.report(len(kept))
+
+
+def _encode(records: Sequence[Record], tokenizer: Encoder, completions: int) -> Iterable[list[list[int]]]:
+    """Prompt tokens, then those of each completion, for each record."""
+    columns = [tokenizer.encode_prompts([record.prompt for record in records])]
+    for k in range(completions):
+        columns.append(tokenizer.encode_completions([record.completions[k] for record in records]))
+    return (list(row) for row in zip(*columns, strict=True))
+
+
+def _overlong(row: list[list[int]], limits: Sequence[int]) -> BadRecord | None:
+    for column, (tokens, limit) in enumerate(zip(row, limits, strict=True)):
+        if len(tokens) > limit:
+            side = "completion" if column else "prompt"
+            return BadRecord(f"{side} too long", f"a {side} must have at most {limit} tokens, got {len(tokens)}")
+    return None
+
+
+def _check(row: list[list[int]], vocab_size: int) -> None:
+    for column, tokens in enumerate(row):
+        side = "completion" if column else "prompt"
+        if not tokens:
+            raise BadRecord(f"empty {side}", f"a {side} must have at least one token, got none")
+        low, high = min(tokens), max(tokens)
+        if low < 0 or high >= vocab_size:
+            raise BadRecord(
+                "token outside the vocabulary",
+                f"token ids must be in [0, {vocab_size}), got {low if low < 0 else high} in a {side}",
+            )
+    if len(row) == 3 and row[1] == row[2]:
+        raise BadRecord("identical completions", "chosen and rejected must differ in their tokens")
