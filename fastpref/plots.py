@@ -1,0 +1,236 @@
+"""Plots of a run, from its `metrics.jsonl`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+Columns = dict[str, np.ndarray]
+"""Each metric's values, float64 [N], NaN where a step lacks it."""
+
+INK, MUTED, GRID = "#1f2933", "#66727f", "#e4e7eb"
+COLOURS = ("#2563a8", "#d1662b", "#3a8a5f")
+"""Blue, orange and green that readers who do not tell red from green can tell apart."""
+
+MOST_POINTS = 1500
+"""Points that a series shows; of longer ones every n-th."""
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One plot: some metrics against the step."""
+
+    name: str
+    title: str
+    y_label: str
+    series: tuple[tuple[str, str], ...]
+    """Metrics, and what the legend calls them."""
+    band: tuple[str, str] | None = None
+    """Metrics of the lower and upper end of an interval around the first series."""
+    line: float | None = None
+    """A value to compare with, dashed."""
+    percent: bool = False
+
+
+RUN_PANELS = (
+    Panel("loss", "Loss", "loss", (("loss", "loss"),)),
+    Panel(
+        "win_rate",
+        "Win rate against the reference, held-out prompts",
+        "win rate",
+        (("eval/win_rate", "win rate, 95 % interval"),),
+        band=("eval/win_rate_low", "eval/win_rate_high"),
+        line=0.5,
+        percent=True,
+    ),
+    Panel(
+        "kl",
+        "Distance from the reference",
+        "KL (nats per completion)",
+        (("objective/kl", "training prompts"), ("eval/kl", "held-out prompts")),
+    ),
+    Panel(
+        "lengths",
+        "Completion length",
+        "mean length (tokens)",
+        (("completions/mean_length", "training prompts"), ("eval/mean_length", "held-out prompts")),
+    ),
+    Panel(
+        "preference",
+        "Preference between the two completions",
+        "probability",
+        (("preference/mean", "mean p(first ≻ second)"), ("preference/confidence", "mean |p − ½|")),
+        line=0.5,
+    ),
+    Panel(
+        "rewards",
+        r"Implicit reward, τ·log(π / π$_\mathrm{ref}$)",
+        "reward (nats)",
+        (("rewards/chosen", "preferred"), ("rewards/rejected", "other"), ("rewards/margins", "margin")),
+    ),
+    Panel(
+        "accuracy",
+        "Pairs ranked as the judge ranks them",
+        "share of pairs",
+        (("rewards/accuracies", "training pairs"),),
+        line=0.5,
+        percent=True,
+    ),
+    Panel("entropy", "Entropy of the policy", "nats per token", (("objective/entropy", "sampled tokens"),)),
+    Panel("grad_norm", "Gradient norm", "norm", (("grad_norm", "before clipping"),)),
+)
+
+SUPERVISED_PANELS = (
+    Panel("loss", "Loss", "loss (nats)", (("loss", "training"), ("eval/loss", "held out"))),
+    Panel(
+        "accuracy",
+        "Agreement with held-out labels",
+        "accuracy",
+        (("eval/accuracy", "held out"),),
+        line=0.5,
+        percent=True,
+    ),
+    Panel("grad_norm", "Gradient norm", "norm", (("grad_norm", "before clipping"),)),
+)
+
+
+def plot_run(run_dir: Path | str) -> list[Path]:
+    """Plot an online run: loss, win rate, KL, lengths, preferences, rewards.
+
+    Args:
+      run_dir: a run directory with `metrics.jsonl`.
+
+    Returns:
+      The PNG files, `plots/overview.png` first. A plot whose metrics the run does not have is left out.
+
+    Raises:
+      ValueError: there is no metric to plot; the message names the file.
+    """
+    return _plot(Path(run_dir), RUN_PANELS)
+
+
+def plot_supervised(run_dir: Path | str) -> list[Path]:
+    """Plot supervised training, of a policy, preference model or reward model: loss and held-out accuracy.
+
+    Args:
+      run_dir: a run directory with `metrics.jsonl`.
+
+    Returns:
+      The PNG files, `plots/overview.png` first. A plot whose metrics the run does not have is left out.
+
+    Raises:
+      ValueError: there is no metric to plot; the message names the file.
+    """
+    return _plot(Path(run_dir), SUPERVISED_PANELS)
+
+
+def _plot(run_dir: Path, panels: Sequence[Panel]) -> list[Path]:
+    path = run_dir / "metrics.jsonl"
+    columns = _columns(path)
+    present = [panel for panel in panels if any(_has(columns, name) for name, _ in panel.series)]
+    if not present:
+        raise ValueError(
+            f"{path} must hold at least one finite metric to plot; "
+            f"it {'is not there' if not path.exists() else f'has {sorted(columns) or None}'}. Run some steps first."
+        )
+    folder = run_dir / "plots"
+    folder.mkdir(exist_ok=True)
+    width = min(len(present), 3)
+    height = -(-len(present) // width)
+    overview = Figure(figsize=(4.6 * width, 3.3 * height + 0.5), layout="constrained")
+    overview.get_layout_engine().set(hspace=0.06, wspace=0.04)
+    overview.suptitle(run_dir.resolve().name, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
+    for place, panel in enumerate(present, 1):
+        _draw(overview.add_subplot(height, width, place), panel, columns)
+    written = [_write(overview, folder / "overview.png")]
+    for panel in present:
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        _draw(figure.add_subplot(), panel, columns)
+        written.append(_write(figure, folder / f"{panel.name}.png"))
+    return written
+
+
+def _columns(path: Path) -> Columns:
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
+        if line.endswith(b"\n"):  # the last line of a run that is being written may be half there
+            try:
+                records.append(orjson.loads(line))
+            except orjson.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: each line must be JSON, but {error}. Remove it.") from error
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: np.array([record.get(name) for record in records], np.float64) for name in names}
+
+
+def _has(columns: Columns, name: str) -> bool:
+    return name in columns and bool(np.isfinite(columns[name]).any())
+
+
+def _draw(axes: Axes, panel: Panel, columns: Columns) -> None:
+    series = [(name, label) for name, label in panel.series if _has(columns, name)]
+    if panel.line is not None:
+        axes.axhline(panel.line, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    for (name, label), colour in zip(series, COLOURS, strict=False):
+        known = np.isfinite(columns[name])
+        steps, values = columns["step"][known], columns[name][known]
+        few = len(values) <= 30
+        thin = slice(None, None, -(-len(values) // MOST_POINTS))
+        if not few:
+            axes.plot(
+                steps[thin], values[thin], ".", color=colour, alpha=0.3, markersize=3.5, markeredgewidth=0, zorder=2
+            )
+        axes.plot(
+            steps[thin],
+            _smooth(_smooth(values))[thin],
+            color=colour,
+            linewidth=1.8,
+            marker="o" if few else "",
+            markersize=4,
+            label=label,
+            zorder=3,
+        )
+    if panel.band is not None and all(_has(columns, name) for name in panel.band):
+        low, high = (columns[name] for name in panel.band)
+        known = np.isfinite(low) & np.isfinite(high)
+        steps = columns["step"][known]
+        axes.fill_between(steps, low[known], high[known], color=COLOURS[0], alpha=0.18, linewidth=0, zorder=1)
+    axes.set_title(panel.title, loc="left", fontsize=10.5, color=INK)
+    axes.set_xlabel("optimiser steps", fontsize=9, color=MUTED)
+    axes.set_ylabel(panel.y_label, fontsize=9, color=MUTED)
+    last = columns["step"].max()
+    axes.set_xlim(-0.02 * last, 1.02 * last)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.tick_params(colors=MUTED, labelsize=8.5, length=0)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    if panel.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    if len(series) > 1 or panel.band is not None:
+        axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+
+
+def _smooth(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """Mean over a centred window of a twentieth of the points; short series stay as they are."""
+    reach = len(values) // 40
+    padded = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
+    means: Float[np.ndarray, " N"] = (padded[high] - padded[low]) / (high - low)
+    return means
+
+
+def _write(figure: Figure, path: Path) -> Path:
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=144, facecolor="white")
+    return path

@@ -1,0 +1,386 @@
+"""What a run writes down and shows: metrics, samples, progress, tables, and what each metric means.
+
+    config.json      the settings, sorted
+    metrics.jsonl    a JSON object a step, `step` first; floats come back equal; null where a number is not finite
+    samples.jsonl    what was written at some steps, for reading
+    tensorboard/     the finite metrics again
+
+All but the metrics under `time/` and the TensorBoard files are the same, byte for byte, however often a run is
+interrupted and continued.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NamedTuple, Self
+
+import numpy as np
+import orjson
+import rich
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+from tensorboardX import SummaryWriter
+
+from fastpref.plots import plot_run as plot_run
+from fastpref.plots import plot_supervised as plot_supervised
+
+
+class Metric(NamedTuple):
+    """What a metric means."""
+
+    formula: str
+    unit: str
+    better: str
+    """"higher", "lower", or "" where neither is."""
+
+
+METRICS: dict[str, Metric] = {
+    "step": Metric("optimiser steps taken, this one included", "steps", ""),
+    "epoch": Metric("passes over the prompts, begun with the one that this step's prompts are from", "passes", ""),
+    "loss": Metric("mean loss over the pairs used; of supervised training, over tokens or pairs", "", "lower"),
+    "grad_norm": Metric("Euclidean norm of the gradient before clipping", "", ""),
+    "learning_rate": Metric("step size that the schedule gives this step", "", ""),
+    "tau": Metric("τ, strength of the regularisation towards the reference", "", ""),
+    "mixture_beta": Metric("β, weight of the reference in the mixture that completions are drawn from", "", ""),
+    "updates/skipped": Metric("1 if the loss or gradient was not finite and nothing was changed, else 0", "", "lower"),
+    "rewards/chosen": Metric("mean over pairs of τ·(log π − log π_ref) of the preferred completion", "nats", "higher"),
+    "rewards/rejected": Metric("mean over pairs of τ·(log π − log π_ref) of the other completion", "nats", "lower"),
+    "rewards/margins": Metric("rewards/chosen − rewards/rejected", "nats", "higher"),
+    "rewards/accuracies": Metric("share of pairs whose preferred completion has the higher reward", "", "higher"),
+    "logps/chosen": Metric("mean over pairs of the summed log π of the preferred completion", "nats", ""),
+    "logps/rejected": Metric("mean over pairs of the summed log π of the other completion", "nats", ""),
+    "objective/kl": Metric("mean over completions of summed log π − log π_ref", "nats/completion", "lower"),
+    "objective/entropy": Metric("−mean log π of the sampled tokens: estimates the entropy", "nats/token", ""),
+    "preference/mean": Metric("mean p(first ≻ second)", "", ""),
+    "preference/confidence": Metric("mean |p(first ≻ second) − ½|", "", ""),
+    "completions/mean_length": Metric("mean tokens of a completion, EOS included", "tokens", ""),
+    "completions/eos_rate": Metric("share of completions that end with EOS rather than being cut off", "", "higher"),
+    "pairs/used": Metric("pairs of this step that were learned from", "pairs", "higher"),
+    "pairs/identical": Metric("pairs whose completions are the same tokens: counted, not learned from", "pairs", ""),
+    "tokens/generated": Metric("tokens sampled at this step, EOS included", "tokens", ""),
+    "eval/win_rate": Metric("mean p(policy ≻ reference) on held-out prompts", "", "higher"),
+    "eval/win_rate_low": Metric("lower end of the 95 % interval of eval/win_rate", "", "higher"),
+    "eval/win_rate_high": Metric("upper end of the 95 % interval of eval/win_rate", "", "higher"),
+    "eval/kl": Metric("objective/kl on held-out prompts", "nats/completion", "lower"),
+    "eval/mean_length": Metric("completions/mean_length on held-out prompts", "tokens", ""),
+    "eval/loss": Metric("supervised loss on held-out records", "", "lower"),
+    "eval/accuracy": Metric("share of held-out pairs on which the model agrees with the label", "", "higher"),
+    "time/generate": Metric("sampling both completions", "s", "lower"),
+    "time/judge": Metric("asking the judge", "s", "lower"),
+    "time/learn": Metric("loss, gradient and update", "s", "lower"),
+    "time/step": Metric("the whole step", "s", "lower"),
+}
+"""Every metric by name. Only those under `time/` differ between two runs of one configuration on one machine."""
+
+
+class Run:
+    """Writer of a run directory; see the top of this file for what is in it.
+
+    A line is in the file when the call that wrote it returns, so a killed process loses at most the line that it was
+    writing. Use it as a context manager, or call `close`.
+
+    Args:
+      directory: the run directory; made if need be. Files that are there are added to.
+      tensorboard: write `tensorboard/` too.
+    """
+
+    def __init__(self, directory: Path | str, *, tensorboard: bool = True) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._tensorboard = tensorboard
+        self._writer: Any = None
+        self._files: dict[str, IO[bytes]] = {}
+        self._closed = False
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write `config.json`, indented and sorted, over what is there."""
+        text = orjson.dumps(dict(config), option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE)
+        _replace(self.directory / "config.json", text)
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Add one step's metrics to `metrics.jsonl` and TensorBoard.
+
+        Args:
+          step: steps taken, this one included.
+          metrics: numbers by name: Python's, NumPy's or scalar arrays. NaN and infinities become null, which JSON
+            has instead of them, and are left out of TensorBoard.
+
+        Raises:
+          ValueError: a metric is not a number or is called "step", or the run is closed.
+          OSError: the disk refused; the message names the file.
+        """
+        if "step" in metrics:
+            raise ValueError(f"a metric cannot be called 'step'; got {metrics['step']!r}. Pass it as the argument.")
+        plain = {name: _number(name, value) for name, value in metrics.items()}
+        self._append("metrics.jsonl", [{"step": step, **plain}])
+        if self._tensorboard:
+            if self._writer is None:
+                self._writer = _tensorboard_writer(self.directory / "tensorboard", step)
+            for name, value in plain.items():
+                if math.isfinite(value):
+                    self._writer.add_scalar(name, value, step)
+
+    def log_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Add JSON objects to `samples.jsonl`, each with its `step` first."""
+        self._append("samples.jsonl", [{"step": step, **sample} for sample in samples])
+
+    def truncate_after(self, step: int) -> None:
+        """Drop metrics and samples of steps past `step`, and a line that was cut off by a kill.
+
+        Call it when a run continues from the checkpoint of `step`, or with 0 when it starts again: the steps are taken
+        again and would stand in the files twice. Each file is replaced in one rename.
+
+        Raises:
+          ValueError: a line is not one that `log` or `log_samples` wrote; the message names file and line.
+        """
+        self._close_files()
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _cut(self.directory / name, step)
+
+    def close(self) -> None:
+        """Close the files. Nothing can be written after it; closing again does nothing."""
+        self._close_files()
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        path = self.directory / name
+        if self._closed:
+            raise ValueError(f"{path} cannot be written: the run is closed. Open another Run of the same directory.")
+        lines = b"".join(
+            orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY) for record in records
+        )
+        if not lines:
+            return
+        if name not in self._files:
+            _cut(path, math.inf)
+            self._files[name] = path.open("ab")
+        try:
+            self._files[name].write(lines)
+            self._files[name].flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _tensorboard_writer(directory: Path, step: int) -> Any:
+    # Event files are named by the second: two writers of one second would share, and so lose, one file.
+    written = len(list(directory.glob("events.*")))
+    return SummaryWriter(str(directory), purge_step=step, flush_secs=10, filename_suffix=f".{written}")
+
+
+def _number(name: str, value: Any) -> int | float:
+    number = value.item() if getattr(value, "shape", None) == () else value
+    if not isinstance(number, int | float):
+        raise ValueError(f"a metric must be one number; got {name}={value!r}. Average it first.")
+    return number
+
+
+def _cut(path: Path, last_step: float) -> None:
+    """Keep the whole lines of a JSONL file whose step is at most `last_step`."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = []
+    for number, line in enumerate(lines, 1):
+        if line.endswith(b"\n"):
+            try:
+                step = orjson.loads(line)["step"]
+            except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: each line must be a JSON object with a step, "
+                    f"but this one starts {line[:60]!r}. Remove or mend it."
+                ) from error
+            if step <= last_step:
+                kept.append(line)
+    if len(kept) < len(lines):
+        _replace(path, b"".join(kept))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or as it was before."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+# Progress -----------------------------------------------------------------------------------------------------------
+
+SHOWN: dict[str, Callable[[Mapping[str, float]], str]] = {
+    "loss": lambda metrics: f"loss {metrics['loss']:.4g}",
+    "eval/loss": lambda metrics: f"held-out loss {metrics['eval/loss']:.4g}",
+    "eval/accuracy": lambda metrics: f"held-out accuracy {metrics['eval/accuracy']:.1%}",
+    "eval/win_rate": lambda metrics: f"win rate {metrics['eval/win_rate']:.1%}",
+    "objective/kl": lambda metrics: f"KL {metrics['objective/kl']:.3g} nats",
+    "tokens/generated": lambda metrics: f"{metrics['tokens/generated'] / metrics['time/step']:,.0f} tokens/s",
+}
+"""The metrics that fit beside a progress bar, and how they are written there."""
+
+LINE_SECONDS = 60.0
+"""Where no bar can be drawn, a line is printed at each tenth of the way and at least this often."""
+
+
+class Bar:
+    """What `progress` gives: call `update` after each step."""
+
+    def __init__(self, show: Callable[[int, str], None], completed: int) -> None:
+        self._show = show
+        self._completed = completed
+        self._metrics: dict[str, Any] = {}
+
+    def update(self, advance: int = 1, **metrics: Any) -> None:
+        """Move on by `advance` steps and show the metrics that are in `SHOWN`; each stays until it is given again."""
+        self._completed += advance
+        self._metrics |= metrics
+        shown = [write(self._metrics) for name, write in SHOWN.items() if _can_show(name, self._metrics)]
+        self._show(self._completed, " · ".join(shown))
+
+
+def _can_show(name: str, metrics: Mapping[str, Any]) -> bool:
+    return name in metrics and (name != "tokens/generated" or metrics.get("time/step", 0) > 0)
+
+
+@contextmanager
+def progress(
+    total: int,
+    *,
+    description: str,
+    completed: int = 0,
+    enabled: bool | None = None,
+    console: Console | None = None,
+) -> Iterator[Bar]:
+    """Show how far a loop is, what its metrics are, and how long it took and will take.
+
+    Args:
+      total: steps of the whole run.
+      description: what is going on, in a word or two.
+      completed: steps done before, when a run continues.
+      enabled: None draws a bar on a terminal and prints plain lines elsewhere; True always draws; False is quiet.
+      console: where to show it; None for rich's own.
+    """
+    console = rich.get_console() if console is None else console
+    if enabled is False:
+        yield Bar(lambda done, text: None, completed)
+    elif enabled or console.is_terminal:
+        columns = (
+            TextColumn("[bold]{task.description}", markup=True),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("elapsed,", style="dim"),
+            TimeRemainingColumn(),
+            TextColumn("left", style="dim"),
+            TextColumn("{task.fields[metrics]}", markup=False),
+        )
+        with RichProgress(*columns, console=console, refresh_per_second=4) as bars:
+            task = bars.add_task(description, total=total, completed=completed, metrics="")
+            yield Bar(lambda done, text: bars.update(task, completed=done, metrics=text), completed)
+    else:
+        yield Bar(_lines(total, description, completed, console), completed)
+
+
+def _lines(total: int, description: str, completed: int, console: Console) -> Callable[[int, str], None]:
+    began = printed = time.monotonic()
+    tenth = 10 * completed // max(total, 1)
+
+    def show(done: int, text: str) -> None:
+        nonlocal printed, tenth
+        now = time.monotonic()
+        if 10 * done // max(total, 1) == tenth and now - printed < LINE_SECONDS:
+            return
+        printed, tenth = now, 10 * done // max(total, 1)
+        left = (now - began) / max(done - completed, 1) * max(total - done, 0)
+        times = f"{_clock(now - began)} elapsed, {_clock(left)} left"
+        line = " · ".join(part for part in (f"{description} {done}/{total}", text, times) if part)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    return show
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+# Tables -------------------------------------------------------------------------------------------------------------
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, console: Console | None = None) -> None:
+    """Print a table. Numbers stand to the right, floats with four significant digits, None as a dash.
+
+    Raises:
+      ValueError: a row has more or fewer cells than there are columns.
+    """
+    rows = [[value.item() if isinstance(value, np.generic) else value for value in row] for row in rows]
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"a row needs {len(columns)} cells, for {list(columns)}; got {len(row)}: {row}")
+    shown = Table(title=title, title_justify="left", title_style="bold")
+    for index, name in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], int | float | None) for row in rows)
+        shown.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text(_cell(value)) for value in row))
+    (rich.get_console() if console is None else console).print(shown)
+
+
+def samples_table(
+    title: str,
+    samples: Iterable[Mapping[str, str]],
+    *,
+    columns: Sequence[str] = ("prompt", "before", "after"),
+    limit: int = 400,
+    console: Console | None = None,
+) -> None:
+    """Print texts side by side, wrapped, a line between samples.
+
+    Args:
+      title: above the table.
+      samples: the texts of each sample, by column.
+      columns: which texts, in this order; all get the same width.
+      limit: characters of a text that are shown; the rest becomes "…".
+      console: where to print; None for rich's own.
+    """
+    shown = Table(title=title, title_justify="left", title_style="bold", show_lines=True, expand=True)
+    for name in columns:
+        shown.add_column(Text(name), ratio=1, overflow="fold")
+    for sample in samples:
+        texts = (_visible(sample[name]) for name in columns)
+        shown.add_row(*(Text(text if len(text) <= limit else text[:limit].rstrip() + "…") for text in texts))
+    (rich.get_console() if console is None else console).print(shown)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
+    return _visible(str(value))
+
+
+def _visible(text: str) -> str:
+    """A model may write anything: control codes must not reach the terminal."""
+    return "".join(character if character.isprintable() or character == "\n" else "�" for character in text)
