@@ -45,9 +45,15 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("start", "end"):
-            _require(math.isfinite(getattr(self, name)), f"{name} must be finite", getattr(self, name), "Give a number.")
-        _require(self.steps >= 1, "steps of a schedule must be at least 1", self.steps, "Give the length of the change.")
-        _require(self.kind in ("linear", "cosine"), "kind must be 'linear' or 'cosine'", self.kind, "Choose one of them.")
+            _require(
+                math.isfinite(getattr(self, name)), f"{name} must be finite", getattr(self, name), "Give a number."
+            )
+        _require(
+            self.steps >= 1, "steps of a schedule must be at least 1", self.steps, "Give the length of the change."
+        )
+        _require(
+            self.kind in ("linear", "cosine"), "kind must be 'linear' or 'cosine'", self.kind, "Choose one of them."
+        )
 
     def __call__(self, step: int | Array) -> Array:
         """The value at `step`, a float32 scalar; `step` may be traced."""
@@ -123,6 +129,7 @@ class TrainConfig:
         must divide batch_size.
       max_prompt_tokens: longer prompts are handled as `overlong` says.
       overlong: "drop" (counted), "truncate" (keeps the first tokens) or "raise".
+      max_shapes: at most so many padded prompt widths, each of which is compiled once.
       max_new_tokens: T, longest completion, EOS included.
       temperature: of the draw; the losses assume 1.
       optimizer: "adafactor" (decay 0.8) or "adamw".
@@ -149,6 +156,7 @@ class TrainConfig:
     gradient_accumulation: int = 1
     max_prompt_tokens: int = 512
     overlong: Literal["drop", "truncate", "raise"] = "drop"
+    max_shapes: int = 4
     max_new_tokens: int = 64
     temperature: float = 1.0
     optimizer: str = "adafactor"
@@ -178,7 +186,7 @@ class TrainConfig:
         )
         low, high = bounds(self.mixture_beta)
         _require(
-            0 <= low and high <= 1,
+            low >= 0 and high <= 1,
             "mixture_beta must lie in [0, 1]",
             self.mixture_beta,
             "0 samples from the policy, 1 from the reference; the paper's default is 0.125.",
@@ -189,6 +197,7 @@ class TrainConfig:
             "batch_size",
             "gradient_accumulation",
             "max_prompt_tokens",
+            "max_shapes",
             "max_new_tokens",
             "checkpoint_every",
             "keep_checkpoints",
@@ -222,6 +231,7 @@ class SupervisedConfig:
       max_prompt_tokens: longer prompts (for a preference model: its whole reading) are handled as `overlong` says.
       max_completion_tokens: longer completions, EOS included, are dropped and counted.
       overlong: "drop" (counted), "truncate" (keeps the first tokens) or "raise".
+      max_shapes: at most so many padded shapes, each of which is compiled once.
       optimizer: "adafactor" or "adamw".
       learning_rate: a number or a `Schedule`.
       max_grad_norm: clip the global gradient norm to this; None for no clipping.
@@ -239,6 +249,7 @@ class SupervisedConfig:
     max_prompt_tokens: int = 512
     max_completion_tokens: int = 64
     overlong: Literal["drop", "truncate", "raise"] = "drop"
+    max_shapes: int = 2
     optimizer: str = "adafactor"
     learning_rate: Value = 1e-3
     max_grad_norm: float | None = None
@@ -253,6 +264,7 @@ class SupervisedConfig:
             "steps",
             "batch_size",
             "max_prompt_tokens",
+            "max_shapes",
             "max_completion_tokens",
             "eval_every",
             "checkpoint_every",
@@ -298,7 +310,9 @@ def _parse(key: str, value: Any, default: Any) -> Any:
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if default is not None:
-        _require(type(value) is wanted, f"{key} must be of type {wanted.__name__}", value, f"Its default is {default!r}.")
+        _require(
+            type(value) is wanted, f"{key} must be of type {wanted.__name__}", value, f"Its default is {default!r}."
+        )
     return value
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from jaxtyping import Float
 
 from fastpref.generation import write
 from fastpref.judging import Judge, ask
-from fastpref.models import LanguageModel
+from fastpref.models import LanguageModel, as_model
 
 NORMAL_95 = 1.959963984540054
 """Quantile of the standard normal that leaves 2.5 % above it."""
@@ -83,8 +84,8 @@ def win_rate(prompts: Sequence[str], policy: Sequence[str], baseline: Sequence[s
 
 
 def evaluate(
-    policy: LanguageModel,
-    baseline: LanguageModel,
+    policy: LanguageModel | str | Path,
+    baseline: LanguageModel | str | Path,
     prompts: Sequence[str],
     judge: Judge,
     *,
@@ -97,7 +98,7 @@ def evaluate(
     """Let two policies write to the same held-out prompts and compare them side by side.
 
     Args:
-      policy: the policy that is evaluated.
+      policy: the policy that is evaluated; a `LanguageModel` or the directory of a checkpoint.
       baseline: what it is compared with, usually the reference.
       prompts: P texts that neither was trained on, at least 2.
       judge: says p(first ≻ second).
@@ -112,9 +113,9 @@ def evaluate(
       JudgeError: see `judging.ask`.
     """
 
-    def sample(model: LanguageModel, stream: int) -> list[str]:
+    def sample(model: LanguageModel | str | Path, stream: int) -> list[str]:
         written = write(
-            model,
+            as_model(model),
             prompts,
             seed=2 * seed + stream,
             max_new_tokens=max_new_tokens,

@@ -21,9 +21,7 @@ class JudgeError(RuntimeError):
     """A judge raised, or answered with something that is not one probability for each pair."""
 
 
-def ask(
-    judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
-) -> Float[np.ndarray, " P"]:
+def ask(judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " P"]:
     """The judge's preferences, checked.
 
     Args:

@@ -31,9 +31,7 @@ class Policy(Protocol):
         """
         ...
 
-    def decode(
-        self, cache: Cache, tokens: Int[Array, " B"], step: Int[Array, ""]
-    ) -> tuple[Float[Array, "B D"], Cache]:
+    def decode(self, cache: Cache, tokens: Int[Array, " B"], step: Int[Array, ""]) -> tuple[Float[Array, "B D"], Cache]:
         """Append completion token number `step` (from 0) of every row; return the states that predict the next."""
         ...
 

@@ -1,0 +1,222 @@
+"""The command line: `fastpref demo | sft | preference | train | evaluate`, each from a TOML file with overrides."""
+
+import argparse
+import importlib
+import json
+import signal
+import sys
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastpref import demo, reporting
+from fastpref.checkpoints import CheckpointError
+from fastpref.config import ConfigError, SupervisedConfig, TrainConfig, from_mapping
+from fastpref.data import DataError, read_records
+from fastpref.evaluation import evaluate
+from fastpref.judging import Judge, JudgeError
+from fastpref.models import ModelError
+from fastpref.preference import PreferenceModel, RewardModel
+from fastpref.supervised import fit_preference_model, fit_reward_model, sft
+from fastpref.training import DivergedError, train
+
+USER_ERRORS = (ConfigError, DataError, ModelError, JudgeError, CheckpointError, DivergedError, ValueError, OSError)
+"""What ends a command with one line instead of a traceback."""
+
+KEYS: dict[str, tuple[str, ...]] = {
+    "train": ("policy", "prompts", "judge", "run_dir", "ref", "eval_prompts", "eval_judge", "settings"),
+    "sft": ("policy", "data", "run_dir", "held_out", "settings"),
+    "preference": ("policy", "data", "run_dir", "held_out", "kind", "settings"),
+    "evaluate": ("policy", "baseline", "prompts", "judge", "output", "settings"),
+}
+"""Keys of each command's TOML file; `settings` is a table."""
+
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "train": ("policy", "prompts", "judge", "run_dir"),
+    "sft": ("policy", "data", "run_dir"),
+    "preference": ("policy", "data", "run_dir"),
+    "evaluate": ("policy", "baseline", "prompts", "judge"),
+}
+
+
+def load_judge(name: str) -> Judge:
+    """The judge of that name: a directory of a preference or reward model, or `package.module:object`.
+
+    Raises:
+      ValueError: neither of the two.
+    """
+    path = Path(name)
+    if (path / "preference_model.json").exists():
+        return PreferenceModel.load(path)
+    if (path / "reward_model.json").exists():
+        return RewardModel.load(path)
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(
+            "a judge must be the directory of a preference or reward model, or package.module:function, but received "
+            f"{name!r}. Train one with `fastpref preference`, or name a function that is importable from here."
+        )
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        judge: Judge = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"the judge {name!r} must be importable from {Path.cwd()}, but importing it failed: {error}. "
+            "Check the spelling of package.module:function."
+        ) from error
+    return judge
+
+
+def read_file(command: str, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The command's TOML file with `key=value` or `settings.key=value` overrides applied.
+
+    Raises:
+      ConfigError: broken TOML, an unknown or missing key, or an override that is not key=value.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} must be a TOML file, but reading it failed: {error}. Mend that line.") from error
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"an override must be key=value, but received {override!r}. Write settings.tau=0.5, say.")
+        table = values
+        *parents, name = key.strip().split(".")
+        for parent in parents:
+            table = table.setdefault(parent, {})
+        table[name] = _toml_value(text)
+    unknown = [key for key in values if key not in KEYS[command]]
+    if unknown:
+        raise ConfigError(
+            f"{command} has no setting of that name, but received {unknown[0]!r}. "
+            f"Known: {', '.join(KEYS[command])}; algorithm settings stand in the table [settings]."
+        )
+    missing = [key for key in REQUIRED[command] if key not in values]
+    if missing:
+        raise ConfigError(f"{command} needs {missing[0]!r}, but {path} does not have it. Add {missing[0]} = ... to it.")
+    return values
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _train(values: Mapping[str, Any]) -> None:
+    eval_judge = values.get("eval_judge")
+    result = train(
+        values["policy"],
+        values["prompts"],
+        load_judge(values["judge"]),
+        from_mapping(TrainConfig, values.get("settings", {})),
+        ref=values.get("ref"),
+        run_dir=values["run_dir"],
+        eval_prompts=values.get("eval_prompts", ()),
+        eval_judge=None if eval_judge is None else load_judge(eval_judge),
+    )
+    print(f"{result.report}\nThe aligned policy is in {Path(values['run_dir']) / 'policy'}.")
+
+
+def _sft(values: Mapping[str, Any]) -> None:
+    result = sft(
+        values["policy"],
+        values["data"],
+        from_mapping(SupervisedConfig, values.get("settings", {})),
+        held_out=values.get("held_out", ()),
+        run_dir=values["run_dir"],
+    )
+    print(f"{result.report}\nThe fine-tuned model is in {Path(values['run_dir']) / 'model'}.")
+
+
+def _preference(values: Mapping[str, Any]) -> None:
+    kinds = {"preference": fit_preference_model, "reward": fit_reward_model}
+    kind = values.get("kind", "preference")
+    if kind not in kinds:
+        raise ConfigError(f"kind must be 'preference' or 'reward', but received {kind!r}. Choose one of them.")
+    result = kinds[kind](
+        values["policy"],
+        values["data"],
+        from_mapping(SupervisedConfig, values.get("settings", {})),
+        held_out=values.get("held_out", ()),
+        run_dir=values["run_dir"],
+    )
+    agreement = "" if result.held_out is None else f" Held-out agreement: {result.held_out:.3f}."
+    print(f"{result.report}\nThe {kind} model is in {Path(values['run_dir']) / 'model'}.{agreement}")
+
+
+def _evaluate(values: Mapping[str, Any]) -> None:
+    known = ("max_new_tokens", "max_prompt_tokens", "temperature", "seed", "batch_size")
+    settings = values.get("settings", {})
+    unknown = [key for key in settings if key not in known]
+    if unknown:
+        raise ConfigError(
+            f"evaluate has no setting of that name, but received {unknown[0]!r}. Known: {', '.join(known)}."
+        )
+    result = evaluate(
+        values["policy"],
+        values["baseline"],
+        [record.prompt for record in read_records(values["prompts"])[0]],
+        load_judge(values["judge"]),
+        **{"max_new_tokens": 64, **settings},
+    )
+    reporting.table(
+        "Win rate",
+        ["policy", "baseline", "win rate", "95 % interval", "prompts"],
+        [
+            [
+                str(values["policy"]),
+                str(values["baseline"]),
+                f"{result.value:.3f}",
+                f"{result.low:.3f} to {result.high:.3f}",
+                str(len(result.prompts)),
+            ]
+        ],
+    )
+    if "output" in values:
+        lines = [json.dumps(record, ensure_ascii=False) for record in result.records()]
+        Path(values["output"]).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+COMMANDS: dict[str, tuple[Callable[[Mapping[str, Any]], None], str]] = {
+    "sft": (_sft, "fine-tune a language model on prompt, completion"),
+    "preference": (_preference, "train a preference or reward model on prompt, chosen, rejected"),
+    "train": (_train, "align a policy with a judge's preferences, online"),
+    "evaluate": (_evaluate, "compare two policies side by side"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(prog="fastpref", description="Online preference optimisation of language models.")
+    commands = top.add_subparsers(dest="command", required=True)
+    shown = commands.add_parser("demo", help="align a small model on real text, on this machine, in minutes")
+    shown.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="where everything is written")
+    shown.add_argument("--seed", type=int, default=0)
+    for name, (_, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f"{text}. Keys: {', '.join(KEYS[name])}.")
+        command.add_argument("file", type=Path, help="a TOML file")
+        command.add_argument("overrides", nargs="*", help="key=value, such as settings.tau=0.5")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 for a reported error, 130 when interrupted."""
+    chosen = parser().parse_args(arguments)
+    # A polite kill leaves by the same door as an error, so that the state is saved.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        if chosen.command == "demo":
+            demo.run(chosen.run_dir, seed=chosen.seed)
+        else:
+            COMMANDS[chosen.command][0](read_file(chosen.command, chosen.file, chosen.overrides))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        print(f"fastpref: {error}", file=sys.stderr)
+        return 1
+    return 0

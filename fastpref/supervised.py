@@ -1,0 +1,456 @@
+"""Three supervised objectives, one loop: the SFT starting point, the preference model and the reward model."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+from fastpref import loop, optimizers, reporting
+from fastpref.config import SupervisedConfig, to_json, value_at
+from fastpref.data import (
+    CompletionBatcher,
+    DropReport,
+    PairBatcher,
+    PromptBatcher,
+    Record,
+    TokenRecords,
+    read_records,
+    tokenize_completions,
+)
+from fastpref.judging import Judge, ask
+from fastpref.kernels import token_logprobs
+from fastpref.models import LanguageModel, as_model, save
+from fastpref.preference import (
+    SUMMARY_PROMPT,
+    PreferenceModel,
+    RewardModel,
+    answer_logits,
+    bradley_terry,
+    rewards,
+)
+from fastpref.records import CompletionBatch
+
+PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+
+Data = str | Path | Iterable[Mapping[str, Any]]
+"""A JSONL, Parquet or Arrow file, or records."""
+
+Batch = dict[str, Array]
+Objective = Callable[[Any, Batch], tuple[Array, Array]]
+"""A module and a batch to the sum of its losses and their number, two scalars."""
+
+
+def _mask(lengths: Array, width: int) -> Array:
+    return jnp.arange(width) < lengths[..., None]
+
+
+def token_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
+    """Sum of −log π over completion tokens, and how many there are: maximum likelihood."""
+    tokens = batch["completion_tokens"]
+    real = _mask(batch["completion_lengths"], tokens.shape[-1])
+    hidden = module.hidden_states(
+        batch["prompt_tokens"], _mask(batch["prompt_lengths"], batch["prompt_tokens"].shape[1]), tokens
+    )
+    logps = token_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]), module.head(), tokens.reshape(-1), where=real.reshape(-1)
+    )
+    return -logps.sum(), real.sum().astype(jnp.float32)
+
+
+def preference_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
+    """Sum of the cross-entropy of the answer's probability with the recorded preference, and the number of pairs."""
+    margin = answer_logits(module, batch["prompt_tokens"], batch["prompt_lengths"], batch["answers"])
+    losses = bradley_terry(margin, batch["preference"])
+    return losses.sum(), jnp.asarray(losses.size, jnp.float32)
+
+
+def reward_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
+    """Sum of the Bradley-Terry cross-entropy of the reward difference, and the number of pairs."""
+    mask = _mask(batch["prompt_lengths"], batch["prompt_tokens"].shape[1])
+    scores = rewards(module, batch["prompt_tokens"], mask, batch["completion_tokens"], batch["completion_lengths"])
+    losses = bradley_terry(scores[:, 0] - scores[:, 1], batch["preference"])
+    return losses.sum(), jnp.asarray(losses.size, jnp.float32)
+
+
+@partial(jax.jit, static_argnames=("definition", "objective", "optimizer"), donate_argnames=("params", "opt_state"))
+def _update(
+    definition: Any, params: Any, opt_state: Any, batch: Batch, *, objective: Objective, optimizer: Any
+) -> tuple[Any, Any, dict[str, Array]]:
+    def mean_loss(parameters: Any) -> Array:
+        total, count = objective(nnx.merge(definition, parameters), batch)
+        return total / jnp.maximum(count, 1.0)
+
+    loss, gradients = jax.value_and_grad(mean_loss)(params)
+    updates, opt_state = optimizer.update(gradients, opt_state, params)
+    metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+    return optax.apply_updates(params, updates), opt_state, metrics
+
+
+@partial(jax.jit, static_argnames=("definition", "objective"))
+def _measure(definition: Any, params: Any, batch: Batch, *, objective: Objective) -> tuple[Array, Array]:
+    return objective(nnx.merge(definition, params), batch)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What the supervised trainings return.
+
+    Args:
+      model: the trained `LanguageModel`, `PreferenceModel` or `RewardModel`: the best by the held-out criterion, or
+        the last where nothing is held out.
+      metrics: one mapping for each step made in this process.
+      held_out: the held-out criterion of the returned model, or None.
+      report: what became of the records.
+    """
+
+    model: Any
+    metrics: list[dict[str, float]]
+    held_out: float | None
+    report: DropReport
+
+
+def _fit(
+    module: Any,
+    objective: Objective,
+    source: loop.Source,
+    read: Callable[[], Mapping[str, Any]],
+    config: SupervisedConfig,
+    *,
+    validate: Callable[[Any], float] | None,
+    criterion: str,
+    optimizer: optax.GradientTransformation | None,
+    run_dir: str | Path | None,
+    description: str,
+    quiet: bool,
+) -> tuple[Any, list[dict[str, float]], float | None]:
+    """Minimise an objective over batches from `read`; keep the best module by `validate`, higher being better."""
+    chain = optimizers.build(config) if optimizer is None else optimizer
+    definition, start = nnx.split(module)
+
+    def copy(tree: Any) -> Any:
+        # The update donates its buffers, and others still need theirs.
+        return jax.tree.map(jnp.copy, tree)
+
+    def advance(done: int, arrays: Any) -> loop.Outcome:
+        params, opt_state, best, best_value = arrays
+        params, opt_state, measured = _update(
+            definition, params, opt_state, dict(read()), objective=objective, optimizer=chain
+        )
+        metrics = {name: float(value) for name, value in measured.items()}
+        metrics["learning_rate"] = value_at(config.learning_rate, done)
+        if validate is not None and ((done + 1) % config.eval_every == 0 or done + 1 == config.steps):
+            metrics[criterion] = validate(nnx.merge(definition, params))
+            if metrics[criterion] > float(best_value):
+                best, best_value = copy(params), jnp.asarray(metrics[criterion], jnp.float32)
+        return loop.Outcome((params, opt_state, best, best_value), metrics)
+
+    settings = to_json(config)
+    folder = None if run_dir is None else Path(run_dir)
+    params = copy(start)
+    (params, _, best, best_value), history = loop.drive(
+        advance,
+        (params, chain.init(params), copy(start), jnp.asarray(-jnp.inf, jnp.float32)),
+        source,
+        steps=config.steps,
+        journal=loop.Journal(
+            run_dir=folder,
+            settings=settings,
+            fingerprint={
+                **loop.lasting(settings),
+                "model": loop.digest(start),
+                "objective": description,
+                "optimizer": config.optimizer if optimizer is None else "passed as an object",
+            },
+            checkpoint_every=config.checkpoint_every,
+            keep_checkpoints=config.keep_checkpoints,
+        ),
+        description=description,
+        quiet=quiet,
+    )
+    if folder is not None:
+        reporting.plot_supervised(folder)
+    if validate is None:
+        return nnx.merge(definition, params), history, None
+    return nnx.merge(definition, best), history, float(best_value)
+
+
+def _arrays(batch: CompletionBatch) -> dict[str, Any]:
+    arrays = {entry.name: getattr(batch, entry.name) for entry in dataclasses.fields(batch)}
+    del arrays["ids"]
+    return arrays
+
+
+def _tokens(
+    data: Data, model: LanguageModel, columns: Sequence[str], config: SupervisedConfig
+) -> tuple[TokenRecords, DropReport]:
+    records, read = read_records(data, columns=columns)
+    tokens, kept = tokenize_completions(
+        records,
+        model.tokenizer,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_completion_tokens=config.max_completion_tokens,
+        vocab_size=model.module.vocab_size,
+        overlong=config.overlong,
+        on_bad_record="skip",
+    )
+    return tokens, read.then(kept)
+
+
+def sft(
+    policy: LanguageModel | str | Path,
+    data: Data,
+    config: SupervisedConfig | None = None,
+    *,
+    held_out: Data = (),
+    run_dir: str | Path | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    quiet: bool = False,
+) -> FitResult:
+    """Fine-tune a language model on recorded completions: the starting point and reference of `train`.
+
+    The loss is the mean of −log π over completion tokens, EOS included; prompts are read, not learned.
+
+    Args:
+      policy: a `LanguageModel`, or the directory of a Hugging Face checkpoint. It is not changed.
+      data: records with `prompt` and `completion`: a JSONL, Parquet or Arrow file, or an iterable of mappings.
+      config: settings.
+      held_out: records of the same form; the model with the highest mean log-prob per token on them is returned.
+      run_dir: where config, metrics, checkpoints, plots and the model are written; the same call goes on from there.
+      optimizer: any optax transformation, instead of the one that the config names.
+      quiet: show no progress bar.
+
+    Returns:
+      `FitResult`; its criterion is `eval/logp`, in nats per token.
+
+    Raises:
+      ConfigError: a setting breaks its rule.
+      DataError: a record cannot be used, or none is left.
+      CheckpointError: the run directory holds another run.
+    """
+    config = SupervisedConfig() if config is None else config
+    model = as_model(policy)
+    tokens, report = _tokens(data, model, ("prompt", "completion"), config)
+    checks = _tokens(held_out, model, ("prompt", "completion"), config)[0] if _any(held_out) else None
+
+    def batches(of: TokenRecords) -> CompletionBatcher:
+        return CompletionBatcher(
+            of.prompts,
+            *of.completions,
+            ids=of.ids,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_completion_tokens=config.max_completion_tokens,
+            max_shapes=config.max_shapes,
+        )
+
+    with batches(tokens) as batcher:
+
+        def validate(module: Any) -> float:
+            definition, params = nnx.split(module)
+            with batches(checks) as held:
+                sums = [_measure(definition, params, _arrays(batch), objective=token_loss) for batch in held.in_order()]
+            total, count = (sum(float(part[which]) for part in sums) for which in (0, 1))
+            return -total / count
+
+        module, metrics, best = _fit(
+            model.module,
+            token_loss,
+            batcher,
+            lambda: _arrays(next(batcher)),
+            config,
+            validate=None if checks is None else validate,
+            criterion="eval/logp",
+            optimizer=optimizer,
+            run_dir=run_dir,
+            description="sft",
+            quiet=quiet,
+        )
+    tuned = dataclasses.replace(model, module=module)
+    if run_dir is not None:
+        save(tuned, Path(run_dir) / "model")
+    return FitResult(tuned, metrics, best, report)
+
+
+def fit_preference_model(
+    model: LanguageModel | str | Path,
+    data: Data,
+    config: SupervisedConfig | None = None,
+    *,
+    held_out: Data = (),
+    template: str = SUMMARY_PROMPT,
+    answers: tuple[str, str] = ("1", "2"),
+    symmetric: bool = True,
+    run_dir: str | Path | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    quiet: bool = False,
+) -> FitResult:
+    """Train a language model to say which of two completions is better.
+
+    Every pair is read in both orders, as two examples; the loss is the cross-entropy of the two answers with the
+    recorded preference, hard or soft.
+
+    Args:
+      model: where to start; a `LanguageModel` or the directory of a checkpoint. It is not changed.
+      data: records with `prompt`, `chosen`, `rejected` and optionally `preference`, in a file or an iterable.
+      config: settings; `max_prompt_tokens` limits a whole reading, whose prompt is shortened to fit.
+      held_out: records of the same form; the model with the highest agreement with them is returned.
+      template: the text to read, with {prompt}, {first} and {second}.
+      answers: the two words whose logits are compared.
+      symmetric: average over both orders when judging.
+      run_dir: where everything is written; the same call goes on from there.
+      optimizer: any optax transformation, instead of the one that the config names.
+      quiet: show no progress bar.
+
+    Returns:
+      `FitResult` with a `PreferenceModel`; its criterion is `eval/agreement`, ties counted as half.
+
+    Raises:
+      ConfigError: a setting breaks its rule.
+      DataError: a record cannot be used, or none is left.
+      ValueError: a template or answers that cannot be used.
+      CheckpointError: the run directory holds another run.
+    """
+    config = SupervisedConfig() if config is None else config
+    judge = PreferenceModel(
+        as_model(model), template, answers, symmetric=symmetric, max_tokens=config.max_prompt_tokens
+    )
+    records, report = read_records(data, columns=PAIR_COLUMNS)
+    checks = read_records(held_out, columns=PAIR_COLUMNS)[0] if _any(held_out) else []
+    prompts, chosen, rejected, preference = _columns(records)
+    readings = judge.readings(prompts * 2, chosen + rejected, rejected + chosen)
+    labels = np.concatenate([preference, 1 - preference])
+    with PromptBatcher(
+        readings,
+        batch_size=config.batch_size,
+        max_tokens=config.max_prompt_tokens,
+        seed=config.seed,
+        max_shapes=config.max_shapes,
+        vocab_size=judge.model.module.vocab_size,
+    ) as batcher:
+
+        def read() -> dict[str, Any]:
+            batch = next(batcher)
+            return {
+                "prompt_tokens": batch.tokens,
+                "prompt_lengths": batch.lengths,
+                "preference": labels[batch.ids],
+                "answers": judge.answer_ids(),
+            }
+
+        def with_module(module: Any) -> PreferenceModel:
+            return dataclasses.replace(judge, model=dataclasses.replace(judge.model, module=module))
+
+        module, metrics, best = _fit(
+            judge.model.module,
+            preference_loss,
+            batcher,
+            read,
+            config,
+            validate=(lambda module: agreement(with_module(module), checks)) if checks else None,
+            criterion="eval/agreement",
+            optimizer=optimizer,
+            run_dir=run_dir,
+            description="preference model",
+            quiet=quiet,
+        )
+    fitted = with_module(module)
+    if run_dir is not None:
+        fitted.save(Path(run_dir) / "model")
+    return FitResult(fitted, metrics, best, report)
+
+
+def fit_reward_model(
+    model: LanguageModel | str | Path,
+    data: Data,
+    config: SupervisedConfig | None = None,
+    *,
+    held_out: Data = (),
+    run_dir: str | Path | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    quiet: bool = False,
+) -> FitResult:
+    """Train a scalar reward on recorded preferences, by Bradley-Terry (IPO-MD, section 2.2).
+
+    Args:
+      model: where to start; a `LanguageModel` or the directory of a checkpoint. It is not changed.
+      data: records with `prompt`, `chosen`, `rejected` and optionally `preference`, in a file or an iterable.
+      config: settings.
+      held_out: records of the same form; the model with the highest agreement with them is returned.
+      run_dir: where everything is written; the same call goes on from there.
+      optimizer: any optax transformation, instead of the one that the config names.
+      quiet: show no progress bar.
+
+    Returns:
+      `FitResult` with a `RewardModel`; its criterion is `eval/agreement`, ties counted as half.
+
+    Raises:
+      ConfigError: a setting breaks its rule.
+      DataError: a record cannot be used, or none is left.
+      CheckpointError: the run directory holds another run.
+    """
+    config = SupervisedConfig() if config is None else config
+    judge = RewardModel.from_model(as_model(model), max_prompt_tokens=config.max_prompt_tokens)
+    tokens, report = _tokens(data, judge.model, PAIR_COLUMNS, config)
+    checks = read_records(held_out, columns=PAIR_COLUMNS)[0] if _any(held_out) else []
+    with PairBatcher(
+        tokens.prompts,
+        *tokens.completions,
+        preference=tokens.preference,
+        ids=tokens.ids,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_completion_tokens=config.max_completion_tokens,
+        max_shapes=config.max_shapes,
+    ) as batcher:
+
+        def with_module(module: Any) -> RewardModel:
+            return dataclasses.replace(judge, module=module)
+
+        module, metrics, best = _fit(
+            judge.module,
+            reward_loss,
+            batcher,
+            lambda: _arrays(next(batcher)),
+            config,
+            validate=(lambda module: agreement(with_module(module), checks)) if checks else None,
+            criterion="eval/agreement",
+            optimizer=optimizer,
+            run_dir=run_dir,
+            description="reward model",
+            quiet=quiet,
+        )
+    fitted = with_module(module)
+    if run_dir is not None:
+        fitted.save(Path(run_dir) / "model")
+    return FitResult(fitted, metrics, best, report)
+
+
+def agreement(judge: Judge, records: Sequence[Record]) -> float:
+    """Share of pairs where the judge and the record prefer the same completion, a tie of either counted as half."""
+    prompts, chosen, rejected, preference = _columns(records)
+    given = np.sign(ask(judge, prompts, chosen, rejected) - np.float32(0.5))
+    return float((1 + given * np.sign(preference - np.float32(0.5))).mean() / 2)
+
+
+def _columns(records: Sequence[Record]) -> tuple[list[str], list[str], list[str], np.ndarray]:
+    return (
+        [record.prompt for record in records],
+        [record.completions[0] for record in records],
+        [record.completions[1] for record in records],
+        np.array([record.preference for record in records], np.float32),
+    )
+
+
+def _any(data: Data) -> bool:
+    return not isinstance(data, Sized) or len(data) > 0
