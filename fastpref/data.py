@@ -137,10 +137,10 @@ class _Batcher(ABC, Generic[Batch]):
         self._check_open()
         epoch = self.epoch
         if self._plan is None or self._plan[0] != epoch:
-            planned = _batcher.plan_epoch(
+            rows, shapes = _batcher.plan_epoch(
                 self._shape_of, num_shapes=len(self.shapes), batch_size=self.batch_size, seed=self._seed, epoch=epoch
             )
-            self._plan = (epoch, *planned)
+            self._plan = (epoch, rows, shapes)
         _, rows, shapes = self._plan
         at = self.batches_done - self._first_batch(epoch)
         batch = self._assemble(rows[at], _batcher.take(self._ids, rows[at]), self.shapes[shapes[at]])

@@ -43,6 +43,9 @@ class Ragged:
           DataError: something that is not a whole number of at most 32 bits.
         """
         rows = list(rows)
+        for index, row in enumerate(rows):
+            if not hasattr(row, "__len__"):
+                raise DataError(f"a row must be a list of token ids, got {row!r} at record {index}. Put it in a list.")
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
         values = np.asarray(list(chain.from_iterable(rows)))
