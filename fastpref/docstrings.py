@@ -188,7 +188,7 @@ def harvest(
     return Harvest(examples, found.files, found.unreadable, found.docstrings)
 
 
-def splits(examples: Iterable[Example], shares: tuple[float, float, float, float] = (0.55, 0.15, 0.2, 0.1)) -> Splits:
+def splits(examples: Iterable[Example], shares: tuple[float, float, float, float] = (0.5, 0.18, 0.2, 0.12)) -> Splits:
     """Deal examples out by a hash of their summary, so that machines with other examples agree on the common ones.
 
     Args:
@@ -325,6 +325,8 @@ def _example(name: str, docstring: str, source: str) -> Example | None:
     if len(docstring.split()) < _SUMMARY_WORDS[0] + _BODY_WORDS[0]:
         return None
     opening, _, rest = inspect.cleandoc(docstring).partition("\n\n")
+    if _NOISE.search(opening) or opening.endswith(":"):
+        return None
     summary, _, more = _SENTENCE_END.sub("\n", _unmark(opening), count=1).partition("\n")
     words = summary.split()
     if not _SUMMARY_WORDS[0] <= len(words) <= _SUMMARY_WORDS[1] or not _is_prose(summary, 0.9):
@@ -333,7 +335,9 @@ def _example(name: str, docstring: str, source: str) -> Example | None:
     if len(body.split()) < _BODY_WORDS[0] or not _is_english(body):
         return None
     title = " ".join(_NAME_WORD.findall(name)).lower()
-    return Example(f"{PREFIX}{title}: {body}", summary, source) if title else None
+    if not title or not _is_grounded(summary, f"{title} {body}"):
+        return None
+    return Example(f"{PREFIX}{title}: {body}", summary, source)
 
 
 def _prose(text: str) -> str:
@@ -373,6 +377,14 @@ def _is_prose(text: str, share: float) -> bool:
 def _is_english(text: str) -> bool:
     words = text.casefold().split()
     return sum(word in _COMMON for word in words) >= 0.15 * len(words)
+
+
+def _is_grounded(summary: str, article: str) -> bool:
+    """Whether a third of the summary's longer words, up to their endings, stand in the article: nobody could have
+    written the others from it.
+    """
+    roots = {word[:5] for word in _plain(summary).split() if len(word) > 3 and word not in _COMMON}
+    return 3 * sum(root in article.casefold() for root in roots) >= max(1, len(roots))
 
 
 def _load(file: Path) -> Harvest | None:
