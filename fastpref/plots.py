@@ -11,6 +11,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 Columns = dict[str, np.ndarray]
@@ -145,8 +146,8 @@ def _plot(run_dir: Path, panels: Sequence[Panel]) -> list[Path]:
     folder.mkdir(exist_ok=True)
     width = min(len(present), 3)
     height = -(-len(present) // width)
-    overview = Figure(figsize=(4.6 * width, 3.3 * height + 0.5), layout="constrained")
-    overview.get_layout_engine().set(hspace=0.06, wspace=0.04)
+    spacing = ConstrainedLayoutEngine(hspace=0.06, wspace=0.04)
+    overview = Figure(figsize=(4.6 * width, 3.3 * height + 0.5), layout=spacing)
     overview.suptitle(run_dir.resolve().name, x=0.012, ha="left", fontsize=13, fontweight="bold", color=INK)
     for place, panel in enumerate(present, 1):
         _draw(overview.add_subplot(height, width, place), panel, columns)
@@ -205,7 +206,7 @@ def _draw(axes: Axes, panel: Panel, columns: Columns) -> None:
     axes.set_title(panel.title, loc="left", fontsize=10.5, color=INK)
     axes.set_xlabel("optimiser steps", fontsize=9, color=MUTED)
     axes.set_ylabel(panel.y_label, fontsize=9, color=MUTED)
-    last = columns["step"].max()
+    last = max(columns["step"].max(), 1.0)
     axes.set_xlim(-0.02 * last, 1.02 * last)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.tick_params(colors=MUTED, labelsize=8.5, length=0)

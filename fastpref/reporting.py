@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import orjson
@@ -149,7 +149,7 @@ class Run:
         self._close_files()
         self._closed = True
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Run":
         return self
 
     def __exit__(
@@ -197,20 +197,20 @@ def _number(name: str, value: Any) -> int | float:
     return number
 
 
-def _cut(path: Path, last_step: float) -> None:
+def _cut(path: Path, last_step: int | float) -> None:
     """Keep the whole lines of a JSONL file whose step is at most `last_step`."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     kept = []
     for number, line in enumerate(lines, 1):
         if line.endswith(b"\n"):
             try:
-                step = orjson.loads(line)["step"]
+                keep = orjson.loads(line)["step"] <= last_step
             except (orjson.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}, line {number}: each line must be a JSON object with a step, "
                     f"but this one starts {line[:60]!r}. Remove or mend it."
                 ) from error
-            if step <= last_step:
+            if keep:
                 kept.append(line)
     if len(kept) < len(lines):
         _replace(path, b"".join(kept))
@@ -250,7 +250,7 @@ class Bar:
         self._completed = completed
         self._metrics: dict[str, Any] = {}
 
-    def update(self, advance: int = 1, **metrics: Any) -> None:
+    def update(self, advance: int = 1, /, **metrics: Any) -> None:
         """Move on by `advance` steps and show the metrics that are in `SHOWN`; each stays until it is given again."""
         self._completed += advance
         self._metrics |= metrics

@@ -1,0 +1,429 @@
+"""What a run writes can be read back exactly, cut at a checkpoint, shown and plotted."""
+
+import io
+import math
+import random
+import re
+import resource
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import orjson
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from fastpref import plots
+from fastpref.reporting import METRICS, SHOWN, Run, plot_run, plot_supervised, progress, samples_table, table
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [orjson.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def events(path: Path) -> list[Event]:
+    blob, found = path.read_bytes(), []
+    while blob:
+        (length,) = struct.unpack("<Q", blob[:8])
+        found.append(Event.FromString(blob[12 : 12 + length]))
+        blob = blob[16 + length :]
+    return found
+
+
+def output(width: int = 100, **options: Any) -> tuple[Console, io.StringIO]:
+    file = io.StringIO()
+    return Console(file=file, width=width, **options), file
+
+
+# A run directory ----------------------------------------------------------------------------------------------------
+
+
+def test_config_is_sorted_and_replaced(tmp_path: Path) -> None:
+    with Run(tmp_path / "runs" / "one") as run:
+        run.write_config({"tau": 0.5})
+        run.write_config({"tau": 1.0, "algorithm": "ipo-md", "optimizer": {"name": "adamw", "b": [1, 2]}})
+    text = (tmp_path / "runs" / "one" / "config.json").read_text()
+    assert text.startswith('{\n  "algorithm": "ipo-md",\n  "optimizer": {\n    "b": [\n')
+    assert orjson.loads(text)["tau"] == 1.0
+    assert [path.name for path in (tmp_path / "runs" / "one").iterdir()] == ["config.json"]
+
+
+def test_numbers_come_back_equal(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    drawn = [struct.unpack("<d", rng.randbytes(8))[0] for _ in range(2000)]
+    values = {str(index): value for index, value in enumerate(drawn) if math.isfinite(value)}
+    kinds: dict[str, Any] = {
+        "float32": np.float32(0.1),
+        "float64": np.float64(0.1),
+        "jax": jnp.asarray(0.3, jnp.float32),
+        "bfloat16": jnp.asarray(0.3, jnp.bfloat16),
+        "zero_d": np.asarray(1e-45, np.float32),
+        "negative_zero": -0.0,
+        "int": np.int64(3),
+    }
+    with Run(tmp_path, tensorboard=False) as run:
+        run.log(1, values | kinds)
+    (record,) = records(tmp_path / "metrics.jsonl")
+    assert next(iter(record)) == "step"
+    assert {name: record[name] for name in values} == values
+    assert {name: record[name] for name in kinds} == {name: float(value) for name, value in kinds.items()}
+    assert math.copysign(1, record["negative_zero"]) == -1
+    assert isinstance(record["int"], int)
+
+
+def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        run.log(3, {"loss": float("nan"), "grad_norm": np.float32("inf"), "tau": -math.inf, "epoch": 1})
+    assert (
+        tmp_path / "metrics.jsonl"
+    ).read_bytes() == b'{"step":3,"loss":null,"grad_norm":null,"tau":null,"epoch":1}\n'
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    assert [value.tag for event in events(path) for value in event.summary.value] == ["epoch"]
+
+
+def test_a_line_is_in_the_file_when_log_returns(tmp_path: Path) -> None:
+    with Run(tmp_path, tensorboard=False) as run:
+        for step in (1, 2):
+            run.log(step, {"loss": 0.5})
+            run.log_samples(step, [{"prompt": "é\n", "first": ""}])
+            assert len(records(tmp_path / "metrics.jsonl")) == step
+            assert records(tmp_path / "samples.jsonl")[-1] == {"step": step, "prompt": "é\n", "first": ""}
+
+
+def test_no_samples_write_no_file(tmp_path: Path) -> None:
+    with Run(tmp_path, tensorboard=False) as run:
+        run.log_samples(1, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("metrics", "rule"),
+    [
+        ({"step": 3}, "a metric cannot be called 'step'; got 3"),
+        ({"loss": np.ones(2)}, r"must be one number; got loss=array\(\[1., 1.\]\). Average it first"),
+        ({"loss": "low"}, "must be one number; got loss='low'"),
+    ],
+)
+def test_what_is_no_metric_is_refused(tmp_path: Path, metrics: dict[str, Any], rule: str) -> None:
+    with Run(tmp_path) as run, pytest.raises(ValueError, match=rule):
+        run.log(1, metrics)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_closing_twice_is_fine_and_writing_after_it_is_not(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.log(1, {"loss": 1.0})
+    run.close()
+    run.close()
+    with pytest.raises(ValueError, match=r"metrics.jsonl cannot be written: the run is closed. Open another Run"):
+        run.log(2, {"loss": 1.0})
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    run = Run(tmp_path, tensorboard=False)
+    run.log(1, {"loss": 1.0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*metrics.jsonl'"):
+            run.log(2, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    run.close()
+
+
+def steps_of(run: Run, steps: range) -> None:
+    for step in steps:
+        run.log(step, {"loss": 1 / step, "tau": 1.0})
+        if step % 2 == 0:
+            run.log_samples(step, [{"prompt": f"p{step}", "first": "a"}, {"prompt": f"q{step}", "first": "b"}])
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step":8,"lo', b'{"step":3,"loss":0.1}'])
+def test_a_continued_run_has_the_files_of_an_uninterrupted_one(tmp_path: Path, torn: bytes) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    with Run(whole, tensorboard=False) as run:
+        steps_of(run, range(1, 13))
+    with Run(cut, tensorboard=False) as run:
+        run.truncate_after(0)
+        steps_of(run, range(1, 8))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with (cut / name).open("ab") as file:
+            file.write(torn)
+    with Run(cut, tensorboard=False) as run:
+        run.truncate_after(5)
+        assert [record["step"] for record in records(cut / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+        assert [record["step"] for record in records(cut / "samples.jsonl")] == [2, 2, 4, 4]
+        steps_of(run, range(6, 13))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    assert sorted(path.name for path in cut.iterdir()) == ["metrics.jsonl", "samples.jsonl"]
+
+
+def test_a_torn_line_is_not_written_on_to(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step":1,"loss":0.5}\n{"step":2,"lo')
+    with Run(tmp_path, tensorboard=False) as run:
+        run.log(2, {"loss": 0.25})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step":1,"loss":0.5}\n{"step":2,"loss":0.25}\n'
+
+
+@pytest.mark.parametrize("line", [b"\x00\x00", b'{"loss":1}', b"[1]", b'{"step":"2"}', b'{"step":2'])
+def test_a_broken_line_is_named_and_nothing_is_lost(tmp_path: Path, line: bytes) -> None:
+    content = b'{"step":1}\n' + line + b'\n{"step":3}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with Run(tmp_path) as run, pytest.raises(ValueError, match=r"metrics.jsonl, line 2: .* Remove or mend it"):
+        run.truncate_after(1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == content
+
+
+def test_truncation_is_one_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Run(tmp_path, tensorboard=False) as run:
+        steps_of(run, range(1, 4))
+        before = (tmp_path / "metrics.jsonl").read_bytes()
+
+        def fail(path: Path, target: Path) -> Path:
+            assert path.read_bytes() == before[: before.index(b"\n") + 1]
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            run.truncate_after(1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_tensorboard_hides_the_steps_that_are_taken_again(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        steps_of(run, range(1, 8))
+        run.truncate_after(5)
+        steps_of(run, range(6, 9))
+    first, second = sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.suffix)
+    before, after = events(first), events(second)
+    assert [event.step for event in before if event.summary.value and event.summary.value[0].tag == "loss"] == [
+        *range(1, 8)
+    ]
+    restart = next(event for event in after if event.session_log.status == SessionLog.START)
+    assert restart.step == 6
+    losses = {
+        e.step: e.summary.value[0].simple_value for e in after if e.summary.value and e.summary.value[0].tag == "loss"
+    }
+    assert losses == {step: float(np.float32(1 / step)) for step in (6, 7, 8)}
+
+
+# Progress and tables ------------------------------------------------------------------------------------------------
+
+STEP = {"loss": 0.25, "objective/kl": 1.5, "tokens/generated": 500, "time/step": 0.25, "tau": 1.0}
+
+
+def test_a_terminal_gets_a_bar_with_metrics() -> None:
+    console, file = output(140, force_terminal=True)
+    with progress(4, description="ipo-md", console=console) as bar:
+        bar.update(**STEP, **{"eval/win_rate": 0.6125})
+        bar.update(2)
+    last = re.split(r"[\r\n]+", file.getvalue().rstrip())[-2]
+    assert "\x1b[" in last
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last)
+    for part in ("ipo-md", "3/4", "elapsed", "left", "loss 0.25", "win rate 61.3%", "KL 1.5 nats", "2,000 tokens/s"):
+        assert part in plain
+    assert "tau" not in plain
+
+
+def test_a_file_gets_a_plain_line_at_each_tenth() -> None:
+    console, file = output(20)
+    with progress(50, description="ipo-md", console=console) as bar:
+        for _ in range(50):
+            bar.update(**STEP)
+    lines = file.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == [f"{step}/50" for step in range(5, 51, 5)]
+    assert lines[0].startswith("ipo-md 5/50 · loss 0.25 · KL 1.5 nats · 2,000 tokens/s · 0:00:00 elapsed, 0:00:00 left")
+    assert "\x1b" not in file.getvalue()
+
+
+def test_a_slow_run_gets_a_line_a_minute_and_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    console, file = output()
+    with progress(100, description="sft", completed=20, console=console) as bar:
+        for _ in range(5):
+            now += 25.0
+            bar.update()
+    assert file.getvalue().splitlines() == ["sft 23/100 · 0:01:15 elapsed, 0:32:05 left"]
+
+
+def test_quiet_is_quiet_and_a_bar_can_be_forced() -> None:
+    for enabled, anything in ((False, False), (True, True)):
+        console, file = output(force_terminal=False)
+        with progress(1, description="sft", enabled=enabled, console=console) as bar:
+            bar.update(loss=1.0)
+        assert bool(file.getvalue()) == anything
+    console, file = output(force_terminal=True)
+    with progress(1, description="sft", enabled=False, console=console) as bar:
+        bar.update(loss=1.0)
+    assert file.getvalue() == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_lets_errors_through_and_takes_empty_runs(terminal: bool) -> None:
+    console, _ = output(force_terminal=terminal)
+    with pytest.raises(KeyError, match="judge"), progress(3, description="sft", console=console):
+        raise KeyError("judge")
+    with progress(0, description="sft", console=console):
+        pass
+    with progress(0, description="sft", console=console) as bar:  # the console is free again
+        bar.update(0)
+
+
+def test_a_table_aligns_numbers_and_shows_text_as_it_is() -> None:
+    console, file = output(60)
+    rows = [["[bold]ipo-md[/bold]", 0.612345, 12000.4, None], ["sft\x1b[31m", np.float32(0.5), 7, 3]]
+    table("Win rates", ["policy", "win rate", "tokens", "runs"], rows, console=console)
+    lines = file.getvalue().splitlines()
+    assert lines[0].strip() == "Win rates"
+    body = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    assert body == [["[bold]ipo-md[/bold]", "0.6123", "12,000", "–"], ["sft�[31m", "0.5", "7", "3"]]
+    numbers = [line.split("│")[2] for line in lines if line.startswith("│")]
+    assert [cell.rstrip()[-1] == cell[-2] for cell in numbers] == [True, True]
+    with pytest.raises(ValueError, match=r"a row needs 2 cells, for \['a', 'b'\]; got 1: \[1\]"):
+        table("t", ["a", "b"], [[1]], console=console)
+
+
+def test_samples_stand_side_by_side_wrapped_and_shortened() -> None:
+    console, file = output(70)
+    samples = [
+        {"prompt": "word " * 200, "before": "[red]x[/red]", "after": "Return the sum.\nAnd\x07 more."},
+        {"prompt": "short", "before": "y", "after": "z"},
+    ]
+    samples_table("Held-out prompts", samples, limit=60, console=console)
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 70
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    prompt = " ".join(row[0] for row in cells if row[0] and row[0] != "short")
+    assert prompt == ("word " * 12).strip() + "…"
+    assert {"[red]x[/red]", "y"} <= {row[1] for row in cells}
+    assert {"Return the sum.", "And� more.", "z"} <= {row[2] for row in cells}
+    assert sum(line.startswith("├") for line in lines) == 1
+
+
+# Metrics and plots --------------------------------------------------------------------------------------------------
+
+
+def test_every_metric_that_is_shown_or_plotted_is_documented() -> None:
+    panels = plots.RUN_PANELS + plots.SUPERVISED_PANELS
+    plotted = {name for panel in panels for name, _ in panel.series} | {n for panel in panels for n in panel.band or ()}
+    assert (plotted | set(SHOWN)) <= set(METRICS)
+    assert all(metric.formula and metric.better in ("higher", "lower", "") for metric in METRICS.values())
+    assert all(METRICS[name].unit == "s" for name in METRICS if name.startswith("time/"))
+
+
+def online_run(directory: Path, steps: int = 60) -> Path:
+    rng = np.random.default_rng(0)
+    with Run(directory, tensorboard=False) as run:
+        for step in range(1, steps + 1):
+            metrics = {"loss": float(rng.normal()), "objective/kl": step / 10, "completions/mean_length": 9.0}
+            if step % 20 == 0:
+                metrics |= {"eval/win_rate": 0.6, "eval/win_rate_low": 0.55, "eval/win_rate_high": 0.65}
+            run.log(step, metrics | {"grad_norm": math.nan if step == 5 else 1.0})
+    return directory
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+
+    def keep(figure: Figure, path: Path) -> Path:
+        figures[path.stem] = figure
+        return path
+
+    monkeypatch.setattr(plots, "_write", keep)
+    return figures
+
+
+def test_a_run_is_plotted_to_images(tmp_path: Path) -> None:
+    written = plot_run(online_run(tmp_path / "ipo-md"))
+    assert [path.name for path in written] == [
+        f"{name}.png" for name in ("overview", "loss", "win_rate", "kl", "lengths", "grad_norm")
+    ]
+    for path in written:
+        assert path.parent == tmp_path / "ipo-md" / "plots"
+        with Image.open(path) as image:
+            assert min(image.size) > 500
+            assert len(image.convert("RGB").getcolors(1 << 24) or []) > 50
+
+
+def test_plots_show_the_numbers_with_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = drawn(monkeypatch)
+    plot_run(online_run(tmp_path / "ipo-md"))
+    assert figures["overview"].get_suptitle() == "ipo-md"
+    assert len(figures["overview"].axes) == 5
+    assert all(
+        axes.get_title(loc="left") and axes.get_xlabel() and axes.get_ylabel() for axes in figures["overview"].axes
+    )
+    (kl,) = figures["kl"].axes
+    assert kl.get_ylabel() == "KL (nats per completion)"
+    points, smooth = kl.lines
+    assert points.get_xydata().tolist() == [[step, step / 10] for step in range(1, 61)]
+    np.testing.assert_allclose(smooth.get_ydata()[4:-4], np.arange(5, 57) / 10)
+    (grad_norm,) = figures["grad_norm"].axes
+    assert 5 not in grad_norm.lines[0].get_xdata()
+    (win_rate,) = figures["win_rate"].axes
+    assert win_rate.lines[0].get_ydata() == [0.5, 0.5]
+    (band,) = win_rate.collections
+    corners = band.get_paths()[0].vertices
+    assert (corners[:, 1].min(), corners[:, 1].max()) == (0.55, 0.65)
+
+
+def test_supervised_training_is_plotted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Run(tmp_path, tensorboard=False) as run:
+        for step in range(1, 5):
+            run.log(step, {"loss": 2.0, **({"eval/loss": 2.5, "eval/accuracy": 0.7} if step == 4 else {})})
+    figures = drawn(monkeypatch)
+    plot_supervised(tmp_path)
+    assert list(figures) == ["overview", "loss", "accuracy"]
+    (loss,) = figures["loss"].axes
+    legend = loss.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["training", "held out"]
+
+
+def test_smoothing_keeps_short_and_straight_series() -> None:
+    noise = np.random.default_rng(1).normal(size=400)
+    np.testing.assert_allclose(plots._smooth(noise[:39]), noise[:39])
+    np.testing.assert_allclose(plots._smooth(np.arange(400.0))[10:-10], np.arange(10.0, 390.0))
+    np.testing.assert_allclose(plots._smooth(noise)[200], noise[190:211].mean())
+
+
+def test_long_runs_are_thinned_and_a_single_step_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = drawn(monkeypatch)
+    monkeypatch.setattr(plots, "MOST_POINTS", 20)
+    plot_run(online_run(tmp_path / "long"))
+    assert [len(line.get_xdata()) for line in figures["kl"].axes[0].lines] == [20, 20]
+    plot_run(online_run(tmp_path / "one", steps=1))
+    assert figures["loss"].axes[0].lines[0].get_xdata().tolist() == [1.0]
+
+
+def test_a_run_with_nothing_to_plot_says_so(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl must hold at least one finite metric .*; it is not there. Run"
+    ):
+        plot_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match="it has None"):
+        plot_supervised(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step":1,"loss":null,"tau":1.0}\n{"step":2,"lo')
+    with pytest.raises(ValueError, match=r"it has \['loss', 'step', 'tau'\]"):
+        plot_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step":1,"loss":0.5}\n{"step":2,"lo\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: each line must be JSON"):
+        plot_run(tmp_path)
+    assert not (tmp_path / "plots").exists()
+
+
+def test_plots_leave_the_global_pyplot_alone() -> None:
+    code = "import sys, fastpref.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
