@@ -19,7 +19,7 @@ This module alone imports the native extension.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import xxhash
@@ -52,6 +52,7 @@ Numbers = Sequence[int] | Sequence[float] | np.ndarray
 Shape = tuple[int, int]
 """Padded prompt and completion tokens of a batch; the second is 0 where there are no completions."""
 Batch = TypeVar("Batch", PromptBatch, CompletionBatch)
+Own = TypeVar("Own", bound="_Batcher[Any]")
 
 SIDE_MULTIPLE = 8
 """Chosen sides are multiples of it, except where the limit is not."""
@@ -130,7 +131,7 @@ class _Batcher(ABC, Generic[Batch]):
         """Number of batches of an epoch; it differs by at most one between epochs."""
         return self._first_batch(epoch + 1) - self._first_batch(epoch)
 
-    def __iter__(self) -> Self:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
@@ -189,7 +190,7 @@ class _Batcher(ABC, Generic[Batch]):
         self._columns = {}
         self._plan = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self: Own) -> Own:
         return self
 
     def __exit__(
