@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import orjson
 import rich
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -236,7 +236,7 @@ SHOWN: dict[str, Callable[[Mapping[str, float]], str]] = {
     "objective/kl": lambda metrics: f"KL {metrics['objective/kl']:.3g} nats",
     "tokens/generated": lambda metrics: f"{metrics['tokens/generated'] / metrics['time/step']:,.0f} tokens/s",
 }
-"""The metrics that fit beside a progress bar, and how they are written there."""
+"""The metrics that fit below a progress bar, and how they are written there."""
 
 LINE_SECONDS = 60.0
 """Where no bar can be drawn, a line is printed at each tenth of the way and at least this often."""
@@ -292,13 +292,22 @@ def progress(
             TextColumn("elapsed,", style="dim"),
             TimeRemainingColumn(),
             TextColumn("left", style="dim"),
-            TextColumn("{task.fields[metrics]}", markup=False),
         )
-        with RichProgress(*columns, console=console, refresh_per_second=4) as bars:
+        with _TwoLines(*columns, console=console, refresh_per_second=4) as bars:
             task = bars.add_task(description, total=total, completed=completed, metrics="")
             yield Bar(lambda done, text: bars.update(task, completed=done, metrics=text), completed)
     else:
         yield Bar(_lines(total, description, completed, console), completed)
+
+
+class _TwoLines(RichProgress):
+    """The metrics below the bar: beside it they would push it off a narrow terminal."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["metrics"]:
+                yield Text(task.fields["metrics"], no_wrap=True, overflow="ellipsis")
 
 
 def _lines(total: int, description: str, completed: int, console: Console) -> Callable[[int, str], None]:
@@ -338,13 +347,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(f"a row needs {len(columns)} cells, for {list(columns)}; got {len(row)}: {row}")
-    shown = Table(title=title, title_justify="left", title_style="bold")
+    shown = Table()
     for index, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int | float | None) for row in rows)
         shown.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         shown.add_row(*(Text(_cell(value)) for value in row))
-    (rich.get_console() if console is None else console).print(shown)
+    _print(title, shown, console)
 
 
 def samples_table(
@@ -360,17 +369,23 @@ def samples_table(
     Args:
       title: above the table.
       samples: the texts of each sample, by column.
-      columns: which texts, in this order; all get the same width.
+      columns: which texts, in this order; the first gets twice the width of each other.
       limit: characters of a text that are shown; the rest becomes "…".
       console: where to print; None for rich's own.
     """
-    shown = Table(title=title, title_justify="left", title_style="bold", show_lines=True, expand=True)
-    for name in columns:
-        shown.add_column(Text(name), ratio=1, overflow="fold")
+    shown = Table(show_lines=True, expand=True)
+    for index, name in enumerate(columns):
+        shown.add_column(Text(name), ratio=1 if index else 2, overflow="fold")
     for sample in samples:
         texts = (_visible(sample[name]) for name in columns)
         shown.add_row(*(Text(text if len(text) <= limit else text[:limit].rstrip() + "…") for text in texts))
-    (rich.get_console() if console is None else console).print(shown)
+    _print(title, shown, console)
+
+
+def _print(title: str, shown: Table, console: Console | None) -> None:
+    console = rich.get_console() if console is None else console
+    console.print(Text(title, style="bold"))  # a table's own title is squeezed to the table's width
+    console.print(shown)
 
 
 def _cell(value: Any) -> str:
