@@ -227,15 +227,15 @@ def _open(source: object) -> tuple[str, str, Iterator[tuple[int, object]]]:
         if path.suffix in (".jsonl", ".ndjson", ".json"):
             return path.name, "line", _json_lines(path)
         if path.suffix == ".parquet":
-            return path.name, "record", _whole(path, _table_rows(_parquet_batches(path)))
+            return path.name, "record", _whole(path.name, "Parquet file", _parquet_batches(path))
         if path.suffix in (".arrow", ".feather", ".ipc"):
-            return path.name, "record", _whole(path, _table_rows(_arrow_batches(path)))
+            return path.name, "record", _whole(path.name, "Arrow file", _arrow_batches(path))
         raise DataError(
             "a file must end in .jsonl, .ndjson, .json, .parquet, .arrow, .feather or .ipc, "
             f"got {path.name!r}. Rename or convert it."
         )
     if isinstance(source, pa.Table):
-        return "table", "record", _table_rows(iter(source.to_batches()))
+        return "table", "record", _whole("table", "Arrow table", iter(source.to_batches()))
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise DataError(
             f"a source must be a path, a table or many records, got {type(source).__name__}. Make it a list."
@@ -308,15 +308,16 @@ def _plain(column: pa.Array) -> list[Any]:
         column = column.cast(pa.large_binary())
     elif pa.types.is_string(column.type):
         column = column.cast(pa.binary())
+    elif pa.types.is_string_view(column.type):
+        column = column.cast(pa.binary_view())
     # Arrow does not check offsets when it opens a file, and reads through them here.
     column.validate(full=True)
     values: list[Any] = column.to_pylist()
     return values
 
 
-def _whole(path: Path, rows: Iterator[tuple[int, object]]) -> Iterator[tuple[int, object]]:
+def _whole(name: str, kind: str, batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, object]]:
     try:
-        yield from rows
+        yield from _table_rows(batches)
     except (pa.ArrowException, OSError) as error:
-        kind = "Parquet" if path.suffix == ".parquet" else "Arrow"
-        raise DataError(f"{path.name} must be a whole {kind} file, got an error: {error}. Write it anew.") from error
+        raise DataError(f"{name} must be a whole {kind}, got an error: {error}. Write it anew.") from error

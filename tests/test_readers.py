@@ -1,0 +1,347 @@
+"""Readers and tokenization: broken input of every kind is named or counted, and every record is accounted for."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import orjson
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastpref.data import DataError, DropReport, Record, read_records, tokenize_completions, tokenize_prompts
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Turns off the checks of annotations, which refuse wrong words before the function can."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+SEEDED = settings(derandomize=True, deadline=None)
+PAIR = ("prompt", "chosen", "rejected")
+GOOD = b'{"prompt": "p", "chosen": "a", "rejected": "b"}'
+
+
+class Characters:
+    """A tokenizer of ASCII: a character is its code, EOS is 1."""
+
+    vocab_size = 128
+
+    def encode_prompts(self, texts: list[str]) -> list[list[int]]:
+        return [[ord(character) for character in text] for text in texts]
+
+    def encode_completions(self, texts: list[str]) -> list[list[int]]:
+        return [[*tokens, 1] for tokens in self.encode_prompts(texts)]
+
+
+def pair(**columns: Any) -> dict[str, Any]:
+    return {"prompt": "p", "chosen": "a", "rejected": "b"} | columns
+
+
+BAD_LINES: list[tuple[bytes, str, str]] = [
+    (GOOD[:-5], "broken JSON", r"a line must be one JSON object, got an error at character \d+: .*"),
+    (GOOD + GOOD, "broken JSON", "a line must be one JSON object"),
+    (b"\x00", "broken JSON", "a line must be one JSON object"),
+    (b'{"prompt": "p", "chosen": "\\ud800", "rejected": "b"}', "broken JSON", "a line must be one JSON object"),
+    (b'{"prompt": "p", "chosen": "a", "rejected": "b", "preference": NaN}', "broken JSON", "a line must be one JSON"),
+    (b'{"prompt": "\xff"}', "bad UTF-8", r"a line must be valid UTF-8, got invalid start byte at byte 12"),
+    (GOOD.decode().encode("utf-16"), "bad UTF-8", "a line must be valid UTF-8"),
+    (b"   ", "blank line", "a line before the last record must not be blank"),
+    (b"[1, 2]", "not a record", "a record must map prompt, chosen, rejected to text, got list"),
+    (b'"p"', "not a record", "got str"),
+    (b"null", "not a record", "got NoneType"),
+    (b'{"prompt": "p", "chosen": "a"}', "missing column", "column 'rejected' must be there, got 'prompt', 'chosen'"),
+    (b"{}", "missing column", "column 'prompt' must be there, got none"),
+    (b'{"prompt": 3, "chosen": "a", "rejected": "b"}', "not a string", "column 'prompt' must hold text, got int"),
+    (b'{"prompt": "p", "chosen": null, "rejected": "b"}', "not a string", "column 'chosen' must hold text, got None"),
+    (b'{"prompt": " \\n", "chosen": "a", "rejected": "b"}', "empty prompt", "must hold more than white space"),
+    (b'{"prompt": "p", "chosen": "a", "rejected": ""}', "empty completion", "a completion must hold more than"),
+    (b'{"prompt": "p", "chosen": "a", "rejected": "a"}', "identical completions", "chosen and rejected must differ"),
+    (GOOD[:-1] + b', "preference": 1.5}', "bad preference", r"preference must be a number in \[0, 1\], got 1.5"),
+    (GOOD[:-1] + b', "preference": -1e-9}', "bad preference", "got -1e-09"),
+    (GOOD[:-1] + b', "preference": "1"}', "bad preference", "got '1'"),
+    (GOOD[:-1] + b', "preference": null}', "bad preference", "got None"),
+    (GOOD[:-1] + b', "preference": true}', "bad preference", "got True"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "reason", "detail"), BAD_LINES, ids=range(len(BAD_LINES)))
+def test_a_broken_line_is_named_or_counted(line: bytes, reason: str, detail: str, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"\n".join([GOOD, line, GOOD]))
+    with pytest.raises(DataError, match=rf"^pairs.jsonl, line 2: .*{detail}.*\[{reason}\]. Repair it, or have"):
+        read_records(path, columns=PAIR)
+    # UTF-16 spells its own line ends, which a reader of lines sees as several bad lines.
+    bad = line.count(b"\n") + 1
+    records, report = read_records(str(path), columns=PAIR, on_bad_record="skip")
+    assert report == DropReport(2 + bad, 2, {reason: bad})
+    assert records == [Record(0, "p", ("a", "b")), Record(1 + bad, "p", ("a", "b"))]
+    with pytest.warns(
+        UserWarning, match=rf"^pairs.jsonl: 3 records read, 2 delivered, .*; the first: .*line 2: .*{detail}"
+    ):
+        read_records(path, columns=PAIR, on_bad_record="warn")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        GOOD + b"\n" + GOOD,
+        GOOD + b"\n" + GOOD + b"\n",
+        GOOD + b"\r\n" + GOOD + b"\r\n",
+        b"\xef\xbb\xbf" + GOOD + b"\n" + GOOD + b"\n\n \r\n",
+        b"  " + GOOD + b"  \n" + GOOD,
+    ],
+)
+def test_line_ends_byte_order_marks_and_blank_endings_are_no_fault(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(content)
+    records, report = read_records(path, columns=PAIR)
+    assert records == [Record(0, "p", ("a", "b")), Record(1, "p", ("a", "b"))]
+    assert report == DropReport(2, 2)
+
+
+def test_an_empty_file_holds_no_records(tmp_path: Path) -> None:
+    path = tmp_path / "nothing.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf\n")
+    assert read_records(path) == ([], DropReport(0, 0))
+
+
+def test_each_kind_of_record_is_read() -> None:
+    assert read_records(["a", {"prompt": "b", "other": 3}, b"c".decode()])[0] == [
+        Record(0, "a"), Record(1, "b"), Record(2, "c"),
+    ]  # fmt: skip
+    supervised = read_records(iter([{"prompt": "a", "completion": "x"}]), columns=("prompt", "completion"))[0]
+    assert supervised == [Record(0, "a", ("x",))]
+    soft = [pair(preference=0.25), pair()]
+    assert [record.preference for record in read_records(soft, columns=PAIR)[0]] == [0.25, 1.0]
+    with pytest.raises(DataError, match=r"records, record 1: column 'preference' must be there"):
+        read_records(soft, columns=(*PAIR, "preference"))
+
+
+def test_lone_surrogates_and_byte_strings_are_checked() -> None:
+    records, report = read_records([{"prompt": b"caf\xc3\xa9"}, {"prompt": b"\xff"}, "\ud800"], on_bad_record="skip")
+    assert records == [Record(0, "café")]
+    assert report.dropped == {"bad UTF-8": 2}
+
+
+TABLE = {"prompt": ["p", "q", None], "chosen": ["a", "b", "c"], "rejected": ["b", "b", "d"], "extra": [1, 2, 3]}
+
+
+def write_parquet(table: pa.Table, path: Path) -> None:
+    pyarrow.parquet.write_table(table, path, row_group_size=2)
+
+
+def write_arrow_file(table: pa.Table, path: Path) -> None:
+    with pyarrow.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+def write_arrow_stream(table: pa.Table, path: Path) -> None:
+    with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+WRITERS = [(write_parquet, "t.parquet"), (write_arrow_file, "t.arrow"), (write_arrow_stream, "t.arrow")]
+
+
+@pytest.mark.parametrize(("write", "name"), WRITERS)
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())]
+)
+def test_tables_are_read_like_lines(write: Any, name: str, kind: pa.DataType, tmp_path: Path) -> None:
+    table = pa.table({key: pa.array(value, kind if key != "extra" else pa.int64()) for key, value in TABLE.items()})
+    write(table, tmp_path / name)
+    for source in (tmp_path / name, table):
+        records, report = read_records(source, columns=PAIR, on_bad_record="skip")
+        assert records == [Record(0, "p", ("a", "b"))]
+        assert report == DropReport(3, 1, {"identical completions": 1, "not a string": 1})
+    with pytest.raises(DataError, match=rf"^{name}, record 1: chosen and rejected must differ"):
+        read_records(tmp_path / name, columns=PAIR)
+    with pytest.raises(
+        DataError, match=r"record 0: column 'completion' must be there, got 'prompt', 'chosen', 'rejected'"
+    ):
+        read_records(tmp_path / name, columns=("prompt", "completion"))
+
+
+def test_a_table_without_any_known_column_loses_no_record() -> None:
+    assert read_records(pa.table({"x": [1, 2]}), on_bad_record="skip")[1] == DropReport(2, 0, {"missing column": 2})
+
+
+def test_one_row_of_bad_utf8_spoils_that_row_alone() -> None:
+    offsets, text = pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffb")
+    column = pa.Array.from_buffers(pa.string(), 3, [None, offsets, text])
+    records, report = read_records(pa.table({"prompt": column}), on_bad_record="skip")
+    assert [(record.id, record.prompt) for record in records] == [(0, "a"), (2, "b")]
+    assert report.dropped == {"bad UTF-8": 1}
+
+
+def test_a_table_with_offsets_out_of_range_is_refused() -> None:
+    offsets, text = pa.py_buffer(b"\0\0\0\0\xff\xff\xff\x00"), pa.py_buffer(b"a")
+    column = pa.Array.from_buffers(pa.string(), 1, [None, offsets, text])
+    with pytest.raises(DataError, match="^table must be a whole Arrow table, got an error: .*Write it anew"):
+        read_records(pa.table({"prompt": column}), on_bad_record="skip")
+
+
+@pytest.mark.parametrize(("write", "name"), WRITERS)
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.95])
+def test_a_cut_table_is_refused_as_a_whole(write: Any, name: str, keep: float, tmp_path: Path) -> None:
+    path = tmp_path / name
+    write(pa.table({"prompt": ["p" * 50] * 40}), path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    kind = "Parquet" if name == "t.parquet" else "Arrow"
+    with pytest.raises(DataError, match=rf"{name} must be a whole {kind} file, got an error: .*Write it anew"):
+        read_records(path, on_bad_record="skip")
+
+
+def test_a_source_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("prompt\n")
+    for source, message in (
+        (tmp_path / "absent.jsonl", r"must be the path of a file, got '.*absent.jsonl'. Put single prompts in a list"),
+        ("Write a poem.", "must be the path of a file, got 'Write a poem.'"),
+        (tmp_path, "must be the path of a file"),
+        (tmp_path / "x.csv", r"must end in .jsonl, .* or .ipc, got 'x.csv'. Rename or convert it"),
+        ({"prompt": "p"}, "must be a path, a table or many records, got dict. Make it a list"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_records(source)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_wrong_settings_of_reading_are_named() -> None:
+    with pytest.raises(ValueError, match=r"columns must be one of \[prompt; prompt, completion; .*got \('chosen',\)"):
+        read_records([], columns=("chosen",))
+    with pytest.raises(ValueError, match="on_bad_record must be 'raise', 'skip' or 'warn', got 'ignore'"):
+        read_records([], on_bad_record="ignore")  # type: ignore[arg-type]
+
+
+TEXTS = st.sampled_from(["", " ", "a", "b", "abcdef", "é", "\ud800", None, 3])
+
+
+@SEEDED
+@given(
+    rows=st.lists(
+        st.fixed_dictionaries(
+            {}, optional={"prompt": TEXTS, "chosen": TEXTS, "rejected": TEXTS, "preference": st.floats()}
+        )
+        | st.none()
+    ),
+    overlong=st.sampled_from(["drop", "truncate"]),
+)
+def test_every_record_is_delivered_or_counted(rows: list[Any], overlong: Any) -> None:
+    records, read = read_records(rows, columns=PAIR, on_bad_record="skip")
+    limits: dict[str, Any] = {"max_prompt_tokens": 3, "max_completion_tokens": 3}
+    tokens, kept = tokenize_completions(records, Characters(), **limits, overlong=overlong, on_bad_record="skip")
+    whole = read.then(kept)
+    assert (read.read, read.delivered, kept.delivered) == (len(rows), len(records), len(tokens))
+    assert whole.read == len(rows) == len(tokens) + sum(whole.dropped.values())
+    texts = {record.id: record for record in records}
+    for at, name in enumerate(tokens.ids):
+        assert [*map(chr, tokens.prompts[at])] == [*texts[name].prompt[:3]]
+        assert tokens.preference[at] == pytest.approx(rows[name].get("preference", 1.0))
+
+
+@pytest.mark.parametrize("overlong", ["drop", "raise", "truncate"])
+def test_overlong_records_follow_their_policy(overlong: Any) -> None:
+    records = [Record(3, "abc", ("x", "y")), Record(5, "abcde", ("x", "y")), Record(8, "abc", ("x", "wxyz"))]
+    limits: dict[str, Any] = {"max_prompt_tokens": 4, "max_completion_tokens": 3, "overlong": overlong}
+    if overlong == "raise":
+        with pytest.raises(
+            DataError, match=r"record 5: a prompt must have at most 4 tokens, got 5 \[prompt too long\]"
+        ):
+            tokenize_completions(records, Characters(), **limits)
+        return
+    tokens, report = tokenize_completions(records, Characters(), **limits)
+    if overlong == "drop":
+        assert report == DropReport(3, 1, {"prompt too long": 1, "completion too long": 1})
+        assert tokens.ids.tolist() == [3]
+    else:
+        assert report == DropReport(3, 3, {}, truncated=2)
+        assert tokens.prompts[1].tolist() == [ord(c) for c in "abcd"]
+        assert [tokens.completions[k][2].tolist() for k in (0, 1)] == [[ord("x"), 1], [ord(c) for c in "wxy"]]
+
+
+def test_completions_that_truncation_makes_equal_are_dropped() -> None:
+    limits: dict[str, Any] = {"max_prompt_tokens": 4, "max_completion_tokens": 2, "overlong": "truncate"}
+    records = [Record(0, "p", ("abX", "abY"))]
+    assert tokenize_completions(records, Characters(), **limits, on_bad_record="skip")[1] == DropReport(
+        1, 0, {"identical completions": 1}
+    )
+    with pytest.raises(DataError, match=r"record 0: chosen and rejected must differ in their tokens"):
+        tokenize_completions(records, Characters(), **limits)
+
+
+class Odd(Characters):
+    """Encodes some prompts to nothing."""
+
+    def encode_prompts(self, texts: list[str]) -> list[list[int]]:
+        return [[] if text == "none" else [-1] if text == "low" else tokens for text, tokens in
+                zip(texts, super().encode_prompts(texts), strict=True)]  # fmt: skip
+
+
+def test_tokens_out_of_the_vocabulary_and_lost_prompts_are_bad_records() -> None:
+    prompts = ["a", "none", "low", "é"]
+    tokens, report = tokenize_prompts(prompts, Odd(), max_tokens=4, on_bad_record="skip")
+    assert tokens.ids.tolist() == [0]
+    assert report == DropReport(4, 1, {"empty prompt": 1, "token outside the vocabulary": 2})
+    for prompt, message in (
+        ("none", "a prompt must have at least one token, got none"),
+        ("low", r"token ids must be in \[0, 128\), got -1 in a prompt"),
+        ("é", r"token ids must be in \[0, 128\), got 233 in a prompt \[token outside the vocabulary\]"),
+    ):
+        with pytest.raises(DataError, match=f"record 0: {message}"):
+            tokenize_prompts([prompt], Odd(), max_tokens=4)
+    assert tokenize_prompts(["é"], Characters(), max_tokens=4, vocab_size=256)[1] == DropReport(1, 1)
+    with pytest.warns(UserWarning, match=r"^tokenization: 2 records read, 1 delivered, 1 dropped \(1 empty prompt\)"):
+        tokenize_prompts(["a", "none"], Odd(), max_tokens=4, on_bad_record="warn")
+
+
+def test_prompts_are_taken_from_any_record() -> None:
+    tokens, report = tokenize_prompts([Record(7, "ab", ("x", "y")), Record(9, "c")], Characters(), max_tokens=4)
+    assert (tokens.ids.tolist(), tokens.completions) == ([7, 9], ())
+    assert [tokens.prompts[at].tolist() for at in (0, 1)] == [[97, 98], [99]]
+    assert report == DropReport(2, 2)
+    assert len(tokenize_prompts([], Characters(), max_tokens=4)[0]) == 0
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_wrong_settings_of_tokenization_are_named() -> None:
+    with pytest.raises(ValueError, match="max_prompt_tokens must be at least 1, got 0"):
+        tokenize_prompts(["a"], Characters(), max_tokens=0)
+    with pytest.raises(ValueError, match="overlong must be 'drop', 'raise' or 'truncate', got 'cut'"):
+        tokenize_prompts(["a"], Characters(), max_tokens=4, overlong="cut")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"records must have one number of completions, got \[0, 2\]"):
+        tokenize_completions(
+            [Record(0, "a"), Record(1, "a", ("x", "y"))], Characters(), max_prompt_tokens=4, max_completion_tokens=4
+        )
+
+
+def test_the_report_reads_as_one_line_and_keeps_its_sum() -> None:
+    report = DropReport(100, 90, {"empty prompt": 3, "prompt too long": 7})
+    assert str(report) == "100 records read, 90 delivered, 10 dropped (7 prompt too long, 3 empty prompt)"
+    whole = report.then(DropReport(90, 88, {"prompt too long": 2}, truncated=5))
+    assert str(whole) == "100 records read, 88 delivered, 12 dropped (9 prompt too long, 3 empty prompt), 5 truncated"
+    assert str(DropReport(2, 2)) == "2 records read, 2 delivered, 0 dropped"
+    with pytest.raises(
+        ValueError, match=r"delivered and dropped records must add up to those read, got 8 and .* of 10"
+    ):
+        DropReport(10, 8, {"empty prompt": 1})
+    with pytest.raises(ValueError, match="a later stage must read the 90 records that this one delivered, got 91"):
+        report.then(DropReport(91, 91))
+
+
+def test_good_records_pass_without_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.ndjson"
+    path.write_bytes(b"\n".join(orjson.dumps({"prompt": f"prompt {i}"}) for i in range(50)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        records, _ = read_records(path, on_bad_record="warn")
+    assert [record.id for record in records] == list(range(50))
