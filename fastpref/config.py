@@ -5,7 +5,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -41,7 +41,7 @@ class Schedule:
     start: float
     end: float
     steps: int
-    kind: Literal["linear", "cosine"] = "linear"
+    kind: str = "linear"
 
     def __post_init__(self) -> None:
         for name in ("start", "end"):
@@ -155,7 +155,7 @@ class TrainConfig:
     batch_size: int = 32
     gradient_accumulation: int = 1
     max_prompt_tokens: int = 512
-    overlong: Literal["drop", "truncate", "raise"] = "drop"
+    overlong: str = "drop"
     max_shapes: int = 4
     max_new_tokens: int = 64
     temperature: float = 1.0
@@ -248,7 +248,7 @@ class SupervisedConfig:
     batch_size: int = 32
     max_prompt_tokens: int = 512
     max_completion_tokens: int = 64
-    overlong: Literal["drop", "truncate", "raise"] = "drop"
+    overlong: str = "drop"
     max_shapes: int = 2
     optimizer: str = "adafactor"
     learning_rate: Value = 1e-3
@@ -305,7 +305,7 @@ def _parse(key: str, value: Any, default: Any) -> Any:
             dict(value),
             "For a constant, write a number.",
         )
-        return Schedule(**value)
+        return Schedule(**{name: float(entry) if name in ("start", "end") else entry for name, entry in value.items()})
     wanted = type(default)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

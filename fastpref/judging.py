@@ -1,12 +1,13 @@
 """The Judge protocol, and the one place where a judge is asked and its answer checked."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Anything that says how likely the first completion of a prompt beats the second. A plain function will do."""
 

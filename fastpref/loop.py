@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ import xxhash
 from fastpref import checkpoints, reporting
 
 
+@runtime_checkable
 class Source(Protocol):
     """A batcher, as far as the loop needs it: where it stands, and how to go back there."""
 

@@ -1,0 +1,78 @@
+"""Settings: defaults of the paper, and the text of every refusal."""
+
+import math
+from typing import Any
+
+import pytest
+from fastpref.config import ConfigError, Schedule, SupervisedConfig, TrainConfig, from_mapping, to_json, value_at
+
+
+def test_the_defaults_are_the_papers() -> None:
+    config = TrainConfig()
+    assert (config.algorithm, config.tau, config.mixture_beta) == ("ipo-md", 1.0, 0.125)
+    assert (config.optimizer, config.learning_rate, config.batch_size) == ("adafactor", 1e-4, 32)
+    assert not config.length_normalize
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"algorithm": "ipo_md"}, r"algorithm must be one of .*received 'ipo_md'.*Did you mean 'ipo-md'"),
+        ({"tau": 0.0}, r"tau must be above 0, but received 0.0"),
+        ({"tau": -1.0}, r"tau must be above 0, but received -1.0"),
+        ({"tau": math.nan}, r"tau must be above 0, but received nan"),
+        ({"tau": Schedule(start=1.0, end=0.0, steps=5)}, r"tau must be above 0"),
+        ({"mixture_beta": 1.5}, r"mixture_beta must lie in \[0, 1\], but received 1.5.*0.125"),
+        ({"mixture_beta": -0.1}, r"mixture_beta must lie in \[0, 1\]"),
+        ({"steps": 0}, r"steps must be a whole number of at least 1, but received 0"),
+        ({"batch_size": 32, "gradient_accumulation": 5}, r"must divide batch_size \(32\), but received 5"),
+        ({"optimizer": "adam"}, r"optimizer must be one of adafactor, adamw, but received 'adam'.*GradientTransform"),
+        ({"learning_rate": -1e-4}, r"learning_rate must not be negative"),
+        ({"max_grad_norm": 0.0}, r"max_grad_norm must be above 0, or None"),
+        ({"temperature": 0.0}, r"temperature must be above 0"),
+        ({"overlong": "cut"}, r"overlong must be 'drop', 'truncate' or 'raise', but received 'cut'"),
+        ({"eval_every": -1}, r"eval_every must not be negative"),
+    ],
+)
+def test_a_broken_rule_is_refused_with_rule_value_and_remedy(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        TrainConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"lerning_rate": 1.0}, r"no setting of that name, but received 'lerning_rate'. Did you mean 'learning_rate'"),
+        ({"steps": "10"}, r"steps must be of type int, but received '10'. Its default is 1000"),
+        ({"tau": {"start": 1.0}}, r"tau as a table must have start, end and steps"),
+        ({"tau": {"start": 1.0, "end": 2.0, "steps": 5, "shape": "cosine"}}, r"tau as a table must have"),
+    ],
+)
+def test_a_table_is_checked_key_by_key(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        from_mapping(TrainConfig, settings)
+
+
+def test_a_config_survives_json() -> None:
+    config = TrainConfig(tau=Schedule(start=1.0, end=0.5, steps=10, kind="cosine"), steps=3)
+    assert from_mapping(TrainConfig, to_json(config)) == config
+    assert from_mapping(SupervisedConfig, to_json(SupervisedConfig(steps=7))) == SupervisedConfig(steps=7)
+
+
+def test_whole_numbers_are_taken_for_fractions() -> None:
+    assert from_mapping(TrainConfig, {"tau": 1, "learning_rate": {"start": 0, "end": 1, "steps": 2}}).tau == 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("linear", [0.0, 0.25, 0.5, 1.0, 1.0]), ("cosine", [0.0, 0.146447, 0.5, 1.0, 1.0])]
+)
+def test_a_schedule_goes_from_start_to_end_and_stays(kind: Any, expected: list[float]) -> None:
+    schedule = Schedule(start=0.0, end=1.0, steps=4, kind=kind)
+    assert [value_at(schedule, step) for step in (0, 1, 2, 4, 9)] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_schedule_checks_itself() -> None:
+    with pytest.raises(ConfigError, match=r"steps of a schedule must be at least 1, but received 0"):
+        Schedule(start=0.0, end=1.0, steps=0)
+    with pytest.raises(ConfigError, match=r"kind must be 'linear' or 'cosine', but received 'step'"):
+        Schedule(start=0.0, end=1.0, steps=1, kind="step")
