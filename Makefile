@@ -1,0 +1,37 @@
+# Everything runs in its own virtual environment, made on first use: `make demo`, `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SITE := build/site-$(notdir $(VENV))
+
+.PHONY: demo test lint bench setup clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/fastpref demo
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+# mypy reads the built wheel: it cannot follow the kernels/ mapping of an editable install.
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(SITE)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $(SITE) .
+	cd $(SITE) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+		--python-executable $(CURDIR)/$(BIN)/python --cache-dir $(CURDIR)/.mypy_cache -p fastpref
+
+bench: setup
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-columns=min,median,iqr,rounds -m "not slow"
+
+clean:
+	rm -rf .venv* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
