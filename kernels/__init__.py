@@ -1,0 +1,27 @@
+"""Kernels of online preference optimisation, usable in any JAX trainer.
+
+Three functions, which need nothing else of this package:
+
+- `mixture_sample` draws a token per row from the geometric mixture of two models, with all three log-probs;
+- `token_logprobs` scores tokens from hidden states without the logits in memory;
+- `preference_loss` goes from the hidden states of pairs to a contrastive loss and its gradients, likewise.
+
+`Head` tells them how hidden states become logits:
+
+    head = Head(embedding, scale=width**-0.5)                # [V, D], tied as in T5
+    draw = mixture_sample(h, head, h_ref, ref_head, mixture_beta=0.125, key=key, row_ids=rows, step=t)
+    logps = token_logprobs(hidden, head, tokens, where=is_completion)
+    result = preference_loss(hidden, head, tokens, segments, ref_logps, preference, loss=loss)
+
+Each takes `implementation="xla"` (CPU and GPU), `"reference"` (plain JAX, the definition), or None for the best that
+runs here. All logits, sums and noise are float32; the operands of matrix products keep their dtype.
+"""
+
+from fastpref.kernels.head import Head
+from fastpref.kernels.mixture_sampling import mixture_sample
+from fastpref.kernels.mixture_sampling.sample import MixtureSample
+from fastpref.kernels.preference_loss import preference_loss
+from fastpref.kernels.preference_loss.objective import PreferenceLoss
+from fastpref.kernels.token_logprobs import token_logprobs
+
+__all__ = ["Head", "MixtureSample", "PreferenceLoss", "mixture_sample", "preference_loss", "token_logprobs"]

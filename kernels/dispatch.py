@@ -1,0 +1,48 @@
+"""Which implementation of a kernel runs: a named one or an error, never a silent fallback."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One implementation of a kernel."""
+
+    call: Callable[..., Any]
+    """Takes what the public function takes, checked and complete."""
+    obstacle: Callable[[], str | None] = lambda: None
+    """Why it cannot run here, or None where it can."""
+
+
+def absent(reason: str) -> Implementation:
+    """An implementation that has a name but cannot run, and says why."""
+
+    def call(*_args: Any, **_kwargs: Any) -> Any:
+        raise NotImplementedError(reason)
+
+    return Implementation(call, lambda: reason)
+
+
+def choose(kernel: str, implementations: Mapping[str, Implementation], name: str | None) -> Callable[..., Any]:
+    """The implementation called `name`, or for None the first that can run here.
+
+    Args:
+      kernel: the public function, for errors.
+      implementations: by name, the preferred ones first.
+      name: what the caller asked for.
+
+    Raises:
+      ValueError: if there is no implementation of that name.
+      NotImplementedError: if it cannot run here, with the reason.
+    """
+    if name is None:
+        name = next(name for name, candidate in implementations.items() if candidate.obstacle() is None)
+    elif name not in implementations:
+        known = ", ".join(repr(known) for known in implementations)
+        raise ValueError(f"{kernel} has the implementations {known}, not {name!r}: pass one of them, or None")
+    if (reason := implementations[name].obstacle()) is not None:
+        raise NotImplementedError(
+            f"{kernel} cannot run its {name!r} implementation: {reason}; pass None for the best here"
+        )
+    return implementations[name].call

@@ -1,0 +1,95 @@
+"""The map from a hidden state to logits, in the form that every kernel takes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True, slots=True, eq=False)
+class Head:
+    """A language-model head: logits = soft_cap · tanh(scale · hidden @ W / soft_cap), in float32.
+
+    A pytree whose only leaf is `weight`; the rest is static. Two arguments that hold the same `weight` array cost one
+    reading of it.
+    """
+
+    weight: Array
+    """[V, D] (an embedding) when `vocab_axis` is 0, [D, V] (a projection) when it is 1. Neither is ever transposed."""
+    vocab_axis: int = 0
+    """Axis of `weight` that counts the vocabulary."""
+    scale: float = 1.0
+    """Multiplies the product in float32: D^-0.5 for T5 heads that are tied to the embedding."""
+    soft_cap: float | None = None
+    """Bound on the size of a logit, as in Gemma 2; None for none."""
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2:
+            raise ValueError(f"a head's weight has 2 axes, but its shape is {self.weight.shape}: pass [V, D] or [D, V]")
+        if not jnp.issubdtype(self.weight.dtype, jnp.floating):
+            raise ValueError(f"a head's weight is floating point, but its dtype is {self.weight.dtype}: convert it")
+        if self.vocab_axis not in (0, 1):
+            raise ValueError(f"vocab_axis is 0 for [V, D] or 1 for [D, V], not {self.vocab_axis!r}")
+        if not isinstance(self.scale, int | float):
+            raise ValueError(f"scale is a Python number, not {type(self.scale).__name__}: fold arrays into the weight")
+        if self.soft_cap is not None and not (isinstance(self.soft_cap, int | float) and self.soft_cap > 0):
+            raise ValueError(f"soft_cap is a Python number above 0, not {self.soft_cap!r}: pass None for no cap")
+
+    def tree_flatten(self) -> tuple[tuple[Array], tuple[int, float, float | None]]:
+        """The weight, and what is static."""
+        return (self.weight,), (self.vocab_axis, self.scale, self.soft_cap)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[int, float, float | None], leaves: tuple[Any]) -> "Head":
+        """Rebuild without validation: JAX puts tracers, shapes and None in the place of leaves."""
+        head = object.__new__(cls)
+        for name, value in zip(("weight", "vocab_axis", "scale", "soft_cap"), (*leaves, *static), strict=True):
+            object.__setattr__(head, name, value)
+        return head
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the rows of the head; the tokenizer may use fewer."""
+        return int(self.weight.shape[self.vocab_axis])
+
+    @property
+    def width(self) -> int:
+        """D, the width of the hidden states that it takes."""
+        return int(self.weight.shape[1 - self.vocab_axis])
+
+    def logits(self, hidden: Float[Array, "N D"]) -> Float[Array, "N V"]:
+        """Float32 logits of each row; the operands of the product keep their dtype, its sums are float32."""
+        product = jax.lax.dot_general(
+            hidden,
+            self.weight,
+            (((1,), (1 - self.vocab_axis,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        return self.shape_logits(product)
+
+    def product_by_token(self, hidden: Float[Array, "N D"]) -> Float[Array, "V N"]:
+        """Float32 W @ hidden, vocabulary first and not yet shaped: the faster product where N is far below V."""
+        return jax.lax.dot_general(
+            self.weight,
+            hidden,
+            (((1 - self.vocab_axis,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+
+    def shape_logits(self, product: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Scale and soft cap of a float32 product."""
+        scaled = product if self.scale == 1 else product * self.scale
+        return scaled if self.soft_cap is None else self.soft_cap * jnp.tanh(scaled / self.soft_cap)
+
+    def product_gradient(self, gradient: Float[Array, "..."], logits: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Gradient in the product from the gradient in the logits, and the logits."""
+        scaled = gradient if self.soft_cap is None else gradient * (1 - (logits / self.soft_cap) ** 2)
+        return scaled if self.scale == 1 else scaled * self.scale
+
+    def with_weight(self, weight: Array) -> "Head":
+        """The same map with another weight: how a gradient of a head is written."""
+        return Head.tree_unflatten((self.vocab_axis, self.scale, self.soft_cap), (weight,))

@@ -1,0 +1,201 @@
+"""Token log-probs for CPUs and GPUs: chunks of rows, never more than one chunk of logits alive."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from fastpref.kernels.chunks import Rows, chunk_rows, compact
+from fastpref.kernels.head import Head
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+Carry = TypeVar("Carry")
+
+_WEIGHT_TILES = 4
+"""Slices in which a chunk's gradient of the weight is formed, so that a second whole weight is never alive."""
+
+
+def token_logprobs(
+    hidden: Float[Array, "N D"],
+    head: Head,
+    targets: Int[Array, " N"],
+    *,
+    where: Bool[Array, " N"],
+    frozen_head: bool = False,
+    chunk: int | None = None,
+) -> Float[Array, " N"]:
+    """`fastpref.kernels.token_logprobs` for every backend; `chunk` overrides the rows of a chunk."""
+    run = _frozen if frozen_head else _trained
+    return run(hidden, head, targets, where, chunk_rows(hidden.shape[0], head.vocab_size, chunk))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _trained(
+    hidden: Float[Array, "N D"], head: Head, targets: Int[Array, " N"], where: Bool[Array, " N"], chunk: int
+) -> Float[Array, " N"]:
+    return forward(hidden, head, targets, compact(where, chunk), chunk)[0]
+
+
+def _trained_forward(
+    hidden: Array, head: Head, targets: Array, where: Array, chunk: int
+) -> tuple[Array, tuple[Array, Head, Array, Array, Array]]:
+    logps, lse = forward(hidden, head, targets, compact(where, chunk), chunk)
+    return logps, (hidden, head, targets, where, lse)
+
+
+def _trained_backward(
+    chunk: int, residuals: tuple[Array, Head, Array, Array, Array], cotangent: Array
+) -> tuple[Array, Head, None, None]:
+    hidden, head, targets, where, lse = residuals
+    gradients = (jnp.zeros(hidden.shape, hidden.dtype), jnp.zeros(head.weight.shape, jnp.float32))
+    gradients = backward(hidden, head, targets, lse, cotangent, compact(where, chunk), chunk, gradients)
+    return gradients[0], head.with_weight(gradients[1].astype(head.weight.dtype)), None, None
+
+
+_trained.defvjp(_trained_forward, _trained_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _frozen(
+    hidden: Float[Array, "N D"], head: Head, targets: Int[Array, " N"], where: Bool[Array, " N"], chunk: int
+) -> Float[Array, " N"]:
+    return forward(hidden, head, targets, compact(where, chunk), chunk)[0]
+
+
+def _frozen_forward(
+    hidden: Array, head: Head, targets: Array, where: Array, chunk: int
+) -> tuple[Array, tuple[Array, Array]]:
+    logps, gradient = forward_with_gradient(hidden, head, targets, compact(where, chunk), chunk)
+    return logps, (gradient, jnp.zeros(0, hidden.dtype))
+
+
+def _frozen_backward(chunk: int, residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, None, None, None]:
+    gradient, like = residuals
+    return (gradient * cotangent[:, None]).astype(like.dtype), None, None, None
+
+
+_frozen.defvjp(_frozen_forward, _frozen_backward)
+
+
+def forward(
+    hidden: Float[Array, "N D"], head: Head, targets: Int[Array, " N"], rows: Rows, chunk: int
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """Log-prob and log-sum-exp of the rows that count, 0 elsewhere. One product."""
+
+    def step(start: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
+        index, live = chunk_index(rows, start, chunk)
+        logits = head.logits(hidden[index])
+        logps, lse = chosen_logps(logits, targets[index])
+        return put(results[0], index, live, logps), put(results[1], index, live, lse)
+
+    zeros = jnp.zeros(hidden.shape[0], jnp.float32)
+    return over_chunks(rows, chunk, step, (zeros, zeros))
+
+
+def forward_with_gradient(
+    hidden: Float[Array, "N D"], head: Head, targets: Int[Array, " N"], rows: Rows, chunk: int
+) -> tuple[Float[Array, " N"], Float[Array, "N D"]]:
+    """Log-prob, and its gradient in the hidden state (float32), of the rows that count. Two products.
+
+    The gradient is w_target − E[w] with w the head's rows, E the mean under the softmax (weighted by the slope of
+    the soft cap where there is one).
+    """
+
+    def step(start: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
+        index, live = chunk_index(rows, start, chunk)
+        logits = head.logits(hidden[index])
+        logps, lse = chosen_logps(logits, targets[index])
+        gradient = hidden_gradient(head, product_gradients(head, logits, lse, targets[index], live.astype(jnp.float32)))
+        return put(results[0], index, live, logps), put(results[1], index, live, gradient)
+
+    return over_chunks(
+        rows, chunk, step, (jnp.zeros(hidden.shape[0], jnp.float32), jnp.zeros(hidden.shape, jnp.float32))
+    )
+
+
+def backward(
+    hidden: Float[Array, "N D"],
+    head: Head,
+    targets: Int[Array, " N"],
+    lse: Float[Array, " N"],
+    coefficients: Float[Array, " N"],
+    rows: Rows,
+    chunk: int,
+    gradients: tuple[Float[Array, "N D"], Float[Array, "..."]],
+) -> tuple[Float[Array, "N D"], Float[Array, "..."]]:
+    """Write the hidden gradients of the rows that count, add theirs to the weight's. Three products."""
+
+    def step(start: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
+        index, live = chunk_index(rows, start, chunk)
+        states = hidden[index]
+        logits = head.logits(states)
+        # An infinite log-sum-exp makes every probability of a repeated row exactly 0.
+        row_lse = jnp.where(live, lse[index], jnp.inf)
+        product = product_gradients(head, logits, row_lse, targets[index], jnp.where(live, coefficients[index], 0.0))
+        return (
+            put(results[0], index, live, hidden_gradient(head, product).astype(results[0].dtype)),
+            add_weight_gradient(head, results[1], product, states),
+        )
+
+    return over_chunks(rows, chunk, step, gradients)
+
+
+def over_chunks(rows: Rows, chunk: int, step: Callable[[Array, Carry], Carry], start: Carry) -> Carry:
+    """Call `step(first position, results)` for as many chunks as the rows that count fill."""
+    count = -(-rows.count // chunk)
+    return jax.lax.fori_loop(0, count, lambda number, results: step(number * chunk, results), start)
+
+
+def chunk_index(rows: Rows, start: Array, chunk: int) -> tuple[Int[Array, " C"], Bool[Array, " C"]]:
+    """Row numbers of the chunk that starts at this position, and which of them count."""
+    index = jax.lax.dynamic_slice_in_dim(rows.order, start, chunk)
+    return index, start + jnp.arange(chunk) < rows.count
+
+
+def put(results: Array, index: Int[Array, " C"], live: Bool[Array, " C"], values: Array) -> Array:
+    """Write the values of the rows that count to their places."""
+    return results.at[jnp.where(live, index, results.shape[0])].set(values, mode="drop")
+
+
+def chosen_logps(
+    logits: Float[Array, "C V"], targets: Int[Array, " C"]
+) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+    """Log-prob of each row's target, and the row's log-sum-exp."""
+    lse = jax.nn.logsumexp(logits, axis=1)
+    return jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0] - lse, lse
+
+
+def product_gradients(
+    head: Head,
+    logits: Float[Array, "C V"],
+    lse: Float[Array, " C"],
+    targets: Int[Array, " C"],
+    coefficients: Float[Array, " C"],
+) -> Float[Array, "C V"]:
+    """Gradient of Σ coefficient · log-prob in hidden @ W, in the dtype of the products that follow."""
+    hit = jnp.arange(logits.shape[1])[None, :] == targets[:, None]
+    gradient = coefficients[:, None] * (hit.astype(jnp.float32) - jnp.exp(logits - lse[:, None]))
+    return head.product_gradient(gradient, logits).astype(head.weight.dtype)
+
+
+def hidden_gradient(head: Head, product: Float[Array, "C V"]) -> Float[Array, "C D"]:
+    """Gradient in the hidden states, float32, from that in their product with the weight."""
+    dimensions = (((1,), (head.vocab_axis,)), ((), ()))
+    return jax.lax.dot_general(product, head.weight, dimensions, preferred_element_type=jnp.float32)
+
+
+def add_weight_gradient(
+    head: Head, total: Float[Array, "..."], product: Float[Array, "C V"], states: Float[Array, "C D"]
+) -> Float[Array, "..."]:
+    """Add the gradient in the weight to the float32 total, a slice of the vocabulary at a time."""
+    size = -(-head.vocab_size // _WEIGHT_TILES)
+    for start in range(0, head.vocab_size, size):
+        tile = product[:, start : start + size]
+        operands = (tile, states) if head.vocab_axis == 0 else (states, tile)
+        part = jax.lax.dot_general(*operands, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        place = (start, 0) if head.vocab_axis == 0 else (0, start)
+        old = jax.lax.dynamic_slice(total, place, part.shape)
+        total = jax.lax.dynamic_update_slice(total, old + part, place)
+    return total
