@@ -5,6 +5,8 @@ imported. The same library versions give the same examples, in the same order, i
 """
 
 import ast
+import contextlib
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -76,7 +78,7 @@ _RULE = re.compile(r"([-=~^*#_+|])\1{2,}[-=~^*#_+| ]*")
 _NOISE = re.compile(r"^\s*(>>>|\.\.\. |\.\. |```|~~~|\$ |@\w|:\w[^:]*:(?!`)|\||[{<]\w)|[-=~^_*#]{4}", re.MULTILINE)
 _SIGNATURE = re.compile(r"->|^\s*[\w.]+\([^)]*\)\s*$|^\s*[\w.]+\(.*\) (-|=|:)", re.MULTILINE)
 _ROLE = re.compile(r"(?::[a-zA-Z:+-]+:)`[~!.]?([^`<]*?)\s*(?:<[^`]*>)?`|\[([^]]+)\]\([^)]*\)")
-_MARK = re.compile(r"`+_{0,2}|\*\*|(?<!\w)\*(?=\w)|(?<=\w)\*(?!\w)|\s*\[\d+\]_|(?m:^\s*[-*+•] +)")
+_MARK = re.compile(r"`+_{0,2}|\*\*|(?<!\w)\*(?=\w)|(?<=\w)\*(?!\w)|(?<!\w)~\.?(?=\w)|\s*\[\d+\]_|(?m:^\s*[-*+•] +)")
 _SENTENCE_END = re.compile(r"(?<=[a-z)]\.)(?<!e\.g\.)(?<!i\.e\.)(?<!vs\.)(?<!cf\.)(?<!etc\.) +(?=[A-Z])")
 _NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _PLAIN = str.maketrans("", "", string.ascii_letters + " \n,.'-")
@@ -90,7 +92,7 @@ Progress = Callable[[int, int], None]
 
 
 class Source(NamedTuple):
-    """A folder of Python files, known by a name and a version."""
+    """A folder of Python files. A name and a version stand for the same files wherever they lie."""
 
     name: str
     root: Path
@@ -136,10 +138,12 @@ def installed_sources() -> list[Source]:
     sources = [Source("python", Path(sysconfig.get_path("stdlib")), platform.python_version())]
     for package, distribution in _DISTRIBUTIONS.items():
         spec = importlib.util.find_spec(package)
-        if spec is None:
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
             continue
-        version = importlib.metadata.version(distribution)
-        sources += [Source(package, Path(root), version) for root in spec.submodule_search_locations or ()]
+        roots = spec.submodule_search_locations if spec is not None else None
+        sources += [Source(package, Path(root), version) for root in roots or ()]
     return sources
 
 
@@ -170,17 +174,18 @@ def harvest(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}; leave it out to keep every example")
     sources = installed_sources() if sources is None else sources
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastpref"
-    folder = folder if cache_dir is None else Path(cache_dir)
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastpref"
     key = repr((_FORMAT, sorted((source.name, source.version) for source in sources)))
-    file = folder / f"docstrings-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.parquet"
+    file = Path(cache_dir) / f"docstrings-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.parquet"
     found = _load(file)
     if found is None:
-        found = _read(sources, progress)
+        with _collector_off():
+            found = _read(sources, progress)
+        if not found.examples:
+            names = ", ".join(str(source.root) for source in sources) or "no folder"
+            raise ValueError(f"a harvest needs at least one docstring with a body, found none in {names}; add sources")
         _store(file, found)
-    if not found.examples:
-        names = ", ".join(str(source.root) for source in sources) or "no folder"
-        raise ValueError(f"a harvest needs at least one docstring with a body, found none in {names}; add sources")
     if limit is None or limit >= len(found.examples):
         return found
     kept = set(sorted(found.examples, key=lambda example: _hash(example, "limit"))[:limit])
@@ -213,12 +218,12 @@ def splits(examples: Iterable[Example], shares: tuple[float, float, float, float
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 3072) -> Tokenizer:
     """Train a byte-level BPE tokenizer in the manner of T5: `<pad>` is 0, `</s>` is 1 and ends every text.
 
-    Every text has an encoding and comes back from it exactly. Digits stand alone, so that "1" and "2" are one token
-    each. The same texts give the same tokenizer, in any process.
+    Every text has an encoding and comes back from it exactly, unless it spells a special token. Digits stand alone,
+    so that "1" and "2" are one token each. The same texts give the same tokenizer, in any process.
 
     Args:
       texts: what to learn from: prompts and summaries.
-      vocab_size: tokens in all, at least 259: the three special ones and the bytes.
+      vocab_size: tokens in all, at least 259: the three special ones and the bytes. Few texts may give fewer.
 
     Returns:
       The tokenizer.
@@ -260,6 +265,18 @@ def _hash(example: Example, use: str) -> float:
 def _plain(text: str) -> str:
     """Letters and digits only: what two texts share when a reader would call them the same."""
     return " ".join(re.findall(r"[^\W_]+", text.casefold()))
+
+
+@contextlib.contextmanager
+def _collector_off() -> Iterator[None]:
+    """Syntax trees hold no cycles, yet looking for some in their many nodes would take a quarter of the harvest."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _read(sources: Sequence[Source], progress: Progress | None) -> Harvest:
@@ -365,7 +382,7 @@ def _prose(text: str) -> str:
 
 def _unmark(text: str) -> str:
     """One line without reStructuredText or Markdown marks."""
-    text = _ROLE.sub(r"\1", text)
+    text = _ROLE.sub(r"\1\2", text)
     return " ".join(_MARK.sub("", text).replace("::", ":").split())
 
 
