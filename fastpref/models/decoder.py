@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from fastpref.kernels import Head
@@ -123,7 +124,7 @@ class DecoderCache(NamedTuple):
 class DecoderLayer(nnx.Module):
     """One layer: attention, then the feed-forward block, each with its norm and its residual."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         std = config.initial_std
         self.attention = Attention(
             config.width,
@@ -170,7 +171,7 @@ class Decoder(nnx.Module):
       rngs: where initial values come from: normal with `config.initial_std`, ones for norms, zeros for biases.
     """
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype = jnp.dtype("float32"), rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         self.vocab_size = config.vocab_size
         self.embedding = normal(rngs, (config.vocab_size, config.width), config.initial_std, dtype)
@@ -191,9 +192,7 @@ class Decoder(nnx.Module):
         x, prompts = self._read(tokens)
         last = jnp.take_along_axis(x[:, 0], lengths[:, None, None] - 1, axis=1)[:, 0]
         c, p = self.config, tokens.shape[0]
-        own = tuple(
-            empty_own(p, c.kv_heads, completions, max_new_tokens, c.head_dim, x.dtype) for _ in range(c.layers)
-        )
+        own = tuple(empty_own(p, c.kv_heads, completions, max_new_tokens, c.head_dim, x.dtype) for _ in range(c.layers))
         states = jnp.repeat(self._normalise(last), completions, axis=0)
         return states, DecoderCache(lengths, prompts, own)
 

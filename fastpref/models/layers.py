@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 MASKED = -1e30
@@ -44,7 +45,7 @@ class Own(NamedTuple):
         return Own(*(jax.lax.dynamic_update_slice(old, x, start) for old, x in zip(self, new, strict=True)))
 
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> nnx.Param[Array]:
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DTypeLike) -> nnx.Param[Array]:
     """A parameter drawn from a normal distribution."""
     return nnx.Param((jax.random.normal(rngs.params(), shape, jnp.float32) * std).astype(dtype))
 
@@ -114,7 +115,9 @@ def attend(
     top = partial(jnp.max, axis=-1, keepdims=True)
     peak = jax.lax.stop_gradient(top(scores[0]) if len(scores) == 1 else jnp.maximum(top(scores[0]), top(scores[1])))
     weights = [jnp.exp(score - peak) for score in scores]
-    total = sum(weight.sum(-1, keepdims=True) for weight in weights)
+    total = weights[0].sum(-1, keepdims=True)
+    if len(weights) == 2:
+        total += weights[1].sum(-1, keepdims=True)
     # The division comes last: it costs H numbers a query where normalised weights would cost S + U.
     mixed = []
     if shared is not None:
@@ -125,7 +128,8 @@ def attend(
         flat = weights[-1].astype(queries.dtype).reshape(p, n, k, g * t, -1)
         product = partial(jnp.einsum, "pnkmu,pnkuh->pnkmh", preferred_element_type=jnp.float32)
         mixed.append(product(flat, own.values).reshape(queries.shape))
-    return (sum(mixed) / total).astype(queries.dtype)
+    out = mixed[0] if len(mixed) == 1 else mixed[0] + mixed[1]
+    return (out / total).astype(queries.dtype)
 
 
 class Attention(nnx.Module):
@@ -155,7 +159,7 @@ class Attention(nnx.Module):
         eps: float,
         bias: bool = False,
         output_bias: bool = False,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
         self.heads, self.kv_heads, self.head_dim, self.eps = heads, kv_heads, head_dim, eps
@@ -213,7 +217,7 @@ def as_own(keys: Float[Array, "P K T N H"], values: Float[Array, "P K T N H"]) -
     return Own(keys.transpose(0, 3, 1, 2, 4), values.transpose(0, 3, 1, 2, 4))
 
 
-def empty_own(p: int, n: int, k: int, slots: int, h: int, dtype: jnp.dtype) -> Own:
+def empty_own(p: int, n: int, k: int, slots: int, h: int, dtype: DTypeLike) -> Own:
     """A cache of completions with room for `slots` tokens each."""
     return Own(jnp.zeros((p, n, k, slots, h), dtype), jnp.zeros((p, n, k, slots, h), dtype))
 
@@ -241,7 +245,7 @@ class FeedForward(nnx.Module):
         gated: bool,
         stds: tuple[float, float],
         eps: float,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
         self.activation, self.eps = activation, eps

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from fastpref.kernels import Head
@@ -73,7 +74,9 @@ class T5Config:
                 f"not {self.buckets} and {self.max_distance}: use those of the checkpoint"
             )
         if not 0 <= self.start_id < self.vocab_size:
-            raise ValueError(f"start_id lies in the vocabulary, 0 to {self.vocab_size - 1}, not {self.start_id}: fix it")
+            raise ValueError(
+                f"start_id lies in the vocabulary, 0 to {self.vocab_size - 1}, not {self.start_id}: choose another"
+            )
 
 
 def relative_buckets(
@@ -118,11 +121,10 @@ class T5Cache(NamedTuple):
 
 
 class T5Layer(nnx.Module):
-    """One layer of either stack; `cross` is the attention to the encoder that only the decoder has."""
+    """One layer of either stack: attention to its own stream, then the feed-forward block."""
 
-    def __init__(self, config: T5Config, *, decoder: bool, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: T5Config, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.attention = attention(config, dtype=dtype, rngs=rngs)
-        self.cross = attention(config, dtype=dtype, rngs=rngs) if decoder else None
         self.feed_forward = FeedForward(
             config.width,
             config.hidden,
@@ -135,7 +137,7 @@ class T5Layer(nnx.Module):
         )
 
 
-def attention(config: T5Config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Attention:
+def attention(config: T5Config, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Attention:
     """A T5 attention block; the missing scale of the scores is in the initial values of q."""
     factor, width, inner = config.initial_factor, config.width, config.heads * config.head_dim
     return Attention(
@@ -158,12 +160,12 @@ def attention(config: T5Config, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Attentio
 class Stack(nnx.Module):
     """The layers of an encoder or a decoder, their position bias and their last norm."""
 
-    def __init__(self, config: T5Config, *, decoder: bool, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: T5Config, *, decoder: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config, self.decoder = config, decoder
         count = config.decoder_layers if decoder else config.encoder_layers
         std = config.initial_factor * config.width**-0.5
         self.position_bias = normal(rngs, (config.buckets, config.heads), std, dtype)
-        self.layers = nnx.List([T5Layer(config, decoder=decoder, dtype=dtype, rngs=rngs) for _ in range(count)])
+        self.layers = nnx.List([T5Layer(config, dtype=dtype, rngs=rngs) for _ in range(count)])
         self.norm = nnx.Param(jnp.ones(config.width, dtype))
 
     def bias(self, distances: Int[np.ndarray, " W"]) -> Float[Array, "N W"]:
@@ -195,12 +197,14 @@ class T5(nnx.Module):
       rngs: where initial values come from: normal, by the widths and `config.initial_factor`, ones for norms.
     """
 
-    def __init__(self, config: T5Config, *, dtype: jnp.dtype = jnp.dtype("float32"), rngs: nnx.Rngs) -> None:
+    def __init__(self, config: T5Config, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         self.vocab_size = config.vocab_size
         self.embedding = normal(rngs, (config.vocab_size, config.width), config.initial_factor, dtype)
         self.encoder = Stack(config, decoder=False, dtype=dtype, rngs=rngs)
         self.decoder = Stack(config, decoder=True, dtype=dtype, rngs=rngs)
+        # One for each layer of the decoder: reads the encoder's result between that layer's two blocks.
+        self.cross = nnx.List([attention(config, dtype=dtype, rngs=rngs) for _ in range(config.decoder_layers)])
         shape = (config.width, config.vocab_size)
         self.lm_head = None if config.tied else normal(rngs, shape, config.initial_factor, dtype)
 
@@ -245,12 +249,12 @@ class T5(nnx.Module):
         x = self.embedding[...][inputs]
         padding = padding_bias(lengths, tokens.shape[1])
         bias = self.decoder.square_bias(inputs.shape[-1]) + causal_bias(inputs.shape[-1])
-        for layer, prompt in zip(self.decoder.layers, prompts, strict=True):
+        for layer, cross, prompt in zip(self.decoder.layers, self.cross, prompts, strict=True):
             inner = layer.attention.normalise(x)
             own = as_own(layer.attention.keys(inner), layer.attention.values(inner))
             queries = as_queries(layer.attention.queries(inner))
             x = layer.attention.merge(x, attend(queries, own=own, own_bias=bias))
-            x = layer.feed_forward(read_prompt(layer.cross, x, prompt, padding))
+            x = layer.feed_forward(read_prompt(cross, x, prompt, padding))
         return self.decoder.normalise(x)
 
     def _read(self, tokens: Int[Array, "P S"], lengths: Int[Array, " P"]) -> tuple[Shared, ...]:
@@ -263,7 +267,7 @@ class T5(nnx.Module):
             queries = as_queries(layer.attention.queries(inner))
             x = layer.feed_forward(layer.attention.merge(x, attend(queries, prompt, bias)))
         x = self.encoder.normalise(x)
-        return tuple(as_shared(layer.cross.keys(x), layer.cross.values(x)) for layer in self.decoder.layers)
+        return tuple(as_shared(cross.keys(x), cross.values(x)) for cross in self.cross)
 
     def _append(
         self, cache: T5Cache, tokens: Int[Array, " B"], slot: Int[Array, ""] | int
@@ -274,12 +278,13 @@ class T5(nnx.Module):
         padding = padding_bias(cache.lengths, cache.prompts[0].keys.shape[-1])
         bias = jax.lax.dynamic_slice(cache.bias, (0, slots - 1 - slot), (heads, slots))[None, :, None, None, None]
         written = []
-        for layer, prompt, own in zip(self.decoder.layers, cache.prompts, cache.completions, strict=True):
+        stack = zip(self.decoder.layers, self.cross, cache.prompts, cache.completions, strict=True)
+        for layer, cross, prompt, own in stack:
             inner = layer.attention.normalise(x)
             own = own.write(as_own(layer.attention.keys(inner), layer.attention.values(inner)), slot)
             queries = as_queries(layer.attention.queries(inner))
             x = layer.attention.merge(x, attend(queries, own=own, own_bias=bias))
-            x = layer.feed_forward(read_prompt(layer.cross, x, prompt, padding))
+            x = layer.feed_forward(read_prompt(cross, x, prompt, padding))
             written.append(own)
         return self.decoder.normalise(x.reshape(p * k, -1)), cache._replace(completions=tuple(written))
 

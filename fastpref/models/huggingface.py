@@ -1,0 +1,305 @@
+"""Checkpoints in Hugging Face's layout: `config.json`, safetensors and the tokenizer's files, in and out."""
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import orjson
+from flax import nnx
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fastpref.models.configs import read_config, write_config
+from fastpref.models.decoder import Decoder, DecoderConfig
+from fastpref.models.t5 import T5, T5Config
+from fastpref.tokenizer import FILES, Tokenizer
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+
+IGNORED = re.compile(r"rotary_emb\.inv_freq$|^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias")
+"""Tensors of old checkpoints that no model reads."""
+
+OURS = re.compile("|".join([r"config\.json", r"model.*\.safetensors", re.escape(INDEX), *map(re.escape, FILES)]))
+"""Files that a checkpoint consists of."""
+
+DECODER_NAMES = {
+    "embedding": "model.embed_tokens.weight",
+    "layers.{}.attention.norm": "model.layers.{}.input_layernorm.weight",
+    "layers.{}.attention.q": "model.layers.{}.self_attn.q_proj.weight",
+    "layers.{}.attention.k": "model.layers.{}.self_attn.k_proj.weight",
+    "layers.{}.attention.v": "model.layers.{}.self_attn.v_proj.weight",
+    "layers.{}.attention.o": "model.layers.{}.self_attn.o_proj.weight",
+    "layers.{}.attention.q_bias": "model.layers.{}.self_attn.q_proj.bias",
+    "layers.{}.attention.k_bias": "model.layers.{}.self_attn.k_proj.bias",
+    "layers.{}.attention.v_bias": "model.layers.{}.self_attn.v_proj.bias",
+    "layers.{}.attention.o_bias": "model.layers.{}.self_attn.o_proj.bias",
+    "layers.{}.feed_forward.norm": "model.layers.{}.post_attention_layernorm.weight",
+    "layers.{}.feed_forward.gate": "model.layers.{}.mlp.gate_proj.weight",
+    "layers.{}.feed_forward.up": "model.layers.{}.mlp.up_proj.weight",
+    "layers.{}.feed_forward.down": "model.layers.{}.mlp.down_proj.weight",
+    "norm": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+}
+"""Our parameter paths, with {} for a layer number, to tensor names of the Llama family."""
+
+
+def t5_names(gated: bool) -> dict[str, str]:
+    """Our parameter paths, with {} for a layer number, to tensor names of T5."""
+    projections = {name: f"{name}.weight" for name in "qkvo"}
+    inner = {"gate": "wi_0.weight", "up": "wi_1.weight" if gated else "wi.weight", "down": "wo.weight"}
+    names = {"embedding": "shared.weight", "lm_head": "lm_head.weight"}
+    for stack in ("encoder", "decoder"):
+        names[f"{stack}.norm"] = f"{stack}.final_layer_norm.weight"
+        names[f"{stack}.position_bias"] = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    for ours, theirs, block, kernels in (
+        ("encoder.layers.{}.attention", "encoder.block.{}.layer.0", "SelfAttention", projections),
+        ("encoder.layers.{}.feed_forward", "encoder.block.{}.layer.1", "DenseReluDense", inner),
+        ("decoder.layers.{}.attention", "decoder.block.{}.layer.0", "SelfAttention", projections),
+        ("cross.{}", "decoder.block.{}.layer.1", "EncDecAttention", projections),
+        ("decoder.layers.{}.feed_forward", "decoder.block.{}.layer.2", "DenseReluDense", inner),
+    ):
+        names[f"{ours}.norm"] = f"{theirs}.layer_norm.weight"
+        names |= {f"{ours}.{name}": f"{theirs}.{block}.{kernel}" for name, kernel in kernels.items()}
+    return names
+
+
+KEPT_AS_IS = ("embedding", "position_bias")
+"""Matrices that are not kernels: both layouts are the same. Every other matrix is [out, in] on disk, [in, out] here."""
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModel:
+    """A model and its tokenizer, and what it takes to save them as they came."""
+
+    module: T5 | Decoder
+    tokenizer: Tokenizer
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """`config.json` as loaded, with entries that only other libraries read; empty writes one from the module."""
+
+
+def load(path: str | Path, *, dtype: DTypeLike = jnp.float32) -> LanguageModel:
+    """Read a checkpoint directory in Hugging Face's layout.
+
+    Supported are `t5` and `mt5` (both forms of T5), `llama`, and `mistral` and `qwen2` without sliding windows.
+
+    Args:
+      path: holds `config.json`, `model.safetensors` (or its shards and their index) and `tokenizer.json`.
+      dtype: of the parameters, whatever the file has.
+
+    Returns:
+      The module, a `Policy`, and its tokenizer.
+
+    Raises:
+      FileNotFoundError: the directory or one of its files is missing.
+      ValueError: a file cannot be read, the model is of an unsupported kind, or tensors do not fit the configuration.
+    """
+    source = Path(path)
+    if not source.is_dir():
+        raise FileNotFoundError(f"a checkpoint is a directory, but {source} is none: check the path")
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"a checkpoint holds config.json, but {source} has none: check the path")
+    try:
+        raw = orjson.loads((source / "config.json").read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise ValueError(
+            f"config.json is JSON, but that of {source} cannot be read ({error}): copy it again"
+        ) from error
+    with contextlib.ExitStack() as stack:
+        tensors = open_tensors(source, stack)
+        config = read_config(raw, tied=drop_copies(tensors, raw))
+        graph, state = nnx.split(abstract_module(config))
+        places = named_leaves(config, state)
+        if missing := sorted(places.keys() - tensors.keys()):
+            raise ValueError(
+                f"{source} lacks {len(missing)} tensors that its config.json asks for, first {missing[0]}: "
+                "copy it again"
+            )
+        if unexpected := sorted(tensors.keys() - places.keys()):
+            raise ValueError(
+                f"{source} holds {len(unexpected)} tensors that its config.json has no place for, first "
+                f"{unexpected[0]}: use the config.json that belongs to these weights"
+            )
+        leaves = {}
+        for name, (path_in_module, variable) in places.items():
+            shape = tuple(variable.shape)
+            kernel = is_kernel(path_in_module, shape)
+            wanted, received = shape[::-1] if kernel else shape, tuple(tensors[name].get_slice(name).get_shape())
+            if received != wanted:
+                raise ValueError(
+                    f"{name} has shape {wanted} by config.json, but {source} holds {received}: "
+                    "use the config.json that belongs to these weights"
+                )
+            tensor = tensors[name].get_tensor(name)
+            array = jnp.asarray(np.ascontiguousarray(tensor.T if kernel else tensor), dtype)
+            leaves[path_in_module] = variable.replace(array)
+    module = nnx.merge(graph, nnx.from_flat_state(leaves))
+    tokenizer = Tokenizer.load(source)
+    if tokenizer.vocab_size > module.vocab_size:
+        raise ValueError(
+            f"a tokenizer's ids fit the model's vocabulary of {module.vocab_size}, but that of {source} has "
+            f"{tokenizer.vocab_size}: use the tokenizer that belongs to these weights"
+        )
+    return LanguageModel(module, tokenizer, raw)
+
+
+def save(model: LanguageModel, path: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Write a checkpoint directory that `load` and Hugging Face's libraries read.
+
+    Everything is written beside `path` first and moved there when complete, so that no crash leaves half a checkpoint.
+    A checkpoint that is already there is replaced. Saving what was loaded writes the same bytes again.
+
+    Args:
+      model: what to save.
+      path: a new or empty directory, or one that holds a checkpoint and nothing else.
+      max_shard_bytes: weights above this size are cut into shards of at most it, one tensor at least in each.
+
+    Raises:
+      ValueError: `model.config` describes another model, or no kind of checkpoint fits the module's configuration.
+      FileExistsError: `path` holds files that are no part of a checkpoint.
+    """
+    target = Path(path).absolute()
+    module, config = model.module, model.module.config
+    eos_id, pad_id = model.tokenizer.eos_id, model.tokenizer.pad_id
+    raw = dict(model.config) or write_config(config, eos_id=eos_id, pad_id=pad_id)
+    if (described := read_config(raw, tied=config.tied)) != config:
+        raise ValueError(
+            f"the config of a LanguageModel describes its module, but it says {described} and the module is {config}: "
+            "leave config empty to have it written"
+        )
+    for key in {"dtype", "torch_dtype"} & raw.keys():
+        raw[key] = str(module.embedding[...].dtype)
+    if target.exists():
+        foreign = sorted(file.name for file in target.iterdir() if not OURS.fullmatch(file.name))
+        if foreign:
+            raise FileExistsError(
+                f"a checkpoint is saved to a directory of its own, but {target} holds {foreign[0]}: choose another path"
+            )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
+        built = Path(temporary) / "new"
+        built.mkdir()
+        write_json(built / "config.json", raw)
+        write_tensors(built, module, max_shard_bytes)
+        model.tokenizer.save(built)
+        for file in built.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        if target.exists():
+            target.rename(Path(temporary) / "old")
+        built.rename(target)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """JSON as Hugging Face lays it out."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def write_tensors(directory: Path, module: T5 | Decoder, max_shard_bytes: int) -> None:
+    """Write the weights, in shards with an index where they are larger than `max_shard_bytes`."""
+    places = named_leaves(module.config, nnx.state(module))
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name in sorted(places, key=natural):
+        array = places[name][1][...]
+        total += array.nbytes
+        if shards[-1] and size + array.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += array.nbytes
+    files = [
+        WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
+    for file, names in zip(files, shards, strict=True):
+        tensors = {}
+        for name in names:
+            place, variable = places[name]
+            tensor = np.asarray(variable[...])
+            tensors[name] = np.ascontiguousarray(tensor.T if is_kernel(place, tensor.shape) else tensor)
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def open_tensors(source: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Open the weights of a checkpoint; return the file that holds each tensor, by its name."""
+    shards = [WEIGHTS]
+    if (source / INDEX).is_file():
+        try:
+            shards = sorted(set(orjson.loads((source / INDEX).read_bytes())["weight_map"].values()))
+        except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{INDEX} maps tensors to files, but that of {source} does not: copy it again") from error
+    elif not (source / WEIGHTS).is_file():
+        raise FileNotFoundError(
+            f"a checkpoint holds {WEIGHTS} or {INDEX}, but {source} has neither: save its weights as safetensors"
+        )
+    tensors: dict[str, Any] = {}
+    for shard in shards:
+        if not (source / shard).is_file():
+            raise FileNotFoundError(f"{INDEX} names {shard}, but {source} has no such file: copy it again")
+        try:
+            file = stack.enter_context(safe_open(source / shard, framework="np"))
+        except SafetensorError as error:
+            raise ValueError(f"{source / shard} is not a whole safetensors file ({error}): copy it again") from error
+        tensors |= dict.fromkeys(file.keys(), file)
+    return {name: file for name, file in tensors.items() if not IGNORED.search(name)}
+
+
+def drop_copies(tensors: dict[str, Any], raw: Mapping[str, Any]) -> bool:
+    """Leave out copies of the embedding under other names; return whether the head is the embedding.
+
+    A head that differs from the embedding is its own, whatever `tie_word_embeddings` says.
+    """
+    embedding = "shared.weight" if "shared.weight" in tensors else "model.embed_tokens.weight"
+    tied = bool(raw.get("tie_word_embeddings", raw.get("model_type") in ("t5", "mt5")))
+    copies = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *(["lm_head.weight"] if tied else [])]
+    for copy in copies:
+        if copy in tensors and embedding in tensors:
+            original = tensors[embedding].get_tensor(embedding)
+            if np.array_equal(tensors[copy].get_tensor(copy), original):
+                del tensors[copy]
+    return tied and "lm_head.weight" not in tensors
+
+
+def abstract_module(config: T5Config | DecoderConfig) -> T5 | Decoder:
+    """The module with shapes in the place of arrays."""
+    module: T5 | Decoder = nnx.eval_shape(lambda: make_module(config))
+    return module
+
+
+def make_module(config: T5Config | DecoderConfig) -> T5 | Decoder:
+    """The module of a configuration, with initial values."""
+    rngs = nnx.Rngs(0)
+    return T5(config, rngs=rngs) if isinstance(config, T5Config) else Decoder(config, rngs=rngs)
+
+
+def named_leaves(config: T5Config | DecoderConfig, state: Any) -> dict[str, tuple[tuple[Any, ...], nnx.Variable[Any]]]:
+    """The path in the module and the variable of every tensor, by its name on disk."""
+    names = t5_names(config.gated) if isinstance(config, T5Config) else DECODER_NAMES
+    found = {}
+    for path, variable in nnx.to_flat_state(state):
+        pattern = ".".join("{}" if isinstance(part, int) else str(part) for part in path)
+        found[names[pattern].format(*(part for part in path if isinstance(part, int)))] = (path, variable)
+    return found
+
+
+def is_kernel(path: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is stored the other way round on disk."""
+    return len(shape) == 2 and path[-1] not in KEPT_AS_IS
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A sorting key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

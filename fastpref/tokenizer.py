@@ -1,0 +1,154 @@
+"""Text to token ids and back, by the tokenizer of a checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+import tokenizers
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "spiece.model",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+"""Files of a checkpoint that a tokenizer reads or keeps, byte for byte."""
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` that knows its end-of-sequence and padding tokens.
+
+    Prompts get the special tokens of the checkpoint's own post-processor; completions get none, and end with EOS.
+    Nothing is padded or truncated here.
+
+    Args:
+      backend: the tokenizer; its padding and truncation are switched off.
+      eos_id: ends every completion.
+      pad_id: fills rows; `eos_id` if None. Lengths say what is real, so it needs no id of its own.
+      files: contents by name of the files of `FILES` that it came from. None writes them from `backend`.
+
+    Raises:
+      ValueError: an id lies outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        eos_id: int,
+        pad_id: int | None = None,
+        files: Mapping[str, bytes] | None = None,
+    ) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend = backend
+        self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        """One more than the highest id."""
+        self.eos_id = eos_id
+        self.pad_id = eos_id if pad_id is None else pad_id
+        names = {}
+        for key, value in (("eos_token", self.eos_id), ("pad_token", self.pad_id)):
+            token = backend.id_to_token(value) if 0 <= value < self.vocab_size else None
+            if token is None:
+                raise ValueError(
+                    f"{key} is in the vocabulary, ids 0 to {self.vocab_size - 1}, but id {value} is not: add it first"
+                )
+            names[key] = token
+        # As Hugging Face does on loading: else text would keep the markers, and decoding would show them.
+        backend.add_special_tokens(list(dict.fromkeys(names.values())))
+        self.files = dict(files) if files is not None else {"tokenizer.json": backend.to_str(pretty=True).encode()}
+        if special_ids(self.files, backend) != (self.eos_id, self.pad_id):
+            config = {"tokenizer_class": "PreTrainedTokenizerFast", **read_json(self.files, "tokenizer_config.json")}
+            self.files["tokenizer_config.json"] = orjson.dumps(
+                config | names, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
+            )
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt, with the special tokens that the checkpoint's post-processor adds."""
+        return [encoding.ids for encoding in self.backend.encode_batch(list(texts))]
+
+    def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each completion, without special tokens, followed by EOS."""
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [[*encoding.ids, self.eos_id] for encoding in encodings]
+
+    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Text of each row of ids; special tokens are dropped."""
+        return self.backend.decode_batch([list(map(int, row)) for row in rows], skip_special_tokens=True)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the tokenizer's files into `directory`, which is made if needed."""
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            (target / name).write_bytes(content)
+
+    @staticmethod
+    def load(directory: str | Path) -> "Tokenizer":
+        """Read the tokenizer of a Hugging Face directory.
+
+        EOS and padding are, in this order, those named in `tokenizer_config.json` or `special_tokens_map.json`, those
+        numbered in `generation_config.json`, those numbered in `config.json`. Where a file lists several EOS ids, the
+        first counts: completions are written with one. A missing padding token is the EOS.
+
+        Args:
+          directory: holds at least `tokenizer.json`.
+
+        Returns:
+          The tokenizer; `save` writes the same files again.
+
+        Raises:
+          FileNotFoundError: there is no `tokenizer.json`.
+          ValueError: a file cannot be read, or none of them says what EOS is.
+        """
+        source = Path(directory)
+        if not (source / "tokenizer.json").is_file():
+            raise FileNotFoundError(
+                f"a checkpoint holds tokenizer.json, but {source} has none: save its tokenizer in the fast format"
+            )
+        files = {name: (source / name).read_bytes() for name in FILES if (source / name).is_file()}
+        try:
+            backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        except Exception as error:  # the library raises no narrower type
+            raise ValueError(f"tokenizer.json is a tokenizer, but {source} holds one that is not: {error}") from error
+        config = {"config.json": (source / "config.json").read_bytes()} if (source / "config.json").is_file() else {}
+        eos_id, pad_id = special_ids(files | config, backend)
+        if eos_id is None:
+            raise ValueError(
+                f"a tokenizer names its end-of-sequence token, but no file of {source} does: "
+                "set eos_token in tokenizer_config.json or eos_token_id in config.json"
+            )
+        return Tokenizer(backend, eos_id=eos_id, pad_id=pad_id, files=files)
+
+
+def special_ids(files: Mapping[str, bytes], backend: tokenizers.Tokenizer) -> tuple[int | None, int | None]:
+    """Ids of EOS and padding by the files given; the padding is the EOS where they name none."""
+    named = read_json(files, "special_tokens_map.json") | read_json(files, "tokenizer_config.json")
+    found = []
+    for key in ("eos_token", "pad_token"):
+        token = named.get(key)
+        text = token.get("content") if isinstance(token, dict) else token
+        ids = [backend.token_to_id(text) if isinstance(text, str) else None]
+        for file in ("generation_config.json", "config.json"):
+            numbers = read_json(files, file).get(f"{key}_id")
+            ids += numbers if isinstance(numbers, list) else [numbers]
+        found.append(next((number for number in ids if number is not None), None))
+    return found[0], found[0] if found[1] is None else found[1]
+
+
+def read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """The object in a file of JSON, or an empty one if there is no such file."""
+    try:
+        content = orjson.loads(files.get(name, b"{}"))
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"{name} is JSON, but this one cannot be read ({error}): copy it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} is a JSON object, not {type(content).__name__}: copy it again")
+    return content
