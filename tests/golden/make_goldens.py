@@ -1,0 +1,171 @@
+"""Write the golden checkpoints and the logits that the original implementation computes from them.
+
+Needs `torch`, `transformers` and `xxhash`, which the project itself does not depend on. Run it in this folder:
+`python make_goldens.py`. The versions that made the committed files are in `manifest.json`.
+"""
+
+import json
+import platform
+import shutil
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import tokenizers
+import torch
+import transformers
+import xxhash
+from safetensors.numpy import save_file
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+HERE = Path(__file__).parent
+SEED = 20240607
+VOCABULARY = 97
+PROMPT_LENGTHS = (23, 9, 1)
+COMPLETIONS, TOKENS = 2, 13
+TEXT = (
+    "a preference is a choice between two answers",
+    "the model writes a summary and another model says which one it likes",
+    "every pair of answers has a winner, a loser, or neither",
+    "the mixture stays close to the reference while the policy improves",
+)
+
+T5_SIZES = {
+    "vocab_size": VOCABULARY,
+    "d_model": 36,
+    "d_kv": 8,
+    "d_ff": 52,
+    "num_heads": 3,
+    "num_layers": 2,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "decoder_start_token_id": 0,
+}
+DECODER_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 52,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 3,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def configurations() -> dict[str, transformers.PretrainedConfig]:
+    """Every golden by its name."""
+    t5, llama, qwen2 = transformers.T5Config, transformers.LlamaConfig, transformers.Qwen2Config
+    linear = {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}
+    small = DECODER_SIZES | {"hidden_size": 40, "num_hidden_layers": 1}
+    return {
+        "t5_v1_1": t5(**T5_SIZES, num_decoder_layers=3, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+        "t5_original": t5(**T5_SIZES, feed_forward_proj="relu", tie_word_embeddings=True),
+        "llama_sharded": llama(**DECODER_SIZES),
+        "llama_grouped_tied": llama(**DECODER_SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+        "llama3_rope": llama(**DECODER_SIZES, num_key_value_heads=1, head_dim=10, rope_parameters=LLAMA3),
+        "llama_linear_rope_bias": llama(**small, rope_parameters=linear, attention_bias=True),
+        "qwen2_bfloat16": qwen2(**DECODER_SIZES, num_key_value_heads=2),
+        "mistral": transformers.MistralConfig(**small, num_key_value_heads=2, sliding_window=None),
+    }
+
+
+def make_tokenizer(appends_eos: bool) -> transformers.PreTrainedTokenizerFast:
+    """A BPE tokenizer of at most `VOCABULARY` ids: T5's ends prompts with EOS, Llama's begins them with BOS."""
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    specials = ["<pad>", "</s>", "<unk>", "<s>"]
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - 2, special_tokens=specials, show_progress=False)
+    backend.train_from_iterator(TEXT, trainer)
+    template, special = ("$A </s>", ("</s>", 1)) if appends_eos else ("<s> $A", ("<s>", 3))
+    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=[special])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", bos_token="<s>"
+    )
+
+
+def make_model(config: transformers.PretrainedConfig, generator: torch.Generator) -> transformers.PreTrainedModel:
+    """A random model whose norms and biases are random too, so that none of them can be left out unseen."""
+    if config.model_type == "t5":
+        model = transformers.T5ForConditionalGeneration(config)
+        if not config.scale_decoder_outputs:
+            model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, config.d_model))
+    else:
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def expected_logits(model: transformers.PreTrainedModel, prompt: np.ndarray, completion: np.ndarray) -> np.ndarray:
+    """Logits that predict each token of one completion of one prompt, neither of them padded."""
+    prompts, completions = torch.tensor(prompt)[None], torch.tensor(completion)[None]
+    with torch.no_grad():
+        if model.config.model_type == "t5":
+            start = torch.full((1, 1), model.config.decoder_start_token_id)
+            inputs = torch.cat([start, completions[:, :-1]], dim=1)
+            return model(input_ids=prompts, decoder_input_ids=inputs).logits[0].numpy()
+        logits = model(input_ids=torch.cat([prompts, completions[:, :-1]], dim=1)).logits
+        return logits[0, len(prompt) - 1 :].numpy()
+
+
+def main() -> None:
+    """Make every golden anew, and the manifest."""
+    generator = torch.Generator().manual_seed(SEED)
+    random = np.random.default_rng(SEED)
+    names = configurations()
+    for name, config in names.items():
+        torch.manual_seed(SEED + len(name))
+        folder = HERE / name
+        shutil.rmtree(folder, ignore_errors=True)
+        model = make_model(config, generator)
+        if name.endswith("bfloat16"):
+            model = model.to(torch.bfloat16)
+        model.save_pretrained(folder, max_shard_size="60KB" if name.endswith("sharded") else "1GB")
+        make_tokenizer(config.model_type == "t5").save_pretrained(folder)
+
+        family = transformers.AutoModelForSeq2SeqLM if config.model_type == "t5" else transformers.AutoModelForCausalLM
+        model = family.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        prompts = np.zeros((len(PROMPT_LENGTHS), max(PROMPT_LENGTHS)), np.int32)
+        for row, length in zip(prompts, PROMPT_LENGTHS, strict=True):
+            row[:length] = random.integers(4, VOCABULARY, length)
+        completions = random.integers(4, VOCABULARY, (len(PROMPT_LENGTHS), COMPLETIONS, TOKENS), dtype=np.int32)
+        logits = [
+            [expected_logits(model, prompt[:length], completion) for completion in several]
+            for prompt, length, several in zip(prompts, PROMPT_LENGTHS, completions, strict=True)
+        ]
+        arrays = {
+            "prompt_tokens": prompts,
+            "prompt_lengths": np.array(PROMPT_LENGTHS, np.int32),
+            "completion_tokens": completions,
+            "logits": np.array(logits, np.float32),
+        }
+        save_file(arrays, HERE / f"{name}.safetensors")
+
+    files = sorted(path for name in names for path in [*(HERE / name).iterdir(), HERE / f"{name}.safetensors"])
+    manifest = {
+        "seed": SEED,
+        "versions": {
+            "python": platform.python_version(),
+            **{package.__name__: package.__version__ for package in (torch, transformers, tokenizers, safetensors)},
+        },
+        "script": xxhash.xxh3_64_hexdigest(Path(__file__).read_bytes()),
+        "files": {str(path.relative_to(HERE)): xxhash.xxh3_64_hexdigest(path.read_bytes()) for path in files},
+    }
+    (HERE / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
