@@ -48,7 +48,7 @@ def mixture_sample(
       mixture_beta: β, the weight of the reference in [0, 1], for all rows or for each. 0 is exactly the policy and 1
         exactly the reference: the other model is not multiplied by 0, so its infinities do no harm.
       key: a threefry key, `jax.random.key(seed)` or the older uint32[2].
-      row_ids: names of the rows in the noise, such as prompt number · K + completion number. Equal ids draw equal noise.
+      row_ids: names of the rows in the noise, such as prompt · K + completion. Equal ids draw equal noise.
       step: number of the token within its completion. The same (key, row id, step) draws the same noise.
       temperature: a Python number, at least 0. 0 takes the largest mixture logit, the lowest id on ties, without noise.
       num_valid_tokens: ids from here on are never drawn; None for all V. A Python number.
@@ -79,7 +79,7 @@ def mixture_sample(
         raise ValueError(f"temperature is a Python number of at least 0, not {temperature!r}: 0 is greedy")
     if num_valid_tokens is not None and not 1 <= num_valid_tokens <= vocab:
         raise ValueError(f"num_valid_tokens lies in [1, V = {vocab}], but is {num_valid_tokens}: pass None for all")
-    return choose("mixture_sample", IMPLEMENTATIONS, implementation)(
+    result: MixtureSample = choose("mixture_sample", IMPLEMENTATIONS, implementation)(
         policy_hidden,
         policy_head,
         ref_hidden,
@@ -91,3 +91,4 @@ def mixture_sample(
         temperature=float(temperature),
         num_valid_tokens=vocab if num_valid_tokens is None else num_valid_tokens,
     )
+    return result

@@ -88,8 +88,8 @@ def preference_loss(
         segment_ids,
         ref_logps.astype(jnp.float32),
         preference.astype(jnp.float32),
-        loss=loss if isinstance(loss, Partial) else Partial(loss),
+        loss=loss if isinstance(loss, Partial) else Partial(loss),  # type: ignore[no-untyped-call]
         where=counted,
         frozen_head=frozen_head,
     )
-    return result
+    return PreferenceLoss(result.loss, *jax.lax.stop_gradient(result[1:]))

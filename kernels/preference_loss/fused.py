@@ -7,6 +7,7 @@ log-probs first and the logits again in the backward pass, costs a fourth produc
 fit. After chunked preference losses in Liger Kernel, which take one pair at a time.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -94,8 +95,8 @@ def preference_loss(
     segments = jnp.where(ignored, 2 * preference.shape[0], segment_ids)
     problem = _Problem(targets, segments, ref_logps, preference, where, loss)
     run = _frozen if frozen_head else _trained
-    result = run(hidden, head, problem, chunk_rows(hidden.shape[0], head.vocab_size, chunk))
-    return PreferenceLoss(result.loss, *jax.lax.stop_gradient(result[1:]))
+    result: PreferenceLoss = run(hidden, head, problem, chunk_rows(hidden.shape[0], head.vocab_size, chunk))
+    return result
 
 
 def _value(hidden: Float[Array, "N D"], head: Head, problem: _Problem, chunk: int) -> PreferenceLoss:
@@ -179,14 +180,17 @@ def _windows(hidden: Array, head: Head, problem: _Problem, fits: Bool[Array, " P
         jnp.zeros(hidden.shape, jnp.float32),
         jnp.zeros(head.weight.shape, jnp.float32),
     )
+    # The last rows go to smaller windows. Pairs longer than those have come first.
     half = chunk // 2
     for size, floor in ((chunk, half), (half, 0)):
         window = jax.lax.while_loop(
-            lambda window, floor=floor: rows.count - window.start > floor,
-            lambda window, size=size: _window(hidden, head, problem, rows, ends, size, window),
-            window,
+            partial(_exceeds, rows, floor), partial(_window, hidden, head, problem, rows, ends, size), window
         )
     return window
+
+
+def _exceeds(rows: Rows, floor: int, window: _Window) -> Bool[Array, ""]:
+    return rows.total - window.start > floor
 
 
 def _window(

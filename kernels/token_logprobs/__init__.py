@@ -31,7 +31,7 @@ def token_logprobs(
     dtype of what they belong to and are accumulated in float32. Only the log-sum-exp of each row is kept for the
     backward pass, which computes the logits again, a chunk at a time. With `frozen_head` the forward pass also takes
     the expectation of the head's rows under the softmax, and the backward pass is elementwise: two products in all
-    instead of four.
+    instead of three.
 
     Args:
       hidden: states, one per scored token, flattened over sequences.

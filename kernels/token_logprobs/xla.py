@@ -144,14 +144,15 @@ def backward(
 
 def over_chunks(rows: Rows, chunk: int, step: Callable[[Array, Carry], Carry], start: Carry) -> Carry:
     """Call `step(first position, results)` for as many chunks as the rows that count fill."""
-    count = -(-rows.count // chunk)
-    return jax.lax.fori_loop(0, count, lambda number, results: step(number * chunk, results), start)
+    count = -(-rows.total // chunk)
+    results: Carry = jax.lax.fori_loop(0, count, lambda number, results: step(number * chunk, results), start)
+    return results
 
 
 def chunk_index(rows: Rows, start: Array, chunk: int) -> tuple[Int[Array, " C"], Bool[Array, " C"]]:
     """Row numbers of the chunk that starts at this position, and which of them count."""
     index = jax.lax.dynamic_slice_in_dim(rows.order, start, chunk)
-    return index, start + jnp.arange(chunk) < rows.count
+    return index, start + jnp.arange(chunk) < rows.total
 
 
 def put(results: Array, index: Int[Array, " C"], live: Bool[Array, " C"], values: Array) -> Array:
@@ -191,11 +192,17 @@ def add_weight_gradient(
 ) -> Float[Array, "..."]:
     """Add the gradient in the weight to the float32 total, a slice of the vocabulary at a time."""
     size = -(-head.vocab_size // _WEIGHT_TILES)
-    for start in range(0, head.vocab_size, size):
-        tile = product[:, start : start + size]
+
+    def step(number: Array, total: Array) -> Array:
+        # The last slice moves back to end with the vocabulary: what it shares with the one before is added once.
+        start = jnp.minimum(number * size, head.vocab_size - size)
+        tile = jax.lax.dynamic_slice_in_dim(product, start, size, axis=1)
+        fresh = start + jnp.arange(size) >= number * size
+        tile = jnp.where(fresh[None, :], tile, jnp.zeros_like(tile))
         operands = (tile, states) if head.vocab_axis == 0 else (states, tile)
         part = jax.lax.dot_general(*operands, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        place = (start, 0) if head.vocab_axis == 0 else (0, start)
-        old = jax.lax.dynamic_slice(total, place, part.shape)
-        total = jax.lax.dynamic_update_slice(total, old + part, place)
-    return total
+        old = jax.lax.dynamic_slice_in_dim(total, start, size, axis=head.vocab_axis)
+        return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis=head.vocab_axis)
+
+    result: Array = jax.lax.fori_loop(0, _WEIGHT_TILES, step, total)
+    return result
