@@ -39,7 +39,7 @@ class Head:
         if self.soft_cap is not None and not (isinstance(self.soft_cap, int | float) and self.soft_cap > 0):
             raise ValueError(f"soft_cap is a Python number above 0, not {self.soft_cap!r}: pass None for no cap")
 
-    def tree_flatten(self) -> tuple[tuple[Array], tuple[int, float, float | None]]:
+    def tree_flatten(self) -> tuple[tuple[Any], tuple[int, float, float | None]]:
         """The weight, and what is static."""
         return (self.weight,), (self.vocab_axis, self.scale, self.soft_cap)
 
