@@ -196,9 +196,14 @@ class Attention(nnx.Module):
         return x + project(flat, self.o, self.o_bias)
 
 
-def project(x: Float[Array, "*rows I"], kernel: nnx.Param[Array], bias: nnx.Param[Array] | None) -> Array:
-    """x @ kernel + bias, in the dtype of the kernel."""
-    product = x @ kernel[...]
+def project(x: Float[Array, "*rows I"], kernel: nnx.Param[Array], bias: nnx.Param[Array] | None = None) -> Array:
+    """x @ kernel + bias, in the dtype of the kernel.
+
+    Rows are flattened first: else the gradient of the kernel contracts several axes at once, which XLA turns into a
+    transposing copy of the activations on a CPU.
+    """
+    weight = kernel[...]
+    product = (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], weight.shape[1])
     return product if bias is None else product + jnp.broadcast_to(bias[...], product.shape)
 
 
@@ -259,5 +264,5 @@ class FeedForward(nnx.Module):
         inner = rms_norm(x, self.norm[...], self.eps)
         activate = ACTIVATIONS[self.activation]
         if self.gate is None:
-            return x + activate(inner @ self.up[...]) @ self.down[...]
-        return x + (activate(inner @ self.gate[...]) * (inner @ self.up[...])) @ self.down[...]
+            return x + project(activate(project(inner, self.up)), self.down)
+        return x + project(activate(project(inner, self.gate)) * project(inner, self.up), self.down)
