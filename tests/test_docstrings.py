@@ -31,6 +31,8 @@ class BoxFilter:
         Each pixel becomes the mean of the *square* around it, see :func:`~scipy.ndimage.uniform_filter`.
         At the borders the ``image`` is mirrored, so that it keeps its `shape`_ and the [mean](https://mean.org).
 
+        out[i, j] = sum(x[i + a, j + b] for a in range(-1, 2) for b in range(-1, 2)) / 9
+
         Parameters
         ----------
         image : array_like
@@ -51,7 +53,7 @@ def parse_dates(lines):
 
     Dates are expected in the ISO format, for example::
 
-        2024-01-02  a line
+        the first line of such a file and some words behind it
 
     and any time zone behind them is dropped without a word of complaint.
 
@@ -164,9 +166,10 @@ def test_broken_files_are_counted_and_nothing_is_imported(tmp_path: Path, cache:
     assert found.counts() == {"library": 2}
 
 
-def test_a_stray_backslash_warns_nobody(tmp_path: Path, cache: Path) -> None:
+def test_a_stray_backslash_warns_nobody(tmp_path: Path, cache: Path, recwarn: pytest.WarningsRecorder) -> None:
     text = function("get_slash", "Get the slash of the path.", ARTICLE.format("slash", "path") + r" \d")
     assert len(harvest(cache, sources=[write(tmp_path / "a", {"slash.py": text})]).examples) == 1
+    assert not list(recwarn)
 
 
 def test_equal_summaries_and_equal_bodies_appear_once(tmp_path: Path, cache: Path) -> None:
@@ -267,6 +270,7 @@ def test_a_limit_keeps_the_order_and_grows(tmp_path: Path) -> None:
     assert five == [example for example in whole if example in five]
     assert set(five) < set(six) < set(whole)
     assert harvest(tmp_path, sources=[source], limit=100).examples == whole
+    assert sum(bool(part) for part in splits(six)) > 1, "a limit must not favour one part"
     with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
         harvest(tmp_path, sources=[source], limit=0)
 
@@ -331,6 +335,11 @@ def test_the_tokenizer_has_the_promised_tokens(texts: list[str]) -> None:
     assert tokenizer.encode("").ids == [1]
     assert tokenizer.encode("a", "b").tokens == ["a", "</s>", "b", "</s>"]
     assert sum(len(tokenizer.encode(text).ids) for text in texts) < 0.6 * sum(map(len, texts))
+
+
+def test_digits_are_never_merged() -> None:
+    tokenizer = train_tokenizer(["answer 12 or 121 or 12 12 12 12"] * 20, 300)
+    assert tokenizer.encode("answer 12").tokens[-3:] == ["1", "2", "</s>"]
 
 
 def test_training_repeats_itself(texts: list[str]) -> None:

@@ -136,6 +136,7 @@ def test_the_true_summary_wins(
         ("blur an image with the mean of its pixels.", "form"),
         ("Blur an image. Use the mean of its pixels.", "form"),
         ("Blur an image with the the mean of its pixels.", "grammar"),
+        ("Blur an image with mean mean of its pixels.", "grammar"),
         ("Blur an image with the of mean pixels.", "grammar"),
         ("Blur an image with the mean of its.", "grammar"),
         ("Image blur mean pixel neighbours radii size.", "grammar"),
@@ -147,6 +148,20 @@ def test_each_fault_costs_its_feature_and_the_comparison(worse: str, feature: st
     assert features(ARTICLE, GOOD) == Features(1, 1, 1, 1, 1, 1, 1)
     assert getattr(features(ARTICLE, worse), feature) < 1
     assert GoldJudge()([ARTICLE], [GOOD], [worse])[0] > 0.6
+
+
+def test_frequent_words_and_the_opening_weigh_more() -> None:
+    filler = "some of the others which are not the same and may be there for you when it is what you need " * 2
+    prompt = f"{PREFIX}cache: The loader works. {filler} The disk, the disk and the network, the memory, the processor."
+    loader, disk, network = (
+        features(prompt, f"Wait for the {word}.").coverage for word in ("loader", "disk", "network")
+    )
+    assert loader == pytest.approx(2 * network)
+    assert disk == pytest.approx((1 + math.log(2)) * network)
+
+
+def test_one_content_word_may_come_twice() -> None:
+    assert features(ARTICLE, "Blur each pixel with the mean of other pixels.").freshness == 1
 
 
 def test_endings_and_identifiers_do_not_hide_a_word() -> None:
