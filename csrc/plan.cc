@@ -29,14 +29,9 @@ class Random {
   Random(std::uint64_t seed, std::uint64_t epoch, std::uint64_t purpose)
       : state_(mix(mix(mix(seed + kGolden) + epoch + kGolden) + purpose + kGolden)) {}
 
-  // Uniform in [0, bound), without bias (Lemire, 2019).
+  // In [0, bound), each value as likely as the next up to bound / 2^64.
   std::uint64_t below(std::uint64_t bound) {
-    Uint128 product = static_cast<Uint128>(next()) * bound;
-    if (static_cast<std::uint64_t>(product) < bound) {
-      const std::uint64_t threshold = -bound % bound;
-      while (static_cast<std::uint64_t>(product) < threshold) product = static_cast<Uint128>(next()) * bound;
-    }
-    return static_cast<std::uint64_t>(product >> 64);
+    return static_cast<std::uint64_t>(static_cast<Uint128>(next()) * bound >> 64);
   }
 
  private:

@@ -36,20 +36,12 @@ def draws(seed: int, epoch: int, purpose: int) -> Iterator[int]:
         yield mix(state)
 
 
-def below(random: Iterator[int], bound: int) -> int:
-    """Uniform in [0, bound): draws that fall into the incomplete last part of the range are drawn again."""
-    while True:
-        product = next(random) * bound
-        if product % 2**64 >= 2**64 % bound:
-            return product >> 64
-
-
 @lru_cache(maxsize=64)
 def permutation(size: int, seed: int, epoch: int, purpose: int) -> tuple[int, ...]:
     random = draws(seed, epoch, purpose)
     order = list(range(size))
     for i in range(size):
-        j = i + below(random, size - i)
+        j = i + (next(random) * (size - i) >> 64)
         order[i], order[j] = order[j], order[i]
     return tuple(order)
 

@@ -211,6 +211,12 @@ def test_one_changed_token_or_label_is_other_data() -> None:
             other.restore(state)
 
 
+def test_the_same_tokens_cut_elsewhere_are_other_data() -> None:
+    options: dict[str, Any] = {"batch_size": 1, "max_tokens": 8, "widths": (8,)}
+    with pytest.raises(DataError, match="another data fingerprint"):
+        PromptBatcher([[1, 2], [3]], **options).restore(PromptBatcher([[1], [2, 3]], **options).state())
+
+
 def test_the_state_of_another_kind_and_damaged_bytes_are_refused() -> None:
     with pytest.raises(DataError, match="another number of completions: saved 0, this batcher has 2"):
         pairs().restore(prompts().state())
@@ -298,7 +304,8 @@ WRONG: list[tuple[Any, str]] = [
      r"prompts must have 1 to 4 tokens \(max_tokens\), got 0 at record 1"),
     (lambda: PromptBatcher([[1], [1] * 5], batch_size=1, max_tokens=4),
      r"prompts must have 1 to 4 tokens \(max_tokens\), got 5 at record 1. Drop or truncate"),
-    (lambda: PairBatcher([[1] * 5], [[1]], [[2]], **PAIR_LIMITS), r"prompts must have 1 to 4 tokens .max_prompt_tokens."),
+    (lambda: PairBatcher([[1] * 5], [[1]], [[2]], **PAIR_LIMITS),
+     r"prompts must have 1 to 4 tokens .max_prompt_tokens."),
     (lambda: PairBatcher([[1]], [[1]], [[2] * 4], **PAIR_LIMITS),
      r"rejected must have 1 to 3 tokens \(max_completion_tokens\), got 4 at record 0"),
     (lambda: PairBatcher([[1]], [[1]], [[2], [3]], **PAIR_LIMITS),

@@ -108,6 +108,14 @@ def test_line_ends_byte_order_marks_and_blank_endings_are_no_fault(content: byte
     assert report == DropReport(2, 2)
 
 
+def test_a_blank_line_is_counted_once(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"\n".join([b"", GOOD, b" ", b"", GOOD, GOOD, b""]))
+    records, report = read_records(path, columns=PAIR, on_bad_record="skip")
+    assert report == DropReport(6, 3, {"blank line": 3})
+    assert [record.id for record in records] == [1, 4, 5]
+
+
 def test_an_empty_file_holds_no_records(tmp_path: Path) -> None:
     path = tmp_path / "nothing.jsonl"
     path.write_bytes(b"\xef\xbb\xbf\n")
@@ -296,10 +304,12 @@ def test_tokens_out_of_the_vocabulary_and_lost_prompts_are_bad_records() -> None
     for prompt, message in (
         ("none", "a prompt must have at least one token, got none"),
         ("low", r"token ids must be in \[0, 128\), got -1 in a prompt"),
+        ("\x80", r"token ids must be in \[0, 128\), got 128 in a prompt"),
         ("é", r"token ids must be in \[0, 128\), got 233 in a prompt \[token outside the vocabulary\]"),
     ):
         with pytest.raises(DataError, match=f"record 0: {message}"):
             tokenize_prompts([prompt], Odd(), max_tokens=4)
+    assert tokenize_prompts(["\x7f"], Characters(), max_tokens=4)[1] == DropReport(1, 1)
     assert tokenize_prompts(["é"], Characters(), max_tokens=4, vocab_size=256)[1] == DropReport(1, 1)
     with pytest.warns(UserWarning, match=r"^tokenization: 2 records read, 1 delivered, 1 dropped \(1 empty prompt\)"):
         tokenize_prompts(["a", "none"], Odd(), max_tokens=4, on_bad_record="warn")
