@@ -31,7 +31,7 @@ lint: setup
 		--python-executable $(CURDIR)/$(BIN)/python --cache-dir $(CURDIR)/.mypy_cache -p fastpref
 
 bench: setup
-	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-columns=min,median,iqr,rounds -m "not slow"
+	$(BIN)/python -m pytest bench -o addopts= --benchmark-columns=min,median,iqr,rounds
 
 clean:
 	rm -rf .venv* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
