@@ -1,8 +1,8 @@
 """Language models: the protocol, two families, and checkpoints in and out."""
 
 from fastpref.models.decoder import Decoder, DecoderConfig, RopeScaling
-from fastpref.models.huggingface import LanguageModel, load, save
+from fastpref.models.huggingface import LanguageModel, as_model, load, save
 from fastpref.models.policy import Policy
 from fastpref.models.t5 import T5, T5Config
 
-__all__ = ["T5", "Decoder", "DecoderConfig", "LanguageModel", "Policy", "RopeScaling", "T5Config", "load", "save"]
+__all__ = ["T5", "Decoder", "DecoderConfig", "LanguageModel", "Policy", "RopeScaling", "T5Config", "as_model", "load", "save"]

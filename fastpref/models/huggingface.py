@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from safetensors.numpy import save_file
 
 from fastpref.models.configs import read_config, write_config
 from fastpref.models.decoder import Decoder, DecoderConfig
+from fastpref.models.policy import Policy
 from fastpref.models.t5 import T5, T5Config
-from fastpref.tokenizer import FILES, Tokenizer
+from fastpref.tokenizer import FILES, Tokenizer, read_json
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -81,7 +82,7 @@ KEPT_AS_IS = ("embedding", "position_bias")
 class LanguageModel:
     """A model and its tokenizer, and what it takes to save them as they came."""
 
-    module: T5 | Decoder
+    module: Policy
     tokenizer: Tokenizer
     config: Mapping[str, Any] = field(default_factory=dict)
     """`config.json` as loaded, with entries that only other libraries read; empty writes one from the module."""
@@ -108,15 +109,11 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32) -> LanguageModel:
         raise FileNotFoundError(f"a checkpoint is a directory, but {source} is none: check the path")
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"a checkpoint holds config.json, but {source} has none: check the path")
-    try:
-        raw = orjson.loads((source / "config.json").read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise ValueError(
-            f"config.json is JSON, but that of {source} cannot be read ({error}): copy it again"
-        ) from error
+    raw = read_json({"config.json": (source / "config.json").read_bytes()}, "config.json")
+    config = read_config(raw, tied=False)
     with contextlib.ExitStack() as stack:
         tensors = open_tensors(source, stack)
-        config = read_config(raw, tied=drop_copies(tensors, raw))
+        config = replace(config, tied=drop_copies(tensors, raw))
         graph, state = nnx.split(abstract_module(config))
         places = named_leaves(config, state)
         if missing := sorted(places.keys() - tensors.keys()):
@@ -164,11 +161,16 @@ def save(model: LanguageModel, path: str | Path, *, max_shard_bytes: int = 5_000
       max_shard_bytes: weights above this size are cut into shards of at most it, one tensor at least in each.
 
     Raises:
+      TypeError: the module is neither a `T5` nor a `Decoder`.
       ValueError: `model.config` describes another model, or no kind of checkpoint fits the module's configuration.
       FileExistsError: `path` holds files that are no part of a checkpoint.
     """
-    target = Path(path).absolute()
-    module, config = model.module, model.module.config
+    target, module = Path(path).absolute(), model.module
+    if not isinstance(module, T5 | Decoder):
+        raise TypeError(
+            f"a checkpoint is written of a T5 or a Decoder, not of a {type(module).__name__}: save it yourself"
+        )
+    config = module.config
     eos_id, pad_id = model.tokenizer.eos_id, model.tokenizer.pad_id
     raw = dict(model.config) or write_config(config, eos_id=eos_id, pad_id=pad_id)
     if (described := read_config(raw, tied=config.tied)) != config:
@@ -179,8 +181,8 @@ def save(model: LanguageModel, path: str | Path, *, max_shard_bytes: int = 5_000
     for key in {"dtype", "torch_dtype"} & raw.keys():
         raw[key] = str(module.embedding[...].dtype)
     if target.exists():
-        foreign = sorted(file.name for file in target.iterdir() if not OURS.fullmatch(file.name))
-        if foreign:
+        files = target.iterdir() if target.is_dir() else [target]
+        if foreign := sorted(file.name for file in files if not OURS.fullmatch(file.name)):
             raise FileExistsError(
                 f"a checkpoint is saved to a directory of its own, but {target} holds {foreign[0]}: choose another path"
             )
@@ -303,3 +305,8 @@ def is_kernel(path: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
 def natural(name: str) -> list[tuple[int, str]]:
     """A sorting key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def as_model(model: LanguageModel | str | Path) -> LanguageModel:
+    """The model itself, or the one that a checkpoint directory holds."""
+    return load(model) if isinstance(model, str | Path) else model

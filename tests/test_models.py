@@ -1,0 +1,336 @@
+"""Both model families against the original implementations, and against what the policy protocol promises."""
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from fastpref.models import T5, Decoder, DecoderConfig, Policy, RopeScaling, T5Config, load
+from fastpref.models.decoder import inverse_frequencies
+from fastpref.models.layers import MASKED, Own, Shared, attend, compact
+from fastpref.models.t5 import relative_buckets, toeplitz
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
+
+DECODER = DecoderConfig(vocab_size=61, width=24, hidden=40, layers=2, heads=6, kv_heads=2, head_dim=6)
+ENCODER_DECODER = T5Config(
+    vocab_size=61,
+    width=24,
+    hidden=40,
+    encoder_layers=2,
+    decoder_layers=3,
+    heads=3,
+    head_dim=6,
+    buckets=8,
+    max_distance=9,
+)
+CONFIGS: dict[str, Any] = {
+    "decoder": DECODER,
+    "decoder-tied-biased": replace(DECODER, tied=True, attention_bias=True, output_bias=True),
+    "t5-v1.1": ENCODER_DECODER,
+    "t5-original": replace(
+        ENCODER_DECODER, activation="relu", gated=False, tied=True, scaled_output=True, decoder_layers=2
+    ),
+}
+P, S, K, T = 3, 11, 2, 6
+LENGTHS = np.array([11, 4, 1])
+
+
+@functools.cache
+def make(name: str) -> Any:
+    """A model whose norms, biases and rotations all matter: initial values alone leave attention nearly flat."""
+    config = CONFIGS[name]
+    kind = T5 if isinstance(config, T5Config) else Decoder
+    model = nnx.jit(lambda: kind(config, rngs=nnx.Rngs(3)))()
+    graph, state = nnx.split(model)
+    random = np.random.default_rng(5)
+    noisy = jax.tree.map(lambda leaf: leaf + 0.2 * random.normal(size=leaf.shape).astype(np.float32), state)
+    return nnx.merge(graph, noisy)
+
+
+def forced_states(model: Any, *arguments: jax.Array) -> jax.Array:
+    """The teacher-forced states, [P, K, T, D], compiled once per model configuration."""
+    return states_of(*nnx.split(model), *arguments)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def states_of(graph: Any, state: Any, *arguments: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state).hidden_states(*arguments)
+
+
+def draw(vocab_size: int = 61) -> tuple[jax.Array, jax.Array, jax.Array]:
+    random = np.random.default_rng(11)
+    prompts = jnp.asarray(random.integers(0, vocab_size, (P, S)), jnp.int32)
+    completions = jnp.asarray(random.integers(0, vocab_size, (P, K, T)), jnp.int32)
+    return prompts, jnp.asarray(np.arange(S)[None, :] < LENGTHS[:, None]), completions
+
+
+def decoded_states(model: Any, *arguments: jax.Array) -> jax.Array:
+    """The states of prefill and decode, [P, K, T, D], by a compiled loop that carries the cache."""
+    return loop_of(*nnx.split(model), *arguments)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loop_of(graph: Any, state: Any, prompts: jax.Array, mask: jax.Array, completions: jax.Array) -> jax.Array:
+    policy = nnx.merge(graph, state)
+    p, k, t = completions.shape
+    rows = completions.reshape(p * k, t)
+    first, cache = policy.prefill(prompts, mask, completions=k, max_new_tokens=t)
+
+    def body(cache: Any, step: jax.Array) -> tuple[Any, jax.Array]:
+        states, cache = policy.decode(cache, jnp.take(rows, step, axis=1), step)
+        return cache, states
+
+    _, later = jax.lax.scan(body, cache, jnp.arange(t - 1))
+    return jnp.concatenate([first[None], later]).swapaxes(0, 1).reshape(p, k, t, -1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_the_original_implementation(name: str) -> None:
+    golden = load_file(GOLDEN / f"{name}.safetensors")
+    model = load(GOLDEN / name).module
+    prompts, completions = jnp.asarray(golden["prompt_tokens"]), jnp.asarray(golden["completion_tokens"])
+    mask = jnp.asarray(np.arange(prompts.shape[1])[None, :] < golden["prompt_lengths"][:, None])
+    expected = golden["logits"]
+    assert expected.std() > 0.5
+    for states in (forced_states(model, prompts, mask, completions), decoded_states(model, prompts, mask, completions)):
+        logits = model.head().logits(states.reshape(-1, states.shape[-1])).reshape(expected.shape)
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_decoding_gives_the_teacher_forced_states(name: str) -> None:
+    model = make(name)
+    prompts, mask, completions = draw()
+    forced = forced_states(model, prompts, mask, completions)
+    np.testing.assert_allclose(decoded_states(model, prompts, mask, completions), forced, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padding_changes_nothing_wherever_it_is(name: str) -> None:
+    model = make(name)
+    prompts, mask, completions = draw()
+    right = forced_states(model, prompts, mask, completions)
+    for side in ("left", "middle", "longer"):
+        size = S + 5 if side == "longer" else S
+        moved, moved_mask = np.full((P, size), 60, np.int32), np.zeros((P, size), bool)
+        for row, length in enumerate(LENGTHS):
+            head = length // 2
+            places = np.arange(length)
+            if side == "left":
+                places += size - length
+            elif side == "middle":
+                places[head:] += size - length
+            moved[row, places], moved_mask[row, places] = prompts[row, :length], True
+        arguments = (jnp.asarray(moved), jnp.asarray(moved_mask), completions)
+        forced = forced_states(model, *arguments)
+        if side == "longer":
+            np.testing.assert_allclose(forced, right, rtol=0, atol=2e-5)
+        else:
+            np.testing.assert_array_equal(forced, right)
+        if side == "left":
+            np.testing.assert_allclose(decoded_states(model, *arguments), right, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_token_changes_only_what_follows_it_in_its_completion(name: str) -> None:
+    model = make(name)
+    prompts, mask, completions = draw()
+    before = np.asarray(forced_states(model, prompts, mask, completions))
+    after = np.asarray(
+        forced_states(model, prompts, mask, completions.at[1, 0, 3].set((completions[1, 0, 3] + 1) % 61))
+    )
+    changed = np.abs(after - before).max(-1) > 1e-6
+    expected = np.zeros((P, K, T), bool)
+    expected[1, 0, 4:] = True
+    np.testing.assert_array_equal(changed, expected)
+    np.testing.assert_array_equal(after[~expected], before[~expected])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_prompt_changes_only_its_own_completions(name: str) -> None:
+    model = make(name)
+    prompts, mask, completions = draw()
+    before = forced_states(model, prompts, mask, completions)
+    after = forced_states(model, prompts.at[1, 0].set((prompts[1, 0] + 1) % 61), mask, completions)
+    changed = np.abs(np.asarray(after - before)).max(-1) > 1e-6
+    np.testing.assert_array_equal(changed, np.arange(P)[:, None, None] == np.full((P, K, T), 1))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_are_finite_and_reach_every_parameter(name: str) -> None:
+    model = make(name)
+    prompts, mask, completions = draw()
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    @jax.grad
+    def gradient(state: Any) -> jax.Array:
+        policy = nnx.merge(graph, state)
+        states = policy.hidden_states(prompts, mask, completions)
+        logits = policy.head().logits(states.reshape(-1, states.shape[-1]))
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), completions.reshape(-1, 1), axis=1).mean()
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(state)):
+        assert np.isfinite(leaf).all(), path
+        # A key's bias shifts all scores of a query alike, so that softmax is blind to it.
+        assert np.abs(leaf).max() > 1e-7 or "k_bias" in jax.tree_util.keystr(path), path
+
+
+def test_attention_is_one_softmax_over_prompt_and_completion() -> None:
+    p, n, k, g, t, h, size, own_size = 2, 2, 3, 2, 4, 5, 6, 7
+    random = np.random.default_rng(13)
+    shapes = [(p, n, k, g, t, h), (p, n, h, size), (p, n, size, h), (p, n, k, own_size, h), (p, n, k, own_size, h)]
+    arrays = [jnp.asarray(3 * random.normal(size=shape), jnp.float32) for shape in shapes]
+    bias = jnp.where(jnp.arange(size) < 4, 0.5, MASKED).reshape(1, 1, 1, 1, 1, size)
+    own_bias = jnp.asarray(random.normal(size=(1, n, 1, 1, t, own_size)), jnp.float32)
+    weights = jnp.asarray(random.normal(size=shapes[0]), jnp.float32)
+
+    def ours(queries: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array, own: jax.Array) -> jax.Array:
+        return attend(queries, Shared(keys, values), bias, Own(own_keys, own), own_bias)
+
+    def plain(queries: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array, own: jax.Array) -> jax.Array:
+        to_prompt = jnp.einsum("pnkgth,pnhs->pnkgts", queries, keys) + bias
+        to_own = jnp.einsum("pnkgth,pnkuh->pnkgtu", queries, own_keys) + own_bias
+        share = jax.nn.softmax(jnp.concatenate([to_prompt, to_own], axis=-1))
+        read = jnp.einsum("pnkgts,pnsh->pnkgth", share[..., :size], values)
+        return read + jnp.einsum("pnkgtu,pnkuh->pnkgth", share[..., size:], own)
+
+    results = [
+        jax.jit(jax.value_and_grad(lambda *x, f=f: (f(*x) * weights).sum(), argnums=tuple(range(5))))(*arrays)
+        for f in (ours, plain)
+    ]
+    for ours_leaf, plain_leaf in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(ours_leaf, plain_leaf, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bfloat16_runs_and_stays_near_float32(name: str) -> None:
+    graph, state = nnx.split(make(name))
+    narrow = nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state))
+    wide = nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), state))
+    prompts, mask, completions = draw()
+    states = forced_states(narrow, prompts, mask, completions)
+    assert states.dtype == jnp.bfloat16
+    expected = np.asarray(forced_states(wide, prompts, mask, completions))
+    error = np.asarray(states.astype(jnp.float32)) - expected
+    assert np.sqrt((error**2).mean()) < 0.03 * expected.std()
+    decoded = decoded_states(narrow, prompts, mask, completions)
+    error = np.asarray(decoded.astype(jnp.float32)) - expected
+    assert decoded.dtype == jnp.bfloat16
+    assert np.sqrt((error**2).mean()) < 0.03 * expected.std()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_protocol_is_kept_and_prompts_are_cached_once(name: str) -> None:
+    model = make(name)
+    assert isinstance(model, Policy)
+    assert model.vocab_size == 61 == model.head().vocab_size
+    prompts, mask, _ = draw()
+    _, cache = model.prefill(prompts, mask, completions=5, max_new_tokens=4)
+    for shared in cache.prompts:
+        assert shared.keys.size == shared.values.size == P * S * shared.keys.shape[1] * 6
+    for own in cache.completions:
+        assert own.keys.shape[0] == P
+        assert own.keys.shape[2] == 5
+
+
+def test_initial_values_follow_each_family() -> None:
+    decoder = Decoder(replace(DECODER, width=200, vocab_size=300), rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(decoder.embedding[...].std(), 0.02, rtol=0.02)
+    np.testing.assert_allclose(decoder.layers[0].feed_forward.down[...].std(), 0.02, rtol=0.05)
+    model = T5(replace(ENCODER_DECODER, width=200, heads=8, head_dim=16, hidden=300), rngs=nnx.Rngs(0))
+    attention, feed_forward = model.encoder.layers[0].attention, model.decoder.layers[1].feed_forward
+    for kernel, std in (
+        (model.embedding, 1.0),
+        (model.lm_head, 1.0),
+        (attention.q, (200 * 16) ** -0.5),
+        (attention.k, 200**-0.5),
+        (attention.v, 200**-0.5),
+        (attention.o, (8 * 16) ** -0.5),
+        (feed_forward.gate, 200**-0.5),
+        (feed_forward.up, 200**-0.5),
+        (feed_forward.down, 300**-0.5),
+    ):
+        np.testing.assert_allclose(kernel[...].std(), std, rtol=0.05)
+    assert T5(ENCODER_DECODER, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)).embedding[...].dtype == jnp.bfloat16
+
+
+def test_seeds_decide_initial_values() -> None:
+    one, same, other = (Decoder(DECODER, rngs=nnx.Rngs(seed)).embedding[...] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()
+
+
+def test_compact_keeps_the_order_of_real_tokens() -> None:
+    tokens = jnp.array([[9, 5, 9, 3, 4], [1, 2, 3, 4, 5]], jnp.int32)
+    mask = jnp.array([[0, 1, 0, 1, 1], [1, 1, 1, 1, 1]], bool)
+    front, lengths = compact(tokens, mask)
+    np.testing.assert_array_equal(lengths, [3, 5])
+    np.testing.assert_array_equal(front[0, :3], [5, 3, 4])
+    np.testing.assert_array_equal(front[1], tokens[1])
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_toeplitz_places_each_distance(size: int) -> None:
+    values = np.random.default_rng(0).normal(size=(3, 2 * size)).astype(np.float32)
+    rows, columns = np.indices((size, size))
+    np.testing.assert_array_equal(toeplitz(jnp.asarray(values)), values[:, (columns - rows) % (2 * size)])
+
+
+def test_relative_buckets_are_exact_when_near_and_shared_when_far() -> None:
+    causal = relative_buckets(-np.arange(300), bidirectional=False, buckets=32, max_distance=128)
+    np.testing.assert_array_equal(causal[:16], np.arange(16))
+    assert (np.diff(causal) >= 0).all()
+    assert (causal[128:] == 31).all()
+    np.testing.assert_array_equal(
+        relative_buckets(np.arange(5), bidirectional=False, buckets=32, max_distance=128), np.zeros(5)
+    )
+    both = relative_buckets(np.array([-3, 3, -500, 500]), bidirectional=True, buckets=32, max_distance=128)
+    np.testing.assert_array_equal(both, [3, 19, 15, 31])
+
+
+def test_rope_scaling_keeps_high_and_stretches_low_frequencies() -> None:
+    config = replace(DECODER, head_dim=64)
+    plain = inverse_frequencies(config)
+    np.testing.assert_allclose(
+        inverse_frequencies(replace(config, rope_scaling=RopeScaling("linear", 4.0))), plain / 4, rtol=1e-6
+    )
+    scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    ratio = plain / inverse_frequencies(replace(config, rope_scaling=scaling))
+    turns = 8192 * plain / (2 * np.pi)
+    np.testing.assert_allclose(ratio[turns > 4], 1, rtol=1e-6)
+    np.testing.assert_allclose(ratio[turns < 1], 8, rtol=1e-6)
+    between = (turns > 1) & (turns < 4)
+    assert between.any()
+    assert ((ratio[between] > 1) & (ratio[between] < 8)).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (DECODER, {"layers": 0}, "layers is at least 1, not 0"),
+        (DECODER, {"kv_heads": 4}, "heads is a multiple of kv_heads, but 6 is none of 4"),
+        (DECODER, {"head_dim": 5}, "head_dim is even for rotary positions, not 5"),
+        (ENCODER_DECODER, {"decoder_layers": 0}, "decoder_layers is at least 1, not 0"),
+        (ENCODER_DECODER, {"activation": "tanh"}, "activation is one of .*, not 'tanh'"),
+        (ENCODER_DECODER, {"buckets": 6}, "buckets is a multiple of 4 .* not 6 and 9"),
+        (ENCODER_DECODER, {"start_id": 61}, "start_id lies in the vocabulary, 0 to 60, not 61"),
+    ],
+)
+def test_impossible_configurations_are_refused(config: Any, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(config, **change)
+
+
+def test_an_unknown_rope_scaling_is_refused() -> None:
+    with pytest.raises(ValueError, match="rope scaling is 'linear' or 'llama3', not 'yarn'"):
+        RopeScaling("yarn", 2.0)
