@@ -13,15 +13,14 @@ from typing import Any
 from fastpref import demo, reporting
 from fastpref.checkpoints import CheckpointError
 from fastpref.config import ConfigError, SupervisedConfig, TrainConfig, from_mapping
-from fastpref.data import DataError, read_records
+from fastpref.data import read_records
 from fastpref.evaluation import evaluate
 from fastpref.judging import Judge, JudgeError
-from fastpref.models import ModelError
 from fastpref.preference import PreferenceModel, RewardModel
 from fastpref.supervised import fit_preference_model, fit_reward_model, sft
 from fastpref.training import DivergedError, train
 
-USER_ERRORS = (ConfigError, DataError, ModelError, JudgeError, CheckpointError, DivergedError, ValueError, OSError)
+USER_ERRORS = (JudgeError, CheckpointError, DivergedError, ValueError, OSError)
 """What ends a command with one line instead of a traceback."""
 
 KEYS: dict[str, tuple[str, ...]] = {

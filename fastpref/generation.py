@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from fastpref.kernels import MixtureSample, mixture_sample
+from fastpref.kernels import mixture_sample
 from fastpref.models import LanguageModel
 from fastpref.models.policy import Policy
 from fastpref.records import Completions
@@ -59,11 +59,19 @@ def generate(
     policy_head = policy.head()
     ref_head = policy_head if ref is None else ref.head()
 
-    def draw(policy_hidden: Array, ref_hidden: Array, step: Array) -> MixtureSample:
-        return mixture_sample(
+    def read(model: Policy) -> tuple[Array, Any]:
+        return model.prefill(prompt_tokens, prompt_mask, completions=completions, max_new_tokens=max_new_tokens)
+
+    def unfinished(state: tuple[Array, dict[str, Array], Any, Any]) -> Array:
+        step, written, _, _ = state
+        return (step < max_new_tokens) & ~jnp.all(written["done"])
+
+    def advance(state: tuple[Array, dict[str, Array], Any, Any]) -> tuple[Array, dict[str, Array], Any, Any]:
+        step, written, (policy_hidden, policy_cache), (ref_hidden, ref_cache) = state
+        drawn = mixture_sample(
             policy_hidden,
             policy_head,
-            ref_hidden,
+            policy_hidden if ref is None else ref_hidden,
             ref_head,
             mixture_beta=betas,
             key=key,
@@ -72,35 +80,21 @@ def generate(
             temperature=temperature,
             num_valid_tokens=num_valid_tokens,
         )
-
-    def record(written: dict[str, Array], sample: MixtureSample, step: Array) -> dict[str, Array]:
         live = ~written["done"]
-        ended = jnp.zeros_like(live) if eos_id is None else sample.token == eos_id
-        return {
-            "tokens": written["tokens"].at[:, step].set(jnp.where(live, sample.token, 0)),
+        ended = jnp.zeros_like(live) if eos_id is None else drawn.token == eos_id
+        written = {
+            "tokens": written["tokens"].at[:, step].set(jnp.where(live, drawn.token, 0)),
             "lengths": written["lengths"] + live.astype(jnp.int32),
-            "policy": written["policy"] + jnp.where(live, sample.policy_logp, 0.0),
-            "ref": written["ref"] + jnp.where(live, sample.ref_logp, 0.0),
-            "mixture": written["mixture"] + jnp.where(live, sample.mixture_logp, 0.0),
+            "policy": written["policy"] + jnp.where(live, drawn.policy_logp, 0.0),
+            "ref": written["ref"] + jnp.where(live, drawn.ref_logp, 0.0),
+            "mixture": written["mixture"] + jnp.where(live, drawn.mixture_logp, 0.0),
             "done": written["done"] | ended,
         }
+        # After the last token this is one decode too many: cheaper than compiling the draw twice.
+        policy_state = policy.decode(policy_cache, drawn.token, step)
+        ref_state = (ref_hidden, ref_cache) if ref is None else ref.decode(ref_cache, drawn.token, step)
+        return step + 1, written, policy_state, ref_state
 
-    def prefill(model: Policy) -> tuple[Array, Any]:
-        return model.prefill(prompt_tokens, prompt_mask, completions=completions, max_new_tokens=max_new_tokens)
-
-    def advance(state: tuple[Array, dict[str, Array], Any, Any]) -> tuple[Array, dict[str, Array], Any, Any]:
-        step, written, policy_cache, ref_cache = state
-        last = written["tokens"][:, step - 1]
-        policy_hidden, policy_cache = policy.decode(policy_cache, last, step - 1)
-        if ref is None:
-            ref_hidden = policy_hidden
-        else:
-            ref_hidden, ref_cache = ref.decode(ref_cache, last, step - 1)
-        written = record(written, draw(policy_hidden, ref_hidden, step), step)
-        return step + 1, written, policy_cache, ref_cache
-
-    policy_hidden, policy_cache = prefill(policy)
-    ref_hidden, ref_cache = (policy_hidden, ()) if ref is None else prefill(ref)
     zeros = jnp.zeros(rows, jnp.float32)
     blank = {
         "tokens": jnp.zeros((rows, max_new_tokens), jnp.int32),
@@ -110,13 +104,8 @@ def generate(
         "mixture": zeros,
         "done": jnp.zeros(rows, bool),
     }
-    start = jnp.zeros((), jnp.int32)
-    written = record(blank, draw(policy_hidden, ref_hidden, start), start)
-    _, written, _, _ = jax.lax.while_loop(
-        lambda state: (state[0] < max_new_tokens) & ~jnp.all(state[1]["done"]),
-        advance,
-        (start + 1, written, policy_cache, ref_cache),
-    )
+    begin = (jnp.zeros((), jnp.int32), blank, read(policy), ((), ()) if ref is None else read(ref))
+    _, written, _, _ = jax.lax.while_loop(unfinished, advance, begin)
     shape = (prompts, completions)
     return Completions(
         tokens=written["tokens"].reshape(*shape, max_new_tokens),

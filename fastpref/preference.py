@@ -199,6 +199,7 @@ class PreferenceModel:
 
     def save(self, path: str | Path) -> None:
         """Write a Hugging Face directory with one more file, `preference_model.json`."""
+        (Path(path) / "preference_model.json").unlink(missing_ok=True)
         save(self.model, path)
         settings = {
             "template": self.template,
@@ -267,6 +268,8 @@ class RewardModel:
 
     def save(self, path: str | Path) -> None:
         """Write a Hugging Face directory with two more files: the scalar head and `reward_model.json`."""
+        for name in ("reward_model.json", "reward_head.safetensors"):
+            (Path(path) / name).unlink(missing_ok=True)
         save(dataclasses.replace(self.model, module=self.module.policy), path)
         save_file({"weight": np.asarray(self.module.weight[...])}, Path(path) / "reward_head.safetensors")
         settings = {"max_prompt_tokens": self.max_prompt_tokens}

@@ -132,9 +132,10 @@ def _fit(
     description: str,
     quiet: bool,
 ) -> tuple[Any, list[dict[str, float]], float | None]:
-    """Minimise an objective over batches from `read`; keep the best module by `validate`, higher being better."""
+    """Minimise an objective over batches from `read`; keep the best module by `validate`."""
     chain = optimizers.build(config) if optimizer is None else optimizer
     definition, start = nnx.split(module)
+    sign = 1.0 if reporting.METRICS[criterion].better == "higher" else -1.0
 
     def copy(tree: Any) -> Any:
         # The update donates its buffers, and others still need theirs.
@@ -149,8 +150,8 @@ def _fit(
         metrics["learning_rate"] = value_at(config.learning_rate, done)
         if validate is not None and ((done + 1) % config.eval_every == 0 or done + 1 == config.steps):
             metrics[criterion] = validate(nnx.merge(definition, params))
-            if metrics[criterion] > float(best_value):
-                best, best_value = copy(params), jnp.asarray(metrics[criterion], jnp.float32)
+            if sign * metrics[criterion] > float(best_value):
+                best, best_value = copy(params), jnp.asarray(sign * metrics[criterion], jnp.float32)
         return loop.Outcome((params, opt_state, best, best_value), metrics)
 
     settings = to_json(config)
@@ -180,7 +181,7 @@ def _fit(
         reporting.plot_supervised(folder)
     if validate is None:
         return nnx.merge(definition, params), history, None
-    return nnx.merge(definition, best), history, float(best_value)
+    return nnx.merge(definition, best), history, sign * float(best_value)
 
 
 def _arrays(batch: CompletionBatch) -> dict[str, Any]:
@@ -223,13 +224,13 @@ def sft(
       policy: a `LanguageModel`, or the directory of a Hugging Face checkpoint. It is not changed.
       data: records with `prompt` and `completion`: a JSONL, Parquet or Arrow file, or an iterable of mappings.
       config: settings.
-      held_out: records of the same form; the model with the highest mean log-prob per token on them is returned.
+      held_out: records of the same form; the model with the lowest loss on them is returned.
       run_dir: where config, metrics, checkpoints, plots and the model are written; the same call goes on from there.
       optimizer: any optax transformation, instead of the one that the config names.
       quiet: show no progress bar.
 
     Returns:
-      `FitResult`; its criterion is `eval/logp`, in nats per token.
+      `FitResult`; its criterion is `eval/loss`, in nats per token.
 
     Raises:
       ConfigError: a setting breaks its rule.
@@ -260,7 +261,7 @@ def sft(
             with batches(checks) as held:
                 sums = [_measure(definition, params, _arrays(batch), objective=token_loss) for batch in held.in_order()]
             total, count = (sum(float(part[which]) for part in sums) for which in (0, 1))
-            return -total / count
+            return total / count
 
         module, metrics, best = _fit(
             model.module,
@@ -269,7 +270,7 @@ def sft(
             lambda: _arrays(next(batcher)),
             config,
             validate=None if checks is None else validate,
-            criterion="eval/logp",
+            criterion="eval/loss",
             optimizer=optimizer,
             run_dir=run_dir,
             description="sft",
@@ -312,7 +313,7 @@ def fit_preference_model(
       quiet: show no progress bar.
 
     Returns:
-      `FitResult` with a `PreferenceModel`; its criterion is `eval/agreement`, ties counted as half.
+      `FitResult` with a `PreferenceModel`; its criterion is `eval/accuracy`: agreement, ties counted as half.
 
     Raises:
       ConfigError: a setting breaks its rule.
@@ -357,7 +358,7 @@ def fit_preference_model(
             read,
             config,
             validate=(lambda module: agreement(with_module(module), checks)) if checks else None,
-            criterion="eval/agreement",
+            criterion="eval/accuracy",
             optimizer=optimizer,
             run_dir=run_dir,
             description="preference model",
@@ -391,7 +392,7 @@ def fit_reward_model(
       quiet: show no progress bar.
 
     Returns:
-      `FitResult` with a `RewardModel`; its criterion is `eval/agreement`, ties counted as half.
+      `FitResult` with a `RewardModel`; its criterion is `eval/accuracy`: agreement, ties counted as half.
 
     Raises:
       ConfigError: a setting breaks its rule.
@@ -424,7 +425,7 @@ def fit_reward_model(
             lambda: _arrays(next(batcher)),
             config,
             validate=(lambda module: agreement(with_module(module), checks)) if checks else None,
-            criterion="eval/agreement",
+            criterion="eval/accuracy",
             optimizer=optimizer,
             run_dir=run_dir,
             description="reward model",

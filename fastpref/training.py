@@ -20,7 +20,7 @@ from fastpref.data import DropReport, PromptBatcher, read_records, tokenize_prom
 from fastpref.evaluation import win_rate
 from fastpref.generation import Written, decode, generate_jit, num_valid_tokens, write
 from fastpref.judging import Judge, ask
-from fastpref.models import LanguageModel, as_model, save
+from fastpref.models import T5, Decoder, LanguageModel, as_model, save
 from fastpref.records import Completions, PairBatch, PromptBatch
 
 Prompts = str | Path | Iterable[str | Mapping[str, Any]]
@@ -252,7 +252,8 @@ def train(
         )
     aligned = current(params)
     if folder is not None:
-        save(aligned, folder / "policy")
+        if isinstance(policy.module, T5 | Decoder):
+            save(aligned, folder / "policy")
         reporting.plot_run(folder)
     return TrainResult(policy=aligned, ref=ref, metrics=history, run_dir=folder, report=report)
 

@@ -25,6 +25,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(backend, eos_id=1, pad_id=0)
 
 
+@functools.cache
 def language_model(family: str = "decoder", seed: int = 0) -> LanguageModel:
     """A T5 or a decoder with a vocabulary of 33 words; its head has three rows more."""
     rngs = nnx.Rngs(seed)

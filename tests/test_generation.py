@@ -54,7 +54,7 @@ def sample(
 
 @functools.cache
 def uncached(family: str, beta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Greedy tokens [P, T] of the mixture, every step a full forward pass of both models; and their summed log-probs."""
+    """Greedy tokens [P, T] of the mixture, each step a full forward pass of both; their summed log-probs."""
     models = [language_model(family, seed).module for seed in (0, 1)]
     tokens, mask = prompts()
     written = np.zeros((len(tokens), 1, NEW), np.int32)
@@ -177,7 +177,11 @@ def test_sequences_are_drawn_with_their_probabilities() -> None:
     options = (("eos_id", None), ("max_new_tokens", 1))
     drawn = np.asarray(run(tokens, mask, betas, rows, family="decoder", options=options).tokens).reshape(-1)
     logps = [
-        jax.nn.log_softmax(m.head().logits(m.hidden_states(tokens, mask, jnp.zeros((1, 1, 1), jnp.int32))[:, 0, 0]))
+        jax.nn.log_softmax(
+            m.head().logits(
+                m.hidden_states(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros((1, 1, 1), jnp.int32))[:, 0, 0]
+            )
+        )
         for m in (model, ref)
     ]
     exact = np.asarray(jax.nn.softmax(0.5 * logps[0] + 0.5 * logps[1]))[0]
