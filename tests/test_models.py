@@ -65,12 +65,14 @@ def make(name: str) -> Any:
 
 def forced_states(model: Any, *arguments: jax.Array) -> jax.Array:
     """The teacher-forced states, [P, K, T, D], compiled once per model configuration."""
-    return states_of(*nnx.split(model), *arguments)
+    states: jax.Array = states_of(*nnx.split(model), *arguments)
+    return states
 
 
 @compiled
 def states_of(graph: Any, state: Any, *arguments: jax.Array) -> jax.Array:
-    return nnx.merge(graph, state).hidden_states(*arguments)
+    states: jax.Array = nnx.merge(graph, state).hidden_states(*arguments)
+    return states
 
 
 def draw(vocab_size: int = 61) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -82,7 +84,8 @@ def draw(vocab_size: int = 61) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def decoded_states(model: Any, *arguments: jax.Array) -> jax.Array:
     """The states of prefill and decode, [P, K, T, D], by a compiled loop that carries the cache."""
-    return loop_of(*nnx.split(model), *arguments)
+    states: jax.Array = loop_of(*nnx.split(model), *arguments)
+    return states
 
 
 @compiled
@@ -258,7 +261,7 @@ def test_initial_values_follow_each_family() -> None:
     wide = replace(ENCODER_DECODER, width=200, heads=8, head_dim=16, hidden=300, decoder_layers=1, encoder_layers=1)
     model = T5(wide, rngs=nnx.Rngs(0))
     attention, feed_forward = model.encoder.layers[0].attention, model.decoder.layers[0].feed_forward
-    for kernel, std in (
+    expected: list[tuple[Any, float]] = [
         (model.embedding, 1.0),
         (model.lm_head, 1.0),
         (attention.q, (200 * 16) ** -0.5),
@@ -268,7 +271,8 @@ def test_initial_values_follow_each_family() -> None:
         (feed_forward.gate, 200**-0.5),
         (feed_forward.up, 200**-0.5),
         (feed_forward.down, 300**-0.5),
-    ):
+    ]
+    for kernel, std in expected:
         np.testing.assert_allclose(kernel[...].std(), std, rtol=0.05)
     narrow = nnx.eval_shape(lambda: T5(ENCODER_DECODER, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(narrow))} == {jnp.dtype(jnp.bfloat16)}
