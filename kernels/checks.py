@@ -1,6 +1,7 @@
 """What the public functions refuse, in words: the rule, the value received and the remedy."""
 
 import jax
+import numpy as np
 from fastpref.kernels.head import Head
 from jax import Array
 
@@ -31,6 +32,7 @@ def check_fraction(name: str, value: float | Array) -> None:
     """A number, or every entry of an array whose values are known, in [0, 1]. Traced values pass."""
     if isinstance(value, jax.core.Tracer):
         return
-    low, high = (value, value) if isinstance(value, int | float) else (float(value.min()), float(value.max()))
-    if not (low >= 0 and high <= 1):
+    known = np.asarray(value)
+    if not ((known >= 0) & (known <= 1)).all():
+        low, high = known.min(), known.max()
         raise ValueError(f"{name} lies in [0, 1], but is between {low} and {high}: it is a weight or a probability")

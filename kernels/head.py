@@ -1,5 +1,6 @@
 """The map from a hidden state to logits, in the form that every kernel takes."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,8 @@ class Head:
             raise ValueError(f"a head's weight is floating point, but its dtype is {self.weight.dtype}: convert it")
         if self.vocab_axis not in (0, 1):
             raise ValueError(f"vocab_axis is 0 for [V, D] or 1 for [D, V], not {self.vocab_axis!r}")
-        if not isinstance(self.scale, int | float):
-            raise ValueError(f"scale is a Python number, not {type(self.scale).__name__}: fold arrays into the weight")
+        if not (isinstance(self.scale, int | float) and math.isfinite(self.scale)):
+            raise ValueError(f"scale is a finite Python number, not {self.scale!r}: fold arrays into the weight")
         if self.soft_cap is not None and not (isinstance(self.soft_cap, int | float) and self.soft_cap > 0):
             raise ValueError(f"soft_cap is a Python number above 0, not {self.soft_cap!r}: pass None for no cap")
 

@@ -72,12 +72,11 @@ def preference_loss(
     check_length("targets", targets, (rows,), "one id per row of hidden")
     check_length("segment_ids", segment_ids, (rows,), "one id per row of hidden")
     check_length("preference", preference, (pairs,), "one probability per pair")
+    check_fraction("preference", preference)
     check_length("ref_logps", ref_logps, (pairs, 2), "one sum per completion of each pair")
     counted = jnp.ones(pairs, bool) if where is None else where
     check_length("where", counted, (pairs,), "one flag per pair")
     run = choose("preference_loss", IMPLEMENTATIONS, implementation)
-    if pairs:
-        check_fraction("preference", preference)
     if rows == 0:
         hidden, targets = jnp.zeros((1, hidden.shape[1]), hidden.dtype), jnp.zeros(1, jnp.int32)
         segment_ids = jnp.full(1, -1, jnp.int32)
