@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from fastpref import losses
+from fastpref import losses, optimizers
 from fastpref.kernels import preference_loss, token_logprobs
 from fastpref.models.policy import Policy
 from fastpref.records import PairBatch
@@ -157,10 +157,9 @@ def update(
         zeros = jax.tree.map(jnp.zeros_like, params)
         (value, gradients), stacked = jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), parts)
         policy_logps = stacked.reshape(-1, 2)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     healthy = jnp.isfinite(value) & jnp.isfinite(norm)
-    updates, new_opt_state = optimizer.update(gradients, opt_state, params)
-    new_params = optax.apply_updates(params, updates)
+    new_params, new_opt_state = optimizers.apply(optimizer, gradients, opt_state, params)
 
     def keep(new: Array, old: Array) -> Array:
         return jnp.where(healthy, new, old)

@@ -1,10 +1,11 @@
 """Optimisers by name. Any other optax transformation can be passed as an object instead."""
 
-from collections.abc import Callable
+from typing import Any
 
+import jax
 import optax
 
-from fastpref.config import SupervisedConfig, TrainConfig, Value
+from fastpref.config import SupervisedConfig, TrainConfig
 
 
 def build(config: TrainConfig | SupervisedConfig) -> optax.GradientTransformation:
@@ -13,13 +14,25 @@ def build(config: TrainConfig | SupervisedConfig) -> optax.GradientTransformatio
     "adafactor" has the IPO-MD paper's settings (section 6): decay 0.8, no momentum, updates relative to the scale of
     each parameter. "adamw" has β₁ = 0.9, β₂ = 0.999 and no weight decay.
     """
-    rate: Value = config.learning_rate
-    schedule: float | Callable[..., object] = rate
     makers = {
-        "adafactor": lambda: optax.adafactor(schedule, decay_rate=0.8),
-        "adamw": lambda: optax.adamw(schedule, weight_decay=0.0),
+        "adafactor": lambda: optax.adafactor(config.learning_rate, decay_rate=0.8),
+        "adamw": lambda: optax.adamw(config.learning_rate, weight_decay=0.0),
     }
     optimizer: optax.GradientTransformation = makers[config.optimizer]()
     if config.max_grad_norm is None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optimizer)
+
+
+def initial_state(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """The optimiser's state at step 0."""
+    # Optax mixes dtypes in its counters, which a process with strict promotion would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        return optimizer.init(params)
+
+
+def apply(optimizer: optax.GradientTransformation, gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    """Parameters and optimiser state after one update."""
+    with jax.numpy_dtype_promotion("standard"):
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state

@@ -90,9 +90,8 @@ def _update(
         return total / jnp.maximum(count, 1.0)
 
     loss, gradients = jax.value_and_grad(mean_loss)(params)
-    updates, opt_state = optimizer.update(gradients, opt_state, params)
-    metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
-    return optax.apply_updates(params, updates), opt_state, metrics
+    params, opt_state = optimizers.apply(optimizer, gradients, opt_state, params)
+    return params, opt_state, {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
 
 
 @partial(jax.jit, static_argnames=("definition", "objective"))
@@ -159,7 +158,7 @@ def _fit(
     params = copy(start)
     (params, _, best, best_value), history = loop.drive(
         advance,
-        (params, chain.init(params), copy(start), jnp.asarray(-jnp.inf, jnp.float32)),
+        (params, optimizers.initial_state(chain, params), copy(start), jnp.asarray(-jnp.inf, jnp.float32)),
         source,
         steps=config.steps,
         journal=loop.Journal(

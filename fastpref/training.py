@@ -231,7 +231,7 @@ def train(
     ) as batcher:
         (params, _), history = loop.drive(
             advance,
-            (params, chain.init(params)),
+            (params, optimizers.initial_state(chain, params)),
             batcher,
             steps=config.steps,
             journal=loop.Journal(

@@ -1,0 +1,277 @@
+"""The online loop: what a step does, what it refuses, and that a killed run goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from small import PROMPTS, language_model, prefers_w1
+
+from fastpref import learner, losses
+from fastpref.algorithms import ALGORITHMS
+from fastpref.checkpoints import CheckpointError
+from fastpref.config import ConfigError, Schedule, TrainConfig
+from fastpref.judging import JudgeError
+from fastpref.models import load
+from fastpref.records import PairBatch
+from fastpref.training import Step, TrainResult, train
+
+SMALL: dict[str, Any] = {
+    "batch_size": 4,
+    "max_prompt_tokens": 8,
+    "max_new_tokens": 6,
+    "max_shapes": 1,
+    "optimizer": "adamw",
+    "learning_rate": 0.01,
+    "sample_every": 1,
+}
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """All metrics of a run but those that time it."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
+
+
+def pairs(ref_logps: Any = 0.0, preference: Any = 1.0, where: Any = True, count: int = 4) -> PairBatch:
+    rng = np.random.default_rng(0)
+    return PairBatch(
+        prompt_tokens=rng.integers(3, 33, (count, 5)).astype(np.int32),
+        prompt_lengths=rng.integers(1, 6, count).astype(np.int32),
+        completion_tokens=rng.integers(3, 33, (count, 2, 6)).astype(np.int32),
+        completion_lengths=rng.integers(1, 7, (count, 2)).astype(np.int32),
+        ref_logps=np.broadcast_to(np.asarray(ref_logps, np.float32), (count, 2)),
+        preference=np.broadcast_to(np.asarray(preference, np.float32), count),
+        where=np.broadcast_to(np.asarray(where, bool), count),
+    )
+
+
+def update(
+    batch: PairBatch, *, family: str = "decoder", loss: Any = losses.ipo, tau: float = 0.5, **options: Any
+) -> Any:
+    definition, params = nnx.split(language_model(family).module)
+    optimizer = optax.sgd(1.0)
+    params = jax.tree.map(np.array, params)
+    return learner.update(
+        definition, params, optimizer.init(params), batch, np.float32(0.5), optimizer=optimizer, loss=loss, **options
+    )
+
+
+def scored(batch: PairBatch, family: str = "decoder") -> PairBatch:
+    definition, params = nnx.split(language_model(family).module)
+    return batch._replace(ref_logps=np.asarray(learner.score(definition, params, batch)))
+
+
+@pytest.mark.parametrize("family", ["decoder", "t5"])
+def test_at_the_reference_every_loss_is_its_closed_form(family: str) -> None:
+    batch = scored(pairs(), family)
+    expected = {"ipo": (1 / (2 * 0.5)) ** 2, "dpo": np.log(2)}
+    for name, value in expected.items():
+        _, _, metrics = update(batch, family=family, loss=getattr(losses, name))
+        assert float(metrics["loss"]) == pytest.approx(value, rel=1e-5), name
+        assert float(metrics["rewards/margins"]) == pytest.approx(0, abs=1e-5)
+
+
+def test_accumulated_gradients_are_averaged_over_pairs() -> None:
+    # Parts with different numbers of pairs: an average of averages would differ.
+    batch = scored(pairs(preference=[1.0, 0.2, 0.7, 0.0], where=[True, True, True, False]))
+    whole, parts = (update(batch, gradient_accumulation=number) for number in (1, 2))
+    for one, other in zip(jax.tree.leaves(whole[0]), jax.tree.leaves(parts[0]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    assert float(whole[2]["loss"]) == pytest.approx(float(parts[2]["loss"]), rel=1e-5)
+    alone = update(jax.tree.map(lambda x: x[:3], batch))
+    assert float(whole[2]["grad_norm"]) == pytest.approx(float(alone[2]["grad_norm"]), rel=1e-5)
+
+
+def test_pairs_that_are_left_out_teach_nothing() -> None:
+    before = nnx.split(language_model().module)[1]
+    after, _, metrics = update(scored(pairs(where=False)))
+    assert float(metrics["grad_norm"]) == 0
+    for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_identical_completions_have_exactly_no_gradient() -> None:
+    batch = pairs(preference=0.9)
+    batch = batch._replace(
+        completion_tokens=np.repeat(batch.completion_tokens[:, :1], 2, 1),
+        completion_lengths=np.repeat(batch.completion_lengths[:, :1], 2, 1),
+    )
+    assert float(update(scored(batch))[2]["grad_norm"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_prompts_are_no_part_of_a_log_prob_and_padding_of_nothing() -> None:
+    batch = pairs()
+    wider = batch._replace(
+        prompt_tokens=np.pad(batch.prompt_tokens, ((0, 0), (0, 3)), constant_values=7),
+        completion_tokens=np.pad(batch.completion_tokens, ((0, 0), (0, 0), (0, 4)), constant_values=9),
+    )
+    np.testing.assert_allclose(scored(batch).ref_logps, scored(wider).ref_logps, rtol=1e-5)
+
+
+def test_length_normalisation_divides_by_each_length() -> None:
+    batch = scored(pairs())._replace(ref_logps=np.zeros((4, 2), np.float32))
+    logps = scored(batch).ref_logps / batch.completion_lengths
+    expected = ((logps[:, 0] - logps[:, 1] - 1.0) ** 2).mean()
+    assert float(update(batch, length_normalize=True)[2]["loss"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_update_that_is_not_finite_changes_nothing_and_is_counted() -> None:
+    before = nnx.split(language_model().module)[1]
+    after, _, metrics = update(pairs(ref_logps=[np.inf, 0.0]))
+    assert float(metrics["updates/skipped"]) == 1
+    for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_runs_and_starts_at_the_reference(algorithm: str, tmp_path: Path) -> None:
+    family = "t5" if algorithm == "ipo-md" else "decoder"
+    model = language_model(family)
+    before = [np.array(leaf) for leaf in jax.tree.leaves(nnx.state(model.module))]
+    seen: list[Step] = []
+    config = TrainConfig(**SMALL, algorithm=algorithm, steps=2, tau=0.5, mixture_beta=0.25)
+    result = train(model, PROMPTS, prefers_w1, config, run_dir=tmp_path, callbacks=[seen.append], quiet=True)
+    first = result.metrics[0]
+    assert first["objective/kl"] == 0
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert first["pairs/used"] + first["pairs/identical"] == 4
+    assert [step.step for step in seen] == [1, 2]
+    assert str(result.report) == "24 records read, 24 delivered, 0 dropped"
+    for one, other in zip(before, jax.tree.leaves(nnx.state(model.module)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    saved = jax.tree.leaves(nnx.state(load(tmp_path / "policy").module))
+    for one, other in zip(saved, jax.tree.leaves(nnx.state(result.policy.module)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard", "plots", "policy"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+def test_schedules_evaluation_and_rescoring_reach_the_metrics() -> None:
+    config = TrainConfig(
+        **SMALL,
+        steps=3,
+        tau=Schedule(start=1.0, end=0.5, steps=2),
+        mixture_beta=Schedule(start=0.0, end=1.0, steps=2),
+        rescore_reference=True,
+        eval_every=2,
+    )
+    result = train(language_model(), PROMPTS, prefers_w1, config, eval_prompts=PROMPTS[:6], quiet=True)
+    assert [step["tau"] for step in result.metrics] == [1.0, 0.75, 0.5]
+    assert [step["mixture_beta"] for step in result.metrics] == [0.0, 0.5, 1.0]
+    evaluated = [index for index, step in enumerate(result.metrics) if "eval/win_rate" in step]
+    assert evaluated == [1, 2]
+    for index in evaluated:
+        step = result.metrics[index]
+        assert step["eval/win_rate_low"] <= step["eval/win_rate"] <= step["eval/win_rate_high"]
+
+
+def test_rescoring_the_reference_agrees_with_what_sampling_collected() -> None:
+    """The gap between cached decoding and a teacher-forced forward, in float32, stays at rounding."""
+    results = [
+        train(language_model(), PROMPTS, prefers_w1, TrainConfig(**SMALL, steps=1, rescore_reference=flag), quiet=True)
+        for flag in (False, True)
+    ]
+    for name in ("loss", "grad_norm", "logps/chosen"):
+        assert results[0].metrics[0][name] == pytest.approx(results[1].metrics[0][name], rel=1e-4, abs=1e-4)
+
+
+def test_the_judged_word_becomes_more_frequent() -> None:
+    config = TrainConfig(**SMALL | {"batch_size": 24}, algorithm="online-ipo", steps=30, tau=0.1)
+    metrics = train(language_model(), PROMPTS, prefers_w1, config, quiet=True).metrics
+    kl = [step["objective/kl"] for step in metrics]
+    assert np.mean(kl[-5:]) > 0.1
+    assert metrics[-1]["rewards/accuracies"] > metrics[0]["rewards/accuracies"]
+
+
+SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from fastpref.config import TrainConfig
+from fastpref.training import train
+from small import PROMPTS, language_model, prefers_w1
+from test_training import SMALL
+
+def kill(step):
+    if step.step == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+config = TrainConfig(**SMALL, steps=5, checkpoint_every=2)
+train(language_model(), PROMPTS, prefers_w1, config, run_dir=sys.argv[2], callbacks=[kill], quiet=True)
+"""
+
+
+def start(folder: Path, kill_at: int, cache: Path) -> int:
+    settings = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    tests = str(Path(__file__).parent)
+    command = [sys.executable, "-c", SCRIPT, tests, str(folder), str(kill_at)]
+    return subprocess.run(command, env=os.environ | settings, check=False).returncode
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    cache = tmp_path / "compiled"
+    assert start(tmp_path / "whole", 0, cache) == 0
+    # Killed between checkpoints, killed again before the next one, then left to finish.
+    assert start(tmp_path / "broken", 3, cache) == -signal.SIGKILL
+    assert start(tmp_path / "broken", 4, cache) == -signal.SIGKILL
+    assert start(tmp_path / "broken", 0, cache) == 0
+    assert metrics_of(tmp_path / "broken") == metrics_of(tmp_path / "whole")
+    for name in ("samples.jsonl", "policy/model.safetensors"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_judge_that_fails_loses_no_step(tmp_path: Path) -> None:
+    calls = []
+
+    def fails_third(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise ConnectionError("gone")
+        return prefers_w1(prompts, first, second)
+
+    config = TrainConfig(**SMALL, steps=4)
+    with pytest.raises(JudgeError, match=r"raised ConnectionError: gone"):
+        train(language_model(), PROMPTS, fails_third, config, run_dir=tmp_path / "a", quiet=True)
+    assert [path.name for path in (tmp_path / "a" / "checkpoints").iterdir()] == ["00000002"]
+    train(language_model(), PROMPTS, fails_third, config, run_dir=tmp_path / "a", quiet=True)
+    train(language_model(), PROMPTS, prefers_w1, config, run_dir=tmp_path / "b", quiet=True)
+    assert metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b")
+
+
+def test_a_run_of_another_configuration_is_refused_and_a_longer_one_goes_on(tmp_path: Path) -> None:
+    def go(seed: int = 0, **settings: Any) -> TrainResult:
+        config = TrainConfig(**SMALL, **settings)
+        return train(language_model(seed=seed), PROMPTS, prefers_w1, config, run_dir=tmp_path, quiet=True)
+
+    go(steps=1)
+    with pytest.raises(CheckpointError, match=r"(?s)config.tau.*(1\.0.*0\.5|0\.5.*1\.0)"):
+        go(steps=2, tau=0.5)
+    with pytest.raises(CheckpointError, match=r"policy"):
+        go(seed=1, steps=2)
+    longer = go(steps=2)
+    assert len(longer.metrics) == 1
+    assert len(metrics_of(tmp_path)) == 2
+
+
+def test_held_out_evaluation_needs_prompts() -> None:
+    with pytest.raises(ConfigError, match=r"eval_every=1 needs at least 2 eval_prompts, but received 0"):
+        train(language_model(), PROMPTS, prefers_w1, TrainConfig(**SMALL, steps=1, eval_every=1), quiet=True)
+
+
+def test_long_prompts_are_dropped_and_counted() -> None:
+    config = TrainConfig(**SMALL | {"max_prompt_tokens": 4}, steps=1)
+    result = train(language_model(), PROMPTS, prefers_w1, config, quiet=True)
+    kept = sum(len(prompt.split()) + 1 <= 4 for prompt in PROMPTS)
+    assert (result.report.read, result.report.delivered) == (24, kept)
+    assert 0 < kept < 24
+    assert "prompt too long" in str(result.report)
