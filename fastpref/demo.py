@@ -26,7 +26,7 @@ from fastpref.config import Schedule, SupervisedConfig, TrainConfig
 from fastpref.evaluation import WinRate, evaluate
 from fastpref.generation import write
 from fastpref.gold import GoldJudge
-from fastpref.models import T5, LanguageModel, T5Config, load
+from fastpref.models import T5, LanguageModel, T5Config
 from fastpref.preference import PreferenceModel
 from fastpref.supervised import fit_preference_model, sft
 from fastpref.tokenizer import Tokenizer
@@ -213,4 +213,54 @@ def run(run_dir: Path | str, *, seed: int = 0, quiet: bool = False) -> DemoResul
             max_prompt_tokens=MAX_PROMPT_TOKENS,
             seed=seed,
         )
-    return DemoResult(compared, fitted.held_out, seconds)
+        lines = [orjson.dumps(record) for record in compared.records()]
+        (folder / "side_by_side.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+
+    _show(compared, parts.held_out, console)
+    result = DemoResult(compared, fitted.held_out, seconds)
+    _summarise(result, folder, console)
+    return result
+
+
+def _show(compared: WinRate, examples: list[docstrings.Example], console: Console) -> None:
+    """Ten held-out articles, spread evenly, with what both models wrote."""
+    every = max(1, len(examples) // SAMPLES)
+    reporting.samples_table(
+        "Held-out articles",
+        [
+            {"prompt": record["prompt"], "before": record["baseline"], "after": record["policy"]}
+            for record in compared.records()[::every][:SAMPLES]
+        ],
+        console=console,
+    )
+
+
+def _summarise(result: DemoResult, folder: Path, console: Console) -> None:
+    rate = result.win_rate
+    (folder / "result.json").write_bytes(
+        orjson.dumps(
+            {
+                "win_rate": rate.value,
+                "win_rate_low": rate.low,
+                "win_rate_high": rate.high,
+                "prompts": len(rate.prompts),
+                "preference_model_agreement": result.agreement,
+                "seconds": result.seconds,
+            },
+            option=orjson.OPT_INDENT_2,
+        )
+    )
+    reporting.table(
+        "The demo",
+        ["stage", "seconds"],
+        [[name, f"{value:.0f}"] for name, value in result.seconds.items()]
+        + [["all", f"{sum(result.seconds.values()):.0f}"]],
+        console=console,
+    )
+    reporting.table(
+        "IPO-MD against SFT, by the gold judge",
+        ["win rate", "95 % interval", "articles", "agreement of the preference model"],
+        [[f"{rate.value:.3f}", f"{rate.low:.3f} to {rate.high:.3f}", str(len(rate.prompts)), f"{result.agreement:.3f}"]],
+        console=console,
+    )
+    console.print(f"Plots, metrics, samples and the models are in {folder}; the plots of the alignment in ipo-md/plots.")
