@@ -305,7 +305,7 @@ def _parse(key: str, value: Any, default: Any) -> Any:
             dict(value),
             "For a constant, write a number.",
         )
-        return Schedule(**{name: float(entry) if name in ("start", "end") else entry for name, entry in value.items()})
+        return Schedule(**{**value, "start": float(value["start"]), "end": float(value["end"])})
     wanted = type(default)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

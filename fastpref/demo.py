@@ -102,7 +102,7 @@ class DemoResult:
     """
 
     win_rate: WinRate
-    agreement: float
+    agreement: float | None
     seconds: dict[str, float]
 
 
@@ -190,7 +190,7 @@ def run(run_dir: Path | str, *, seed: int = 0, quiet: bool = False) -> DemoResul
             quiet=quiet,
         )
         judge: PreferenceModel = fitted.model
-        console.print(f"held-out agreement with the gold judge: {fitted.held_out:.3f}")
+        console.print(f"held-out agreement with the gold judge: {fitted.held_out or 0:.3f}")
 
     with stage("5. IPO-MD"):
         aligned = train(
@@ -260,7 +260,14 @@ def _summarise(result: DemoResult, folder: Path, console: Console) -> None:
     reporting.table(
         "IPO-MD against SFT, by the gold judge",
         ["win rate", "95 % interval", "articles", "agreement of the preference model"],
-        [[f"{rate.value:.3f}", f"{rate.low:.3f} to {rate.high:.3f}", str(len(rate.prompts)), f"{result.agreement:.3f}"]],
+        [
+            [
+                f"{rate.value:.3f}",
+                f"{rate.low:.3f} to {rate.high:.3f}",
+                str(len(rate.prompts)),
+                f"{result.agreement or 0:.3f}",
+            ]
+        ],
         console=console,
     )
-    console.print(f"Plots, metrics, samples and the models are in {folder}; the plots of the alignment in ipo-md/plots.")
+    console.print(f"Metrics, samples, models and plots are in {folder}; begin with ipo-md/plots/overview.png.")

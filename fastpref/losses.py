@@ -71,4 +71,5 @@ def slic(log_ratio: Float[Array, " P"], preference: Float[Array, " P"], *, tau: 
 
 def bind(loss: Loss, *, tau: float | Float[Array, ""]) -> Partial:
     """`loss` with τ fixed, as a pytree that `kernels.preference_loss` takes."""
-    return Partial(loss, tau=jnp.asarray(tau, jnp.float32))
+    bound: Partial = Partial(loss, tau=jnp.asarray(tau, jnp.float32))  # type: ignore[no-untyped-call]
+    return bound

@@ -180,7 +180,8 @@ class PreferenceModel:
             self._score(self.readings(prompts, low, high) + self.readings(prompts, high, low)), 2
         )
         margin = (forward - backward) / 2
-        return np.where(flipped, -margin, margin).astype(np.float32)
+        signed: Float[np.ndarray, " P"] = np.where(flipped, -margin, margin).astype(np.float32)
+        return signed
 
     def _score(self, encoded: list[list[int]]) -> Float[np.ndarray, " N"]:
         definition, params = nnx.split(self.model.module)

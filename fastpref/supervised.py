@@ -255,7 +255,7 @@ def sft(
 
     with batches(tokens) as batcher:
 
-        def validate(module: Any) -> float:
+        def validate(module: Any, checks: TokenRecords) -> float:
             definition, params = nnx.split(module)
             with batches(checks) as held:
                 sums = [_measure(definition, params, _arrays(batch), objective=token_loss) for batch in held.in_order()]
@@ -268,7 +268,7 @@ def sft(
             batcher,
             lambda: _arrays(next(batcher)),
             config,
-            validate=None if checks is None else validate,
+            validate=None if checks is None else partial(validate, checks=checks),
             criterion="eval/loss",
             optimizer=optimizer,
             run_dir=run_dir,
@@ -402,10 +402,12 @@ def fit_reward_model(
     judge = RewardModel.from_model(as_model(model), max_prompt_tokens=config.max_prompt_tokens)
     tokens, report = _tokens(data, judge.model, PAIR_COLUMNS, config)
     checks = read_records(held_out, columns=PAIR_COLUMNS)[0] if _any(held_out) else []
+    chosen, rejected = tokens.completions
     with PairBatcher(
         tokens.prompts,
-        *tokens.completions,
-        preference=tokens.preference,
+        chosen,
+        rejected,
+        tokens.preference,
         ids=tokens.ids,
         batch_size=config.batch_size,
         seed=config.seed,

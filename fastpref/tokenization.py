@@ -10,7 +10,8 @@ from jaxtyping import Float32, Int32, Int64
 
 from fastpref.readers import BadRecord, DataError, DropReport, Ledger, OnBadRecord, Record
 
-Overlong = Literal["drop", "raise", "truncate"]
+Overlong = str
+""""drop", "raise" or "truncate"."""
 
 
 @runtime_checkable

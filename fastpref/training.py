@@ -136,7 +136,7 @@ def train(
     def draw(done: int, batch: PromptBatch, parameters: Any) -> Completions:
         betas = algorithm.mixture_betas(value_at(config.mixture_beta, done))
         rows = len(batch.ids)
-        return generate_jit(
+        drawn: Completions = generate_jit(
             definition,
             parameters,
             ref_definition,
@@ -151,12 +151,13 @@ def train(
             num_valid_tokens=num_valid_tokens(policy),
             temperature=config.temperature,
         )
+        return jax.block_until_ready(drawn)
 
     def advance(done: int, arrays: Any) -> loop.Outcome:
         parameters, opt_state = arrays
         batch = next(batcher)
         clock = _Clock()
-        completions = Completions(*map(np.asarray, draw(done, batch, parameters)))
+        completions = draw(done, batch, parameters)
         clock.lap("time/generate")
         prompt_texts = [texts[int(index)] for index in batch.ids]
         written = decode(policy, completions)
@@ -164,13 +165,13 @@ def train(
         preference, different = _judge(judge, completions, prompt_texts, first, second)
         clock.lap("time/judge")
         pairs = PairBatch(
-            prompt_tokens=batch.tokens,
-            prompt_lengths=batch.lengths,
+            prompt_tokens=jnp.asarray(batch.tokens),
+            prompt_lengths=jnp.asarray(batch.lengths),
             completion_tokens=completions.tokens,
             completion_lengths=completions.lengths,
             ref_logps=completions.ref_logps,
-            preference=preference,
-            where=different,
+            preference=jnp.asarray(preference),
+            where=jnp.asarray(different),
         )
         if config.rescore_reference:
             pairs = pairs._replace(ref_logps=learner.score(ref_definition, ref_params, pairs))

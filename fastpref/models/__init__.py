@@ -5,4 +5,15 @@ from fastpref.models.huggingface import LanguageModel, as_model, load, save
 from fastpref.models.policy import Policy
 from fastpref.models.t5 import T5, T5Config
 
-__all__ = ["T5", "Decoder", "DecoderConfig", "LanguageModel", "Policy", "RopeScaling", "T5Config", "as_model", "load", "save"]
+__all__ = [
+    "T5",
+    "Decoder",
+    "DecoderConfig",
+    "LanguageModel",
+    "Policy",
+    "RopeScaling",
+    "T5Config",
+    "as_model",
+    "load",
+    "save",
+]

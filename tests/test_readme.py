@@ -1,0 +1,78 @@
+"""The README is true: its code runs, its settings parse, its commands and its table exist."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import orjson
+from small import PROMPTS, language_model
+
+from fastpref.algorithms import ALGORITHMS
+from fastpref.cli import KEYS, parser
+from fastpref.config import TrainConfig, from_mapping
+from fastpref.models import save
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def snippet(name: str) -> str:
+    found = re.search(rf"<!-- test: {name} -->\n```python\n(.*?)```", README, re.DOTALL)
+    assert found, name
+    return found[1]
+
+
+def run(code: str, folder: Path) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_training_example_runs(tmp_path: Path) -> None:
+    save(language_model(), tmp_path / "checkpoints" / "sft")
+    (tmp_path / "prompts.jsonl").write_bytes(b"\n".join(orjson.dumps({"prompt": prompt}) for prompt in PROMPTS))
+    code = snippet("train")
+    assert "steps=1000" in code
+    assert "max_new_tokens=64" in code
+    short = code.replace("steps=1000", "steps=1").replace("max_new_tokens=64", "max_new_tokens=4")
+    assert run(short, tmp_path).splitlines()[-1] == "0.0"
+    assert (tmp_path / "runs" / "shorter" / "policy" / "model.safetensors").exists()
+
+
+def test_the_kernel_example_runs(tmp_path: Path) -> None:
+    assert run(snippet("kernels"), tmp_path)
+
+
+def test_the_toml_example_is_a_configuration() -> None:
+    found = re.search(r"```toml\n(.*?)```", README, re.DOTALL)
+    assert found
+    values = tomllib.loads(found[1])
+    assert set(values) <= set(KEYS["train"])
+    assert from_mapping(TrainConfig, values["settings"]).tau == 0.1
+
+
+def test_every_make_target_exists() -> None:
+    targets = set(re.findall(r"`?make ([a-z-]+)", README))
+    assert {"demo", "test", "bench"} <= targets
+    for target in targets:
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_command_of_the_program_exists() -> None:
+    grammar = parser().format_help()
+    for command in set(re.findall(r"`?fastpref (demo|sft|preference|train|evaluate)\b", README)):
+        assert command in grammar
+
+
+def test_the_table_of_algorithms_is_complete() -> None:
+    rows = re.findall(r"^\| `([a-z-]+)` \|", README, re.MULTILINE)
+    assert rows == list(ALGORITHMS)
+
+
+def test_the_tree_names_every_module() -> None:
+    tree = README[README.index("## The house") :]
+    for path in (ROOT / "fastpref").glob("*.py"):
+        assert path.name in tree or path.name == "__init__.py", path.name
