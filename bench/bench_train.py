@@ -30,12 +30,12 @@ from flax import nnx
 
 from fastpref import learner, optimizers
 from fastpref.algorithms import ALGORITHMS
-from fastpref.config import TrainConfig
+from fastpref.config import TrainConfig, value_at
 from fastpref.data import PromptBatcher
 from fastpref.generation import decode, generate_jit, num_valid_tokens
 from fastpref.judging import ask
 from fastpref.models import Decoder, DecoderConfig, LanguageModel
-from fastpref.records import Completions, PairBatch
+from fastpref.records import PairBatch
 from fastpref.tokenizer import Tokenizer
 
 MODEL = DecoderConfig(vocab_size=512, width=256, hidden=1024, layers=4, heads=4, kv_heads=4, head_dim=64)
@@ -87,7 +87,7 @@ def stepper(model: LanguageModel, config: TrainConfig, chain: Any, compiling: di
     opt_state = optimizers.initial_state(chain, params)
     texts, step = prompt_texts(), count()
     batcher = PromptBatcher(model.tokenizer.encode_prompts(texts), batch_size=PROMPTS, max_tokens=PROMPT_TOKENS)
-    betas = np.array(algorithm.mixture_betas(config.mixture_beta), np.float32)
+    betas = np.array(algorithm.mixture_betas(value_at(config.mixture_beta, 0)), np.float32)
     betas = np.broadcast_to(betas, (PROMPTS, COMPLETIONS))
     rows = np.arange(PROMPTS * COMPLETIONS, dtype=np.int32).reshape(PROMPTS, COMPLETIONS)
     drawing = {
@@ -97,6 +97,9 @@ def stepper(model: LanguageModel, config: TrainConfig, chain: Any, compiling: di
         "temperature": config.temperature,
     }
     learning = {"optimizer": chain, "loss": algorithm.loss}
+
+    def take() -> Any:
+        return next(batcher)
 
     def draw(batch: Any, number: int) -> tuple[Any, ...]:
         models = (definition, params, definition, ref_params)
@@ -116,11 +119,11 @@ def stepper(model: LanguageModel, config: TrainConfig, chain: Any, compiling: di
     def advance() -> Laps:
         nonlocal params, opt_state
         clocks = [(time.perf_counter(), time.process_time())]
-        batch, number = next(batcher), next(step)
-        completions = Completions(*map(np.asarray, generate_jit(*draw(batch, number), **drawing)))
+        batch, number = take(), next(step)
+        completions: Any = jax.tree.map(np.asarray, generate_jit(*draw(batch, number), **drawing))
         clocks.append((time.perf_counter(), time.process_time()))
         first, second = zip(*decode(model, completions), strict=True)
-        preference = ask(likes_low_words, [texts[int(index)] for index in batch.ids], first, second)
+        preference: Any = ask(likes_low_words, [texts[int(index)] for index in batch.ids], first, second)
         clocks.append((time.perf_counter(), time.process_time()))
         pairs = PairBatch(
             prompt_tokens=batch.tokens,
@@ -131,12 +134,12 @@ def stepper(model: LanguageModel, config: TrainConfig, chain: Any, compiling: di
             preference=preference,
             where=(completions.tokens[:, 0] != completions.tokens[:, 1]).any(-1),
         )
-        update = (definition, params, opt_state, pairs, np.float32(config.tau))
+        update = (definition, params, opt_state, pairs, np.float32(value_at(config.tau, 0)))
         if "update" not in compiling:
             note("update", learner.update, update, learning)
         params, opt_state, measured = learner.update(*update, **learning)
         metrics = {name: float(value) for name, value in measured.items()}
-        jax.block_until_ready((params, opt_state))
+        jax.tree.map(lambda leaf: leaf.block_until_ready(), (params, opt_state))
         clocks.append((time.perf_counter(), time.process_time()))
         if metrics["updates/skipped"] or int(completions.lengths.sum()) != rows.size * NEW_TOKENS:
             raise RuntimeError(f"a step must learn from full completions, but step {number} gave {metrics}")
@@ -144,7 +147,7 @@ def stepper(model: LanguageModel, config: TrainConfig, chain: Any, compiling: di
         return {name: (end[0] - begin[0], end[1] - begin[1]) for name, begin, end in laps}
 
     if "generate" not in compiling:
-        note("generate", generate_jit, draw(next(batcher), 0), drawing)
+        note("generate", generate_jit, draw(take(), 0), drawing)
     return advance
 
 
@@ -183,7 +186,8 @@ def summary(rounds: list[Laps]) -> dict[str, Any]:
 
 
 def test_step(benchmark: Any) -> None:
-    model, compiling = language_model(), {}
+    model = language_model()
+    compiling: dict[str, Any] = {}
     # One optimiser for all: the update is compiled for it, and so once.
     chain = optimizers.build(STEPS["IPO-MD"])
     steps = {name: stepper(model, config, chain, compiling) for name, config in STEPS.items()}
@@ -219,7 +223,7 @@ def table(entry: dict[str, Any], rates: dict[str, Any]) -> list[str]:
     lines = []
     for name, result in entry["steps"].items():
         config = STEPS[name]
-        beta = ALGORITHMS[config.algorithm].mixture_betas(config.mixture_beta)[0]
+        beta = ALGORITHMS[config.algorithm].mixture_betas(value_at(config.mixture_beta, 0))[0]
         lines += [
             f"**{name}**, both samples with mixture weight β = {beta}",
             "",
@@ -293,14 +297,13 @@ def main() -> int:
         f"`{command}` on {rates['name']}, {versions()}; load average {load:.1f} before and {load_after:.1f} after.",
         "",
         f"A random Llama of 4.46 M parameters (V = {MODEL.vocab_size}, D = {MODEL.width}, {MODEL.layers} layers) in "
-        f"float32, {PROMPTS} prompts of {PROMPT_TOKENS} random words, {COMPLETIONS} completions of exactly {NEW_TOKENS} "
-        f"tokens each, AdamW at {STEPS['IPO-MD'].learning_rate}. Two models decode in both algorithms: the log-probs of "
-        f"the reference come out of the draw. {options.rounds} steps of each, in turn, after {WARMUP} that do not count. "
-        "The judge's part turns tokens into text and counts words.",
+        f"float32, {PROMPTS} prompts of {PROMPT_TOKENS} random words, {COMPLETIONS} completions of exactly "
+        f"{NEW_TOKENS} tokens each, AdamW at {STEPS['IPO-MD'].learning_rate}. Two models decode in both algorithms: "
+        f"the log-probs of the reference come out of the draw. {options.rounds} steps of each, in turn, after {WARMUP} "
+        "that do not count. The judge's part turns tokens into text and counts words.",
         "",
-        "The floor is the flops of the matrix products over the "
-        f"{rates['float32_flops'] / 1e9:.0f} GF/s that one float32 product of side 2048 reaches in this run. CPU seconds "
-        "are those of all threads: below twice the wall seconds, two cores were not both at work on the step.",
+        f"The floor is the flops of the matrix products over the {rates['float32_flops'] / 1e9:.0f} GF/s that one "
+        "float32 product of side 2048 reaches in this run. CPU seconds are those of all threads.",
         "",
         *table(entry, rates),
         "",
