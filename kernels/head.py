@@ -91,6 +91,10 @@ class Head:
         scaled = gradient if self.soft_cap is None else gradient * (1 - (logits / self.soft_cap) ** 2)
         return scaled if self.scale == 1 else scaled * self.scale
 
+    def same_map(self, other: "Head") -> bool:
+        """Whether both hold the same weight array, by identity, and use it alike."""
+        return self.weight is other.weight and self.tree_flatten()[1] == other.tree_flatten()[1]
+
     def with_weight(self, weight: Array) -> "Head":
         """The same map with another weight: how a gradient of a head is written."""
         return Head.tree_unflatten((self.vocab_axis, self.scale, self.soft_cap), (weight,))

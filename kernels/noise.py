@@ -67,17 +67,24 @@ def row_keys(key: Array, row_ids: Int[Array, " B"], step: Int[Array, ""] | int) 
     return jnp.stack(words, axis=1)
 
 
-def random_bits(keys: UInt32[Array, "B 2"], stream: int, counters: Int[Array, " C"]) -> UInt32[Array, "B C"]:
-    """Entries `counters` of `jax.random.bits(fold_in(row_key, stream), ..., uint32)`, for every row."""
-    zeros = jnp.zeros_like(keys[:, 0])
-    first, second = threefry((keys[:, 0], keys[:, 1]), (zeros, jnp.full_like(zeros, stream)))
-    shape = (keys.shape[0], counters.shape[0])
-    count = jnp.broadcast_to(counters.astype(jnp.uint32)[None, :], shape)
-    words = threefry(
-        (jnp.broadcast_to(first[:, None], shape), jnp.broadcast_to(second[:, None], shape)),
-        (jnp.zeros_like(count), count),
-    )
-    return words[0] ^ words[1]
+def random_bits(
+    keys: UInt32[Array, "B 2"], group_counters: Int[Array, " G"], token_counters: Int[Array, " T"]
+) -> tuple[UInt32[Array, "B G"], UInt32[Array, "B T"]]:
+    """Entries of `jax.random.bits(fold_in(row_key, stream), ..., uint32)` of every row, for both streams.
+
+    Both come from one evaluation: each is 20 rounds to compile.
+    """
+    rows, groups, tokens = keys.shape[0], group_counters.shape[0], token_counters.shape[0]
+    streams = jnp.broadcast_to(jnp.array([[GROUP_STREAM, TOKEN_STREAM]], jnp.uint32), (rows, 2))
+    row_words = [jnp.broadcast_to(word[:, None], (rows, 2)) for word in (keys[:, 0], keys[:, 1])]
+    stream_words = threefry((row_words[0], row_words[1]), (jnp.zeros_like(streams), streams))
+    lengths, width = jnp.array([groups, tokens]), groups + tokens
+    first, second = (jnp.repeat(word, lengths, axis=1, total_repeat_length=width) for word in stream_words)
+    count = jnp.concatenate([group_counters, token_counters]).astype(jnp.uint32)
+    count = jnp.broadcast_to(count[None, :], (rows, width))
+    words = threefry((first, second), (jnp.zeros_like(count), count))
+    bits = words[0] ^ words[1]
+    return bits[:, :groups], bits[:, groups:]
 
 
 def gumbel_from_bits(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
@@ -93,6 +100,9 @@ def gumbel_from_bits(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
     return -jnp.log(exponential)
 
 
-def gumbel(keys: UInt32[Array, "B 2"], stream: int, counters: Int[Array, " C"]) -> Float[Array, "B C"]:
-    """Gumbel noise of every row at the counters."""
-    return gumbel_from_bits(random_bits(keys, stream, counters))
+def gumbel(
+    keys: UInt32[Array, "B 2"], group_counters: Int[Array, " G"], token_counters: Int[Array, " T"]
+) -> tuple[Float[Array, "B G"], Float[Array, "B T"]]:
+    """Gumbel noise of every row at the counters of both streams."""
+    group_bits, token_bits = random_bits(keys, group_counters, token_counters)
+    return gumbel_from_bits(group_bits), gumbel_from_bits(token_bits)

@@ -1,17 +1,16 @@
 """The draw for CPUs and GPUs: two products and a few passes over their logits, noise for two levels only.
 
-Logits lie as [V, B]: the product is faster that way round where B is far below V, and sums over the vocabulary run
-down columns. Log-sum-exps are taken over blocks whose size divides both V and 512, so no copy of the logits cuts
-them into groups.
+Log-sum-exps are taken over blocks whose size divides both V and 512, so no copy of the logits cuts them into groups.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from fastpref.kernels.head import Head
 from fastpref.kernels.mixture_sampling.sample import GROUP_SIZE, MixtureSample, groups_of, mix
-from fastpref.kernels.noise import GROUP_STREAM, TOKEN_STREAM, gumbel, row_keys
+from fastpref.kernels.noise import gumbel, row_keys
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -19,6 +18,8 @@ _MIN_BLOCK = 32
 """Blocks smaller than this cost more than a padded copy of the logits."""
 _MIN_ROWS = 8
 """A bfloat16 product of fewer rows runs 15 to 40 times slower on a CPU."""
+_CPU_ROWS = 64
+"""Rows that are drawn together on a CPU: logits of more leave its caches, and a draw of 256 takes a third longer."""
 
 
 def mixture_sample(
@@ -33,84 +34,148 @@ def mixture_sample(
     step: Int[Array, ""],
     temperature: float,
     num_valid_tokens: int,
+    block: int | None = None,
+    vocab_axis: int | None = None,
 ) -> MixtureSample:
-    """`fastpref.kernels.mixture_sample` for every backend."""
-    rows = policy_hidden.shape[0]
-    policy, ref = _both_logits(policy_hidden, policy_head, ref_hidden, ref_head)
-    vocab = policy.shape[0]
-    mixture = mix(policy, ref, mixture_beta[None, :], temperature)
-    if num_valid_tokens < vocab:
-        mixture = jnp.where(jnp.arange(vocab)[:, None] < num_valid_tokens, mixture, -jnp.inf)
+    """`fastpref.kernels.mixture_sample` for every backend.
 
-    group_lse = _group_lse(mixture)
+    For tests, `block` overrides the rows that are drawn together, `vocab_axis` the layout of their logits.
+    """
+    rows = policy_hidden.shape[0]
+    block = block or (_CPU_ROWS if jax.default_backend() == "cpu" else max(rows, 1))
+    count = max(-(-rows // block), 1)
+    block = -(-rows // count)
+    axis = _vocab_axis(block, policy_head, ref_head) if vocab_axis is None else vocab_axis
+
+    def draw(states: Array, ref_states: Array, beta: Array, ids: Array) -> MixtureSample:
+        logits = _Logits.of(states, policy_head, ref_states, ref_head, axis)
+        return _draw(logits, beta, key, ids, step, temperature, num_valid_tokens)
+
+    arguments = (policy_hidden, ref_hidden, mixture_beta, row_ids)
+    if count == 1:
+        return draw(*arguments)
+    missing = count * block - rows
+    blocks = [
+        jnp.pad(array, ((0, missing),) + ((0, 0),) * (array.ndim - 1)).reshape(count, block, *array.shape[1:])
+        for array in arguments
+    ]
+    results: MixtureSample = jax.lax.map(lambda arrays: draw(*arrays), tuple(blocks))
+    return MixtureSample(*(array.reshape(-1)[:rows] for array in results))
+
+
+class _Logits(NamedTuple):
+    """Logits of both models with the vocabulary along `axis`, and their log-sum-exps."""
+
+    policy: Float[Array, "..."]
+    ref: Float[Array, "..."]
+    policy_lse: Float[Array, " B"]
+    ref_lse: Float[Array, " B"]
+    axis: int
+
+    @classmethod
+    def of(cls, states: Array, head: Head, ref_states: Array, ref_head: Head, axis: int) -> "_Logits":
+        """A weight that both models share is read once, for twice the rows."""
+        if not head.same_map(ref_head):
+            policy, ref = _logits(states, head, axis), _logits(ref_states, ref_head, axis)
+            return cls(policy, ref, jax.nn.logsumexp(policy, axis=axis), jax.nn.logsumexp(ref, axis=axis), axis)
+        both = _logits(jnp.concatenate([states, ref_states]), head, axis)
+        policy, ref = jnp.split(both, 2, axis=1 - axis)
+        policy_lse, ref_lse = jnp.split(jax.nn.logsumexp(both, axis=axis), 2)
+        return cls(policy, ref, policy_lse, ref_lse, axis)
+
+
+def _draw(
+    logits: _Logits,
+    beta: Float[Array, " B"],
+    key: Array,
+    row_ids: Int[Array, " B"],
+    step: Int[Array, ""],
+    temperature: float,
+    num_valid_tokens: int,
+) -> MixtureSample:
+    """One token per row."""
+    axis, rows, vocab = logits.axis, beta.shape[0], logits.policy.shape[logits.axis]
+    mixture = mix(logits.policy, logits.ref, jnp.expand_dims(beta, axis), temperature)
+    if num_valid_tokens < vocab:
+        valid = jnp.expand_dims(jnp.arange(vocab) < num_valid_tokens, 1 - axis)
+        mixture = jnp.where(valid, mixture, -jnp.inf)
+    group_lse = _group_lse(mixture, axis)
     if temperature == 0:
-        scores, noise = _group_max(mixture), jnp.zeros((rows, GROUP_SIZE))
+        scores, noise = _group_max(mixture, axis), jnp.zeros((rows, GROUP_SIZE))
     else:
         keys = row_keys(key, row_ids, step)
-        scores = group_lse + gumbel(keys, GROUP_STREAM, jnp.arange(groups_of(vocab))).T
-        noise = gumbel(keys, TOKEN_STREAM, jnp.arange(GROUP_SIZE))
-    group = jnp.argmax(scores, axis=0)
-    ids = group[:, None] * GROUP_SIZE + jnp.arange(GROUP_SIZE)[None, :]
-    candidates = jnp.take_along_axis(mixture, ids.T, axis=0, mode="fill", fill_value=-jnp.inf).T
-    token = jnp.minimum(group * GROUP_SIZE + jnp.argmax(candidates + noise, axis=1), vocab - 1)
+        group_noise, noise = gumbel(keys, jnp.arange(groups_of(vocab)), jnp.arange(GROUP_SIZE))
+        scores = group_lse + group_noise
+    group = jnp.argmax(scores, axis=1)[:, None]
 
-    def logp(logits: Float[Array, "V B"], lse: Float[Array, " B"]) -> Float[Array, " B"]:
-        return jnp.take_along_axis(logits, token[None, :], axis=0)[0] - lse
+    def pick(array: Float[Array, "..."], ids: Int[Array, "B C"]) -> Float[Array, "B C"]:
+        row = jnp.arange(rows)[:, None]
+        return array.at[(ids, row) if axis == 0 else (row, ids)].get(mode="fill", fill_value=-jnp.inf)
 
-    mixture_lse = jax.nn.logsumexp(group_lse, axis=0)
+    candidates = pick(mixture, group * GROUP_SIZE + jnp.arange(GROUP_SIZE)[None, :])
+    token = group * GROUP_SIZE + jnp.argmax(candidates + noise, axis=1)[:, None]
+
+    mixture_lse = jax.nn.logsumexp(group_lse, axis=1)
     finite = jnp.isfinite(mixture_lse)
-    mixture_logp = jnp.zeros_like(mixture_lse) if temperature == 0 else logp(mixture, mixture_lse)
     nan = jnp.full_like(mixture_lse, jnp.nan)
+    mixture_logp = jnp.zeros_like(mixture_lse) if temperature == 0 else pick(mixture, token)[:, 0] - mixture_lse
     return MixtureSample(
-        token=jnp.where(finite, token, -1).astype(jnp.int32),
-        policy_logp=jnp.where(finite, logp(policy, jax.nn.logsumexp(policy, axis=0)), nan),
-        ref_logp=jnp.where(finite, logp(ref, jax.nn.logsumexp(ref, axis=0)), nan),
+        token=jnp.where(finite, token[:, 0], -1).astype(jnp.int32),
+        policy_logp=jnp.where(finite, pick(logits.policy, token)[:, 0] - logits.policy_lse, nan),
+        ref_logp=jnp.where(finite, pick(logits.ref, token)[:, 0] - logits.ref_lse, nan),
         mixture_logp=jnp.where(finite, mixture_logp, nan),
     )
 
 
-def _both_logits(
-    policy_hidden: Float[Array, "B Dp"], policy_head: Head, ref_hidden: Float[Array, "B Dr"], ref_head: Head
-) -> tuple[Float[Array, "V B"], Float[Array, "V B"]]:
-    """Logits of both models; a weight that they share is read once, for twice the rows."""
-    rows = policy_hidden.shape[0]
-    if policy_head.weight is ref_head.weight and policy_head.vocab_axis == ref_head.vocab_axis:
-        raw = policy_head.product_by_token(_enough_rows(jnp.concatenate([policy_hidden, ref_hidden])))
-        return policy_head.shape_logits(raw[:, :rows]), ref_head.shape_logits(raw[:, rows : 2 * rows])
-    policy = policy_head.product_by_token(_enough_rows(policy_hidden))[:, :rows]
-    ref = ref_head.product_by_token(_enough_rows(ref_hidden))[:, :rows]
-    return policy_head.shape_logits(policy), ref_head.shape_logits(ref)
+def _vocab_axis(rows: int, policy_head: Head, ref_head: Head) -> int:
+    """Where the vocabulary lies in the logits: the order of axes in which XLA's products are fastest on a CPU.
+
+    For [V, D] weights that is [V, B], by a third, except for few rows; for [D, V] weights it is [B, V], by two thirds.
+    """
+    few = 1 if policy_head.weight.dtype == jnp.float32 else _MIN_ROWS
+    return 0 if policy_head.vocab_axis == ref_head.vocab_axis == 0 and rows > few else 1
 
 
-def _enough_rows(hidden: Float[Array, "B D"]) -> Float[Array, "C D"]:
-    missing = 0 if hidden.dtype == jnp.float32 else max(0, _MIN_ROWS - hidden.shape[0])
-    return jnp.pad(hidden, ((0, missing), (0, 0))) if missing else hidden
+def _logits(hidden: Float[Array, "B D"], head: Head, axis: int) -> Float[Array, "..."]:
+    """Logits with the vocabulary along `axis`."""
+    rows = hidden.shape[0]
+    missing = 0 if hidden.dtype == jnp.float32 else max(0, _MIN_ROWS - rows)
+    padded = jnp.pad(hidden, ((0, missing), (0, 0))) if missing else hidden
+    logits = head.logits(padded) if axis == 1 else head.shape_logits(head.product_by_token(padded))
+    return jax.lax.slice_in_dim(logits, 0, rows, axis=1 - axis)
 
 
-def _blocks(logits: Float[Array, "V B"]) -> Float[Array, "M S B"]:
-    """The logits in blocks that never straddle a group; a copy only where V has no useful common divisor with 512."""
-    size = math.gcd(logits.shape[0], GROUP_SIZE)
+def _blocks(logits: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """The logits in blocks that never straddle a group, blocks along `axis` and their tokens along the next one.
+
+    A copy only where V has no useful common divisor with 512.
+    """
+    vocab = logits.shape[axis]
+    size = math.gcd(vocab, GROUP_SIZE)
     if size < _MIN_BLOCK:
         size = GROUP_SIZE
-        logits = jnp.pad(logits, ((0, -logits.shape[0] % size), (0, 0)), constant_values=-jnp.inf)
-    return logits.reshape(-1, size, logits.shape[1])
+        widths = [(0, 0), (0, 0)]
+        widths[axis] = (0, -vocab % size)
+        logits = jnp.pad(logits, widths, constant_values=-jnp.inf)
+    return logits.reshape(*logits.shape[:axis], -1, size, *logits.shape[axis + 1 :])
 
 
-def _group(blocks: Float[Array, "M B"], size: int, fill: float) -> Float[Array, "G S B"]:
-    """One row per group from one per block, `size` tokens each."""
+def _by_group(blocks: Float[Array, "..."], axis: int, size: int) -> Float[Array, "B G S"]:
+    """One row per row, one column per group, from one value per block of `size` tokens."""
     per_group = GROUP_SIZE // size
-    padded = jnp.pad(blocks, ((0, -blocks.shape[0] % per_group), (0, 0)), constant_values=fill)
-    return padded.reshape(-1, per_group, blocks.shape[1])
+    by_row = blocks.T if axis == 0 else blocks
+    padded = jnp.pad(by_row, ((0, 0), (0, -by_row.shape[1] % per_group)), constant_values=-jnp.inf)
+    return padded.reshape(by_row.shape[0], -1, per_group)
 
 
-def _group_lse(logits: Float[Array, "V B"]) -> Float[Array, "G B"]:
-    blocks = _blocks(logits)
-    top = jnp.max(blocks, axis=1)
+def _group_lse(logits: Float[Array, "..."], axis: int) -> Float[Array, "B G"]:
+    blocks = _blocks(logits, axis)
+    top = jnp.max(blocks, axis=axis + 1)
     safe = jnp.where(jnp.isfinite(top), top, 0.0)
-    total = jnp.sum(jnp.exp(blocks - safe[:, None, :]), axis=1)
-    return jax.nn.logsumexp(_group(safe + jnp.log(total), blocks.shape[1], -jnp.inf), axis=1)
+    total = jnp.sum(jnp.exp(blocks - jnp.expand_dims(safe, axis + 1)), axis=axis + 1)
+    return jax.nn.logsumexp(_by_group(safe + jnp.log(total), axis, blocks.shape[axis + 1]), axis=2)
 
 
-def _group_max(logits: Float[Array, "V B"]) -> Float[Array, "G B"]:
-    blocks = _blocks(logits)
-    return jnp.max(_group(jnp.max(blocks, axis=1), blocks.shape[1], -jnp.inf), axis=1)
+def _group_max(logits: Float[Array, "..."], axis: int) -> Float[Array, "B G"]:
+    blocks = _blocks(logits, axis)
+    return jnp.max(_by_group(jnp.max(blocks, axis=axis + 1), axis, blocks.shape[axis + 1]), axis=2)

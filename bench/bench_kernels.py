@@ -1,0 +1,256 @@
+"""Sampler and loss against the same work in ordinary JAX, and against their matrix products alone, in one run.
+
+    python bench/bench_kernels.py
+
+times everything and writes bench/results/kernels_cpu.json and .md. Every round times each side once, one after the
+other, so that a ratio compares neighbours in time; medians and quartiles are those of the rounds.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import LOSS, SAMPLER, VOCAB, WIDTH, LossCase, SamplerCase
+from fastpref.kernels import Head, mixture_sample, preference_loss
+
+from fastpref import losses
+
+ROUNDS, WARMUP = {"sampler": 41, "loss": 11}, 1
+RESULTS = Path(__file__).parent / "results"
+Sides = dict[str, tuple[Any, tuple[Any, ...]]]
+"""Compiled function and arguments of each contender; the first is ours."""
+
+
+def normal(shape: tuple[int, ...], seed: int, dtype: str) -> jax.Array:
+    values = np.random.default_rng(seed).standard_normal(shape, np.float32) * shape[-1] ** -0.5
+    return jnp.asarray(values).astype(dtype)
+
+
+def compiled(function: Callable[..., Any], *arguments: Any) -> tuple[Any, tuple[Any, ...]]:
+    return jax.jit(function).lower(*arguments).compile(), arguments
+
+
+def sampler_sides(case: SamplerCase) -> Sides:
+    shape = (VOCAB, WIDTH) if case.vocab_axis == 0 else (WIDTH, VOCAB)
+    weights = [normal(shape, seed, case.dtype) for seed in (0, 1)]
+    hidden = [normal((case.rows, WIDTH), seed, case.dtype) * 20 for seed in (2, 3)]
+    arguments = (*hidden, weights[0]) if case.shared else (*hidden, *weights)
+    contract = 1 - case.vocab_axis
+
+    def ours(policy: jax.Array, ref: jax.Array, weight: jax.Array, *other: jax.Array) -> Any:
+        head = Head(weight, case.vocab_axis)
+        ref_head = Head(other[0], case.vocab_axis) if other else head
+        rows = jnp.arange(case.rows)
+        return mixture_sample(
+            policy, head, ref, ref_head, mixture_beta=0.125, key=jax.random.key(0), row_ids=rows, step=0
+        )
+
+    def logits(states: jax.Array, weight: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(states, weight, (((1,), (contract,)), ((), ())), preferred_element_type=jnp.float32)
+
+    def by_token(states: jax.Array, weight: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(weight, states, (((contract,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+    def both(product: Callable[..., jax.Array], policy: jax.Array, ref: jax.Array, *weights: jax.Array) -> Any:
+        return product(policy, weights[0]), product(ref, weights[-1])
+
+    def ordinary(policy: jax.Array, ref: jax.Array, *weights: jax.Array) -> Any:
+        one, two = (jax.nn.log_softmax(array) for array in both(logits, policy, ref, *weights))
+        token = jax.random.categorical(jax.random.key(0), 0.875 * one + 0.125 * two)
+        return token, *(jnp.take_along_axis(logps, token[:, None], axis=1) for logps in (one, two))
+
+    return {
+        "mixture_sample": compiled(ours, *arguments),
+        "two products": compiled(partial(both, logits), *arguments),
+        "two products, vocabulary first": compiled(partial(both, by_token), *arguments),
+        "ordinary JAX": compiled(ordinary, *arguments),
+    }
+
+
+def segments_of(case: LossCase) -> jax.Array:
+    if case.lengths == "equal":
+        return jnp.repeat(jnp.arange(2 * case.pairs), case.rows // (2 * case.pairs))
+    random = np.random.default_rng(4)
+    share = random.dirichlet(np.full(2 * case.pairs, 4.0))
+    ids = np.sort(random.choice(2 * case.pairs, case.rows, p=share))
+    return jnp.asarray(np.where(random.random(case.rows) < 0.25, -1, ids))
+
+
+def loss_sides(case: LossCase) -> Sides:
+    weight, hidden = normal((VOCAB, WIDTH), 0, case.dtype), normal((case.rows, WIDTH), 1, case.dtype) * 20
+    targets = jnp.asarray(np.random.default_rng(2).integers(0, VOCAB, case.rows))
+    segments, pairs = segments_of(case), case.pairs
+    ref_logps, preference = jnp.full((pairs, 2), -600.0), jnp.full((pairs,), 0.7)
+    ipo = losses.bind(losses.ipo, tau=0.1)
+
+    def ordinary(hidden: jax.Array, weight: jax.Array, targets: jax.Array, segments: jax.Array) -> jax.Array:
+        logits = jax.lax.dot_general(hidden, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        logps = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)[:, 0]
+        sums = jax.ops.segment_sum(jnp.where(segments < 0, 0.0, logps), segments, 2 * pairs).reshape(pairs, 2)
+        margin = sums - ref_logps
+        return jnp.mean(ipo(margin[:, 0] - margin[:, 1], preference))
+
+    def ours(hidden: jax.Array, weight: jax.Array, targets: jax.Array, segments: jax.Array) -> jax.Array:
+        return preference_loss(
+            hidden, Head(weight), targets, segments, ref_logps, preference, loss=ipo, frozen_head=case.frozen_head
+        ).loss
+
+    wanted = 0 if case.frozen_head else (0, 1)
+    arguments = (hidden, weight, targets, segments)
+    return {
+        "preference_loss": compiled(jax.value_and_grad(ours, wanted), *arguments),
+        "ordinary JAX": compiled(jax.value_and_grad(ordinary, wanted), *arguments),
+    }
+
+
+def timed(function: Any, arguments: tuple[Any, ...]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - start
+
+
+def measure(benchmark: Any, sides: Sides, rounds: int, info: dict[str, Any]) -> None:
+    """Time our side by the benchmark's clock, and in each round's set-up every other side."""
+    (ours, (function, arguments)), *others = sides.items()
+    for side in sides.values():
+        timed(*side)
+    times: dict[str, list[float]] = {name: [] for name, _ in others}
+
+    def setup() -> None:
+        for name, side in others:
+            times[name].append(timed(*side))
+
+    benchmark.pedantic(
+        lambda: jax.block_until_ready(function(*arguments)), setup=setup, rounds=rounds, warmup_rounds=WARMUP
+    )
+    info["temporary_bytes"] = {name: side.memory_analysis().temp_size_in_bytes for name, (side, _) in sides.items()}
+    if benchmark.enabled:
+        kept = {ours: list(benchmark.stats.stats.data)} | {name: values[-rounds:] for name, values in times.items()}
+        info["seconds"] = {name: np.percentile(values, [25, 50, 75]).tolist() for name, values in kept.items()}
+        info["ratio"] = {
+            name: np.percentile(np.divide(kept[ours], kept[name]), [25, 50, 75]).tolist() for name in times
+        }
+    benchmark.extra_info.update(info)
+
+
+@pytest.mark.parametrize("case", SAMPLER, ids=lambda case: case.name)
+def test_sampler(case: SamplerCase, benchmark: Any) -> None:
+    heads = 1 if case.shared else 2
+    read = heads * VOCAB * WIDTH * jnp.dtype(case.dtype).itemsize
+    info = {"kernel": "mixture_sample", "case": case.name, "limits": case.limits, "bytes": read}
+    measure(benchmark, sampler_sides(case), ROUNDS["sampler"], info | {"flops": 4 * case.rows * VOCAB * WIDTH})
+
+
+@pytest.mark.parametrize("case", LOSS, ids=lambda case: case.name)
+def test_loss(case: LossCase, benchmark: Any) -> None:
+    products = 2 if case.frozen_head else 3
+    scored = int((segments_of(case) >= 0).sum())
+    info = {"kernel": "preference_loss", "case": case.name, "limits": case.limits, "memory_limit": case.memory_limit}
+    info |= {"flops": products * 2 * scored * VOCAB * WIDTH, "bytes": 2 * VOCAB * WIDTH * 4}
+    measure(benchmark, loss_sides(case), ROUNDS["loss"], info)
+
+
+def machine() -> dict[str, Any]:
+    """What the machine reaches in the plainest programs: the floors are drawn from it."""
+    square = normal((2048, 2048), 0, "float32")
+    product = compiled(jnp.matmul, square, square)
+    one, two = np.ones(1 << 26, np.float32), np.ones(1 << 26, np.float32)
+    reads = []
+    for _ in range(7):
+        start = time.perf_counter()
+        np.dot(one, two)
+        reads.append(2 * one.nbytes / (time.perf_counter() - start))
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {
+        "name": f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, JAX {jax.__version__}",
+        "float32_flops": 2 * 2048**3 / min(timed(*product) for _ in range(9)),
+        "bytes_per_second": max(reads),
+    }
+
+
+def milliseconds(quartiles: list[float]) -> str:
+    low, median, high = (1e3 * value for value in quartiles)
+    return f"{median:.1f} ({low:.1f} to {high:.1f})"
+
+
+def table(entries: list[dict[str, Any]], rates: dict[str, Any]) -> list[str]:
+    lines = []
+    for entry in entries:
+        floor = max(entry["flops"] / rates["float32_flops"], entry["bytes"] / rates["bytes_per_second"])
+        lines += [
+            f"**{entry['case']}**",
+            "",
+            "| what | ms, median (quartiles) | kernel's time over this | temporary memory |",
+            "| --- | --- | --- | --- |",
+        ]
+        for name, seconds in entry["seconds"].items():
+            ratio = ""
+            if name in entry["ratio"]:
+                low, median, high = entry["ratio"][name]
+                ratio = f"{median:.2f} ({low:.2f} to {high:.2f})"
+                if name in entry["limits"]:
+                    ratio += f", limit {entry['limits'][name]:.2f}"
+            memory = entry["temporary_bytes"][name] / 1e6
+            lines.append(f"| {name} | {milliseconds(seconds)} | {ratio} | {memory:.1f} MB |")
+        lines += [f"| floor in float32 | {1e3 * floor:.1f} | | |", ""]
+    return lines
+
+
+def main() -> int:
+    """Time everything and write the results."""
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "raw.json"
+        # The project's own options check types at every call, which would be timed too.
+        arguments = [__file__, "-q", "-o", "addopts=", f"--benchmark-json={raw}"]
+        code = subprocess.run([sys.executable, "-m", "pytest", *arguments]).returncode
+        if code:
+            return code
+        entries = [entry["extra_info"] for entry in json.loads(raw.read_text())["benchmarks"]]
+    rates = machine()
+    command = "python bench/bench_kernels.py"
+    report = {"command": command, "machine": rates, "load_before": load, "results": entries}
+    report["load_after"] = os.getloadavg()[0]
+    (RESULTS / "kernels_cpu.json").write_text(json.dumps(report, indent=2) + "\n")
+    sampler = table([entry for entry in entries if entry["kernel"] == "mixture_sample"], rates)
+    loss = table([entry for entry in entries if entry["kernel"] == "preference_loss"], rates)
+    lines = [
+        "# Kernels on a CPU",
+        "",
+        f"`{command}` on {rates['name']}, load average {load:.1f} before and {report['load_after']:.1f} after. A "
+        f"square float32 product of 2048 reaches {rates['float32_flops'] / 1e9:.0f} GF/s, a dot product of two long "
+        f"vectors reads {rates['bytes_per_second'] / 1e9:.0f} GB/s: floors are flops or bytes over these.",
+        "",
+        f"## mixture_sample, D = {WIDTH}, V = {VOCAB}",
+        "",
+        "Ordinary JAX: two log-softmaxes, their mixture, `jax.random.categorical`, two gathers. The kernel returns the "
+        "mixture's log-prob as well.",
+        "",
+        *sampler,
+        f"## preference_loss, forward and backward, D = {WIDTH}, V = {VOCAB}",
+        "",
+        "Ordinary JAX: log-softmax of all logits, gather, segment sums, IPO, differentiated. Memory is what the "
+        "compiler sets aside beside arguments and results.",
+        "",
+        *loss,
+    ]
+    (RESULTS / "kernels_cpu.md").write_text("\n".join(lines).rstrip() + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
