@@ -228,7 +228,7 @@ class SupervisedConfig:
     Args:
       steps: optimiser updates.
       batch_size: examples per update.
-      max_prompt_tokens: longer prompts (for a preference model: its whole reading) are handled as `overlong` says.
+      max_prompt_tokens: longer prompts are handled as `overlong` says; a preference model shortens them.
       max_completion_tokens: longer completions, EOS included, are dropped and counted.
       overlong: "drop" (counted), "truncate" (keeps the first tokens) or "raise".
       max_shapes: at most so many padded shapes, each of which is compiled once.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,11 @@ import numpy as np
 import orjson
 from flax import nnx
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fastpref.generation import round_up
-from fastpref.kernels import Head
 from fastpref.models import LanguageModel, load, save
 from fastpref.models.policy import Policy
 
@@ -33,32 +32,44 @@ SUMMARY_PROMPT = (
 FIELDS = re.compile(r"(\{prompt\}|\{first\}|\{second\})")
 
 
-def answer_logits(
-    policy: Policy, tokens: Int[Array, "N S"], lengths: Int[Array, " N"], answers: Int[Array, " 2"]
-) -> Float[Array, " N"]:
-    """Logit of the first answer token minus that of the second, right after reading each text, shape [N]."""
-    mask = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
-    unread = jnp.zeros((tokens.shape[0], 1, 1), jnp.int32)
-    hidden = policy.hidden_states(tokens, mask, unread)[:, 0, 0]
-    head = policy.head()
-    pair = Head(jnp.take(head.weight, answers, axis=head.vocab_axis), head.vocab_axis, head.scale, head.soft_cap)
-    logits = pair.logits(hidden)
-    return logits[:, 0] - logits[:, 1]
+Row = tuple[tuple[int, ...], ...]
+"""Token ids of what is scored at once: a prompt and its completions."""
 
 
-def rewards(
-    module: "ScoredPolicy",
+def last_states(
+    policy: Policy,
     prompt_tokens: Int[Array, "P S"],
-    prompt_mask: Bool[Array, "P S"],
+    prompt_lengths: Int[Array, " P"],
     completion_tokens: Int[Array, "P K T"],
     completion_lengths: Int[Array, "P K"],
-) -> Float[Array, "P K"]:
-    """Scalar reward of each completion, read off the state after its last token, shape [P, K], float32."""
+) -> Float[Array, "P K D"]:
+    """States right after the last token of each completion, shape [P, K, D]."""
+    mask = jnp.arange(prompt_tokens.shape[1])[None, :] < prompt_lengths[:, None]
     # One more position, so that the state after the last token of a full-length completion exists.
     padded = jnp.pad(completion_tokens, ((0, 0), (0, 0), (0, 1)))
-    hidden = module.policy.hidden_states(prompt_tokens, prompt_mask, padded)
-    last = jnp.take_along_axis(hidden, completion_lengths[:, :, None, None], axis=2)[:, :, 0]
-    return (last.astype(jnp.float32) * module.weight[...].astype(jnp.float32)[None, None, :]).sum(-1)
+    hidden = policy.hidden_states(prompt_tokens, mask, padded)
+    return jnp.take_along_axis(hidden, completion_lengths[:, :, None, None], axis=2)[:, :, 0]
+
+
+def answer_margins(policy: Policy, answers: Int[Array, " 2"], *readings: Array) -> Float[Array, "P K"]:
+    """Logit of the first answer minus that of the second after each reading, shape [P, K], float32.
+
+    `readings` are the four arrays of `last_states`: a shared beginning, and K ways to go on.
+    """
+    states = last_states(policy, *readings)
+    head = policy.head()
+    pair = head.with_weight(jnp.take(head.weight, answers, axis=head.vocab_axis))
+    logits = pair.logits(states.reshape(-1, states.shape[-1]))
+    return (logits[:, 0] - logits[:, 1]).reshape(states.shape[:2])
+
+
+def rewards(module: "ScoredPolicy", *completions: Array) -> Float[Array, "P K"]:
+    """Scalar reward of each completion, read off its last state, shape [P, K], float32.
+
+    `completions` are the four arrays of `last_states`.
+    """
+    states = last_states(module.policy, *completions).astype(jnp.float32)
+    return (states * module.weight[...][None, None, :]).sum(-1)
 
 
 class ScoredPolicy(nnx.Module):
@@ -76,21 +87,20 @@ def bradley_terry(margin: Float[Array, " N"], preference: Float[Array, " N"]) ->
 
 def probability(margin: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """σ(margin) in float32, such that probability(m) + probability(−m) is exactly 1."""
-    lower = 1 / (1 + np.exp(np.abs(margin.astype(np.float64))))
-    lower = lower.astype(np.float32)
+    # Of the negative magnitude, whose exponential cannot overflow.
+    small = np.exp(-np.abs(margin.astype(np.float64)))
+    lower = (small / (1 + small)).astype(np.float32)
     return np.where(margin >= 0, np.float32(1) - lower, lower).astype(np.float32)
 
 
 @partial(jax.jit, static_argnames=("definition",))
-def _answer_logits(definition: Any, params: Any, tokens: Array, lengths: Array, answers: Array) -> Array:
-    return answer_logits(nnx.merge(definition, params), tokens, lengths, answers)
+def _answer_margins(definition: Any, params: Any, answers: Array, *readings: Array) -> Array:
+    return answer_margins(nnx.merge(definition, params), answers, *readings)
 
 
 @partial(jax.jit, static_argnames=("definition",))
-def _rewards(definition: Any, params: Any, *batch: Array) -> Array:
-    prompt_tokens, prompt_lengths, completion_tokens, completion_lengths = batch
-    mask = jnp.arange(prompt_tokens.shape[1])[None, :] < prompt_lengths[:, None]
-    return rewards(nnx.merge(definition, params), prompt_tokens, mask, completion_tokens, completion_lengths)
+def _rewards(definition: Any, params: Any, *completions: Array) -> Array:
+    return rewards(nnx.merge(definition, params), *completions)
 
 
 def _padded(rows: Sequence[Sequence[int]], multiple: int = 32) -> tuple[np.ndarray, np.ndarray]:
@@ -100,6 +110,34 @@ def _padded(rows: Sequence[Sequence[int]], multiple: int = 32) -> tuple[np.ndarr
     for index, row in enumerate(rows):
         tokens[index, : len(row)] = row
     return tokens, lengths
+
+
+def _row(*parts: Sequence[int]) -> Row:
+    return tuple(tuple(part) for part in parts)
+
+
+def _arrays(rows: Sequence[Row]) -> tuple[np.ndarray, ...]:
+    """The four arrays of `last_states` of rows that are a prompt and K completions each."""
+    texts, lengths = _padded([text for row in rows for text in row[1:]])
+    shape = (len(rows), len(rows[0]) - 1)
+    return *_padded([row[0] for row in rows]), texts.reshape(*shape, -1), lengths.reshape(shape)
+
+
+def _score_distinct(
+    rows: Sequence[Row], score: Callable[[Sequence[Row]], np.ndarray], batch_size: int
+) -> Float[np.ndarray, " N"]:
+    """Score N rows in full batches, each distinct row once.
+
+    Rounding depends on the company that a row is scored in. So the batches follow from the set of rows alone, and
+    neither the order of a call nor a repetition in it can make two scores of a row differ.
+    """
+    distinct = sorted(set(rows), key=lambda row: ([len(tokens) for tokens in row], row))
+    scores: dict[Row, np.float32] = {}
+    for start in range(0, len(distinct), batch_size):
+        part = distinct[start : start + batch_size]
+        filled = part + part[:1] * (batch_size - len(part))
+        scores.update(zip(part, score(filled)[: len(part)], strict=True))
+    return np.array([scores[row] for row in rows], np.float32)
 
 
 @dataclass(frozen=True)
@@ -114,11 +152,11 @@ class PreferenceModel:
       template: the text to read, with {prompt}, {first} and {second}.
       answers: the two words whose logits are compared; each must be a single token.
       symmetric: average over the two orders.
-      max_tokens: longest reading; the prompt is shortened where a reading is longer.
-      batch_size: readings scored at once.
+      max_tokens: longest beginning, up to the end of the prompt, which is shortened to fit.
+      batch_size: pairs judged at once.
 
     Raises:
-      ValueError: a template without one of its three fields, or an answer that is not a single token.
+      ValueError: a template without its three fields, or an answer that is not a single token.
     """
 
     model: LanguageModel
@@ -129,11 +167,11 @@ class PreferenceModel:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        missing = [field for field in ("{prompt}", "{first}", "{second}") if field not in self.template]
-        if missing:
+        fields = FIELDS.findall(self.template)
+        if sorted(fields) != ["{first}", "{prompt}", "{second}"] or fields[0] != "{prompt}":
             raise ValueError(
-                f"a template must contain {{prompt}}, {{first}} and {{second}}, but {missing[0]} is missing from "
-                f"{self.template!r}. Add it."
+                "a template must contain {prompt} and then {first} and {second}, each once, but received "
+                f"{self.template!r}. Write one such as SUMMARY_PROMPT."
             )
         self.answer_ids()
 
@@ -148,51 +186,49 @@ class PreferenceModel:
                 )
         return np.array([tokens[0] for tokens in ids], np.int32)
 
-    def readings(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[list[int]]:
-        """What the model reads for each pair, as token ids; a prompt is cut where the whole would be too long."""
+    def readings(
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of what is read for each pair: up to the end of the prompt, and from there to the answer.
+
+        The two orders of a pair differ in the second part only, so the prompt is read once for both. An
+        encoder-decoder model reads the first part with its encoder and the second with its decoder.
+        """
         tokenizer = self.model.tokenizer
-
-        def fill(prompt: str, one: str, two: str) -> str:
-            pieces = {"{prompt}": prompt, "{first}": one, "{second}": two}
-            # Braces in the texts themselves must stay as they are, so the template is split, not formatted.
-            return "".join(pieces.get(piece, piece) for piece in FIELDS.split(self.template))
-
-        encoded = tokenizer.encode_prompts([fill(*texts) for texts in zip(prompts, first, second, strict=True)])
-        for index, tokens in enumerate(encoded):
+        before, after = self.template.split("{prompt}")
+        opened = tokenizer.encode_prompts([before + prompt for prompt in prompts])
+        for index, tokens in enumerate(opened):
             if len(tokens) > self.max_tokens:
                 body = tokenizer.encode_completions([prompts[index]])[0][:-1]
-                kept = body[: max(0, len(body) - (len(tokens) - self.max_tokens))]
-                short = tokenizer.decode([kept])[0]
-                again = tokenizer.encode_prompts([fill(short, first[index], second[index])])[0]
-                # Cutting text can add a token or two at the seam; the answer cue at the end is what must stay.
-                encoded[index] = again[-self.max_tokens :]
-        return encoded
+                kept = tokenizer.decode([body[: max(0, len(body) - len(tokens) + self.max_tokens)]])[0]
+                # Cutting text can add a token or two at the seam.
+                opened[index] = tokenizer.encode_prompts([before + kept])[0][: self.max_tokens]
+        pieces = FIELDS.split(after)
+        # Braces in the texts themselves must stay as they are, so the template is split, not formatted.
+        closed = [
+            "".join({"{first}": one, "{second}": two}.get(piece, piece) for piece in pieces)
+            for one, two in zip(first, second, strict=True)
+        ]
+        return opened, [tokens[:-1] for tokens in tokenizer.encode_completions(closed)]
 
     def margins(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " P"]:
         """Logit of "the first is better", shape [P], float32; antisymmetric where `symmetric`."""
-        if not self.symmetric:
-            return self._score(self.readings(prompts, first, second))
-        # The same reading order for (y, y') and (y', y), so that the two answers are exact opposites.
-        flipped = np.array([one > two for one, two in zip(first, second, strict=True)], bool)
-        low = [min(pair) for pair in zip(first, second, strict=True)]
-        high = [max(pair) for pair in zip(first, second, strict=True)]
-        forward, backward = np.split(
-            self._score(self.readings(prompts, low, high) + self.readings(prompts, high, low)), 2
-        )
-        margin = (forward - backward) / 2
-        signed: Float[np.ndarray, " P"] = np.where(flipped, -margin, margin).astype(np.float32)
-        return signed
-
-    def _score(self, encoded: list[list[int]]) -> Float[np.ndarray, " N"]:
         definition, params = nnx.split(self.model.module)
-        scores = []
-        for start in range(0, len(encoded), self.batch_size):
-            part = encoded[start : start + self.batch_size]
-            tokens, lengths = _padded(part + [part[0]] * (self.batch_size - len(part)))
-            scores.append(
-                np.asarray(_answer_logits(definition, params, tokens, lengths, self.answer_ids()))[: len(part)]
-            )
-        return np.concatenate(scores) if scores else np.zeros(0, np.float32)
+        answers = self.answer_ids()
+
+        def score(rows: Sequence[Row]) -> np.ndarray:
+            margins = np.asarray(_answer_margins(definition, params, answers, *_arrays(rows)))
+            return (margins[:, 0] - margins[:, 1]) / np.float32(2) if self.symmetric else margins[:, 0]
+
+        opened, forward = self.readings(prompts, first, second)
+        if not self.symmetric:
+            rows = [_row(*row) for row in zip(opened, forward, strict=True)]
+            return _score_distinct(rows, score, self.batch_size)
+        _, backward = self.readings(prompts, second, first)
+        # One canonical order, so that (y, y') and (y', y) are the same row and answered by exact opposites.
+        sign = [1 if one <= other else -1 for one, other in zip(forward, backward, strict=True)]
+        rows = [_row(prompt, *sorted(orders)) for prompt, *orders in zip(opened, forward, backward, strict=True)]
+        return np.array(sign, np.float32) * _score_distinct(rows, score, self.batch_size)
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " P"]:
         """p(first ≻ second | prompt), shape [P], float32."""
@@ -251,16 +287,12 @@ class RewardModel:
         read = [tokens[: self.max_prompt_tokens] for tokens in tokenizer.encode_prompts(list(prompts))]
         written = tokenizer.encode_completions(list(completions))
         definition, params = nnx.split(self.module)
-        scores = []
-        for start in range(0, len(read), self.batch_size):
-            stop = min(start + self.batch_size, len(read))
-            filler = [start] * (self.batch_size - (stop - start))
-            rows = [*range(start, stop), *filler]
-            tokens, lengths = _padded([read[row] for row in rows])
-            texts, text_lengths = _padded([written[row] for row in rows])
-            part = _rewards(definition, params, tokens, lengths, texts[:, None, :], text_lengths[:, None])
-            scores.append(np.asarray(part)[: stop - start, 0])
-        return np.concatenate(scores) if scores else np.zeros(0, np.float32)
+
+        def score(rows: Sequence[Row]) -> np.ndarray:
+            return np.asarray(_rewards(definition, params, *_arrays(rows)))[:, 0]
+
+        rows = [_row(*row) for row in zip(read, written, strict=True)]
+        return _score_distinct(rows, score, self.batch_size)
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " P"]:
         """p(first ≻ second | prompt), shape [P], float32; the two orders add up to exactly 1."""

@@ -1,7 +1,7 @@
 """Three supervised objectives, one loop: the SFT starting point, the preference model and the reward model."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,6 @@ from fastpref.data import (
     CompletionBatcher,
     DropReport,
     PairBatcher,
-    PromptBatcher,
     Record,
     TokenRecords,
     read_records,
@@ -33,7 +32,7 @@ from fastpref.preference import (
     SUMMARY_PROMPT,
     PreferenceModel,
     RewardModel,
-    answer_logits,
+    answer_margins,
     bradley_terry,
     rewards,
 )
@@ -50,7 +49,7 @@ Objective = Callable[[Any, Batch], tuple[Array, Array]]
 
 
 def _mask(lengths: Array, width: int) -> Array:
-    return jnp.arange(width) < lengths[..., None]
+    return jnp.expand_dims(jnp.arange(width), tuple(range(lengths.ndim))) < lengths[..., None]
 
 
 def token_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
@@ -67,18 +66,27 @@ def token_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
 
 
 def preference_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
-    """Sum of the cross-entropy of the answer's probability with the recorded preference, and the number of pairs."""
-    margin = answer_logits(module, batch["prompt_tokens"], batch["prompt_lengths"], batch["answers"])
-    losses = bradley_terry(margin, batch["preference"])
-    return losses.sum(), jnp.asarray(losses.size, jnp.float32)
+    """Sum of the cross-entropy of the answers with the recorded preferences, and the number of answers.
+
+    Completions 0 and 1 are the readings of a pair in its two orders. Where `symmetric` is true they give one answer.
+    """
+    margins = answer_margins(module, batch["answers"], *_readings(batch))
+    preference = batch["preference"]
+    apart = bradley_terry(margins[:, 0], preference) + bradley_terry(-margins[:, 1], preference)
+    together = 2 * bradley_terry((margins[:, 0] - margins[:, 1]) / 2, preference)
+    losses = jnp.where(batch["symmetric"], together, apart)
+    return losses.sum(), jnp.asarray(2 * losses.size, jnp.float32)
 
 
 def reward_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
     """Sum of the Bradley-Terry cross-entropy of the reward difference, and the number of pairs."""
-    mask = _mask(batch["prompt_lengths"], batch["prompt_tokens"].shape[1])
-    scores = rewards(module, batch["prompt_tokens"], mask, batch["completion_tokens"], batch["completion_lengths"])
+    scores = rewards(module, *_readings(batch))
     losses = bradley_terry(scores[:, 0] - scores[:, 1], batch["preference"])
     return losses.sum(), jnp.asarray(losses.size, jnp.float32)
+
+
+def _readings(batch: Batch) -> tuple[Array, Array, Array, Array]:
+    return batch["prompt_tokens"], batch["prompt_lengths"], batch["completion_tokens"], batch["completion_lengths"]
 
 
 @partial(jax.jit, static_argnames=("definition", "objective", "optimizer"), donate_argnames=("params", "opt_state"))
@@ -184,9 +192,7 @@ def _fit(
 
 
 def _arrays(batch: CompletionBatch) -> dict[str, Any]:
-    arrays = {entry.name: getattr(batch, entry.name) for entry in dataclasses.fields(batch)}
-    del arrays["ids"]
-    return arrays
+    return {entry.name: getattr(batch, entry.name) for entry in dataclasses.fields(batch) if entry.name != "ids"}
 
 
 def _tokens(
@@ -239,7 +245,7 @@ def sft(
     config = SupervisedConfig() if config is None else config
     model = as_model(policy)
     tokens, report = _tokens(data, model, ("prompt", "completion"), config)
-    checks = _tokens(held_out, model, ("prompt", "completion"), config)[0] if _any(held_out) else None
+    checks, held = _tokens(held_out, model, ("prompt", "completion"), config)
 
     def batches(of: TokenRecords) -> CompletionBatcher:
         return CompletionBatcher(
@@ -255,10 +261,10 @@ def sft(
 
     with batches(tokens) as batcher:
 
-        def validate(module: Any, checks: TokenRecords) -> float:
+        def validate(module: Any) -> float:
             definition, params = nnx.split(module)
-            with batches(checks) as held:
-                sums = [_measure(definition, params, _arrays(batch), objective=token_loss) for batch in held.in_order()]
+            with batches(checks) as each:
+                sums = [_measure(definition, params, _arrays(batch), objective=token_loss) for batch in each.in_order()]
             total, count = (sum(float(part[which]) for part in sums) for which in (0, 1))
             return total / count
 
@@ -268,7 +274,7 @@ def sft(
             batcher,
             lambda: _arrays(next(batcher)),
             config,
-            validate=None if checks is None else partial(validate, checks=checks),
+            validate=validate if held.read else None,
             criterion="eval/loss",
             optimizer=optimizer,
             run_dir=run_dir,
@@ -296,13 +302,13 @@ def fit_preference_model(
 ) -> FitResult:
     """Train a language model to say which of two completions is better.
 
-    Every pair is read in both orders, as two examples; the loss is the cross-entropy of the two answers with the
-    recorded preference, hard or soft.
+    Every pair is read in both orders, its prompt once; the loss is the cross-entropy of the answer with the recorded
+    preference, hard or soft.
 
     Args:
       model: where to start; a `LanguageModel` or the directory of a checkpoint. It is not changed.
       data: records with `prompt`, `chosen`, `rejected` and optionally `preference`, in a file or an iterable.
-      config: settings; `max_prompt_tokens` limits a whole reading, whose prompt is shortened to fit.
+      config: settings; `max_prompt_tokens` limits a reading up to the end of the prompt, which is shortened to fit.
       held_out: records of the same form; the model with the highest agreement with them is returned.
       template: the text to read, with {prompt}, {first} and {second}.
       answers: the two words whose logits are compared.
@@ -325,27 +331,23 @@ def fit_preference_model(
         as_model(model), template, answers, symmetric=symmetric, max_tokens=config.max_prompt_tokens
     )
     records, report = read_records(data, columns=PAIR_COLUMNS)
-    checks = read_records(held_out, columns=PAIR_COLUMNS)[0] if _any(held_out) else []
+    checks, _ = read_records(held_out, columns=PAIR_COLUMNS)
     prompts, chosen, rejected, preference = _columns(records)
-    readings = judge.readings(prompts * 2, chosen + rejected, rejected + chosen)
-    labels = np.concatenate([preference, 1 - preference])
-    with PromptBatcher(
-        readings,
+    opened, forward = judge.readings(prompts, chosen, rejected)
+    _, backward = judge.readings(prompts, rejected, chosen)
+    constants = {"answers": judge.answer_ids(), "symmetric": np.asarray(symmetric)}
+    with PairBatcher(
+        opened,
+        forward,
+        backward,
+        preference,
         batch_size=config.batch_size,
-        max_tokens=config.max_prompt_tokens,
         seed=config.seed,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_completion_tokens=max(map(len, forward + backward), default=1),
         max_shapes=config.max_shapes,
         vocab_size=judge.model.module.vocab_size,
     ) as batcher:
-
-        def read() -> dict[str, Any]:
-            batch = next(batcher)
-            return {
-                "prompt_tokens": batch.tokens,
-                "prompt_lengths": batch.lengths,
-                "preference": labels[batch.ids],
-                "answers": judge.answer_ids(),
-            }
 
         def with_module(module: Any) -> PreferenceModel:
             return dataclasses.replace(judge, model=dataclasses.replace(judge.model, module=module))
@@ -354,7 +356,7 @@ def fit_preference_model(
             judge.model.module,
             preference_loss,
             batcher,
-            read,
+            lambda: _arrays(next(batcher)) | constants,
             config,
             validate=(lambda module: agreement(with_module(module), checks)) if checks else None,
             criterion="eval/accuracy",
@@ -401,7 +403,7 @@ def fit_reward_model(
     config = SupervisedConfig() if config is None else config
     judge = RewardModel.from_model(as_model(model), max_prompt_tokens=config.max_prompt_tokens)
     tokens, report = _tokens(data, judge.model, PAIR_COLUMNS, config)
-    checks = read_records(held_out, columns=PAIR_COLUMNS)[0] if _any(held_out) else []
+    checks, _ = read_records(held_out, columns=PAIR_COLUMNS)
     chosen, rejected = tokens.completions
     with PairBatcher(
         tokens.prompts,
@@ -452,7 +454,3 @@ def _columns(records: Sequence[Record]) -> tuple[list[str], list[str], list[str]
         [record.completions[1] for record in records],
         np.array([record.preference for record in records], np.float32),
     )
-
-
-def _any(data: Data) -> bool:
-    return not isinstance(data, Sized) or len(data) > 0

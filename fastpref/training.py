@@ -151,7 +151,8 @@ def train(
             num_valid_tokens=num_valid_tokens(policy),
             temperature=config.temperature,
         )
-        return jax.block_until_ready(drawn)
+        drawn.tokens.block_until_ready()
+        return drawn
 
     def advance(done: int, arrays: Any) -> loop.Outcome:
         parameters, opt_state = arrays
