@@ -144,7 +144,7 @@ def test_values_and_gradients_are_as_exact_as_ordinary_jax(case: Case, name: str
         assert_as_exact(value, ordinary, true, case.dtype)
 
 
-@pytest.mark.parametrize("chunk", [1, 8, 16, 24, 48, 128])
+@pytest.mark.parametrize("chunk", [1, 16, 24, 48, 128])
 def test_windows_and_two_passes_agree(chunk: int) -> None:
     # The longest pair has 27 rows: it fits no chunk below that, and from 48 on all pairs take windows.
     problem = make_problem(CASES[1])
@@ -278,18 +278,17 @@ def test_reports_and_parameters_have_no_gradient(implementation: str) -> None:
     hidden, head, targets, segment_ids, ref_logps, preference, where = make_problem(CASES[0])
 
     @partial(jax.jit, static_argnums=4)
-    def value(hidden: Array, ref_logps: Array, preference: Array, tau: Array, field: str) -> Array:
+    def value(hidden: Array, ref_logps: Array, preference: Array, tau: Array, fields: tuple[str, ...]) -> Array:
         loss = losses.bind(losses.ipo, tau=tau)
         result = preference_loss(
             hidden, head, targets, segment_ids, ref_logps, preference, loss=loss, where=where,
             implementation=implementation,
         )  # fmt: skip
-        return jnp.sum(getattr(result, field))
+        return sum((jnp.sum(getattr(result, field)) for field in fields), jnp.zeros(()))
 
     arguments = (hidden, ref_logps, preference, jnp.float32(TAU))
-    for field in ("per_pair", "policy_logps", "log_ratio"):
-        assert not np.any(jax.grad(value)(*arguments, field))
-    assert not any(np.any(gradient) for gradient in jax.grad(value, (1, 2, 3))(*arguments, "loss"))
+    assert not np.any(jax.grad(value)(*arguments, ("per_pair", "policy_logps", "log_ratio")))
+    assert not any(np.any(gradient) for gradient in jax.grad(value, (1, 2, 3))(*arguments, ("loss",)))
 
 
 def test_a_plain_function_is_a_loss() -> None:
