@@ -32,11 +32,10 @@ from fastpref.supervised import fit_preference_model, sft
 from fastpref.tokenizer import Tokenizer
 from fastpref.training import train
 
-VOCAB_SIZE = 2048
-MAX_PROMPT_TOKENS = 128
-MAX_READING_TOKENS = 192
+VOCAB_SIZE = 3072
+MAX_PROMPT_TOKENS = 64
 MAX_NEW_TOKENS = 24
-PAIRS_PER_PROMPT = 2
+PAIRS_PER_PROMPT = 4
 SAMPLES = 10
 
 T5_CONFIG = T5Config(
@@ -47,48 +46,52 @@ T5_CONFIG = T5Config(
     decoder_layers=2,
     heads=4,
     head_dim=32,
+    tied=True,
+    scaled_output=True,
 )
 
 SFT = SupervisedConfig(
-    steps=300,
-    batch_size=32,
+    steps=900,
+    batch_size=16,
     max_prompt_tokens=MAX_PROMPT_TOKENS,
-    max_completion_tokens=MAX_NEW_TOKENS,
+    max_completion_tokens=32,
     overlong="truncate",
     optimizer="adamw",
-    learning_rate=Schedule(start=3e-3, end=3e-4, steps=300, kind="cosine"),
+    learning_rate=Schedule(start=2e-3, end=2e-4, steps=900, kind="cosine"),
     max_grad_norm=1.0,
     max_shapes=1,
     eval_every=100,
 )
 PREFERENCE = SupervisedConfig(
-    steps=300,
-    batch_size=32,
-    max_prompt_tokens=MAX_READING_TOKENS,
+    steps=500,
+    batch_size=16,
+    max_prompt_tokens=MAX_PROMPT_TOKENS,
     overlong="truncate",
     optimizer="adamw",
-    learning_rate=Schedule(start=1e-3, end=1e-4, steps=300, kind="cosine"),
+    learning_rate=Schedule(start=1e-3, end=1e-4, steps=500, kind="cosine"),
     max_grad_norm=1.0,
     max_shapes=1,
     eval_every=100,
 )
 IPO_MD = TrainConfig(
     algorithm="ipo-md",
-    tau=0.1,
+    tau=0.05,
     mixture_beta=0.125,
-    steps=100,
+    steps=120,
     batch_size=32,
     max_prompt_tokens=MAX_PROMPT_TOKENS,
     overlong="truncate",
     max_shapes=1,
     max_new_tokens=MAX_NEW_TOKENS,
     optimizer="adamw",
-    learning_rate=3e-4,
+    learning_rate=5e-4,
     max_grad_norm=1.0,
+    eval_every=40,
+    eval_prompts=128,
 )
 
-DEMO_PROMPT = "Text - {prompt} Summary 1 - {first} Summary 2 - {second} Better -"
-"""The papers' prompt without its instruction, which a model of this size would read for nothing."""
+DEMO_PROMPT = "{prompt} 1: {first} 2: {second}"
+"""Short, and ends where the second summary ends: a model of this size finds no answer far from what it is about."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,7 @@ def run(run_dir: Path | str, *, seed: int = 0, quiet: bool = False) -> DemoResul
             judge,
             dataclasses.replace(IPO_MD, seed=seed),
             run_dir=folder / "ipo-md",
+            eval_prompts=[example.prompt for example in parts.preference],
             quiet=quiet,
         ).policy
 

@@ -326,14 +326,11 @@ def test_a_shared_weight_is_read_once(dtype: str) -> None:
     copy = head.with_weight(head.weight + 0)
     assert products(lambda: sample(head, head)) == 1
     assert products(lambda: sample(head, copy)) == 2
-    shared, apart = sample(head, head), sample(head, copy)
+    assert products(lambda: sample(head, Head(head.weight, scale=0.5))) == 2
+    shared, apart = jax.jit(lambda: sample(head, head))(), jax.jit(lambda: sample(head, copy))()
     np.testing.assert_array_equal(shared.token, apart.token)
     for one, two in zip(shared[1:], apart[1:], strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-5)
-    scaled = Head(head.weight, scale=0.5, soft_cap=2.0)
-    np.testing.assert_allclose(
-        sample(head, scaled).ref_logp, sample(head, Head(copy.weight, scale=0.5, soft_cap=2.0)).ref_logp, rtol=1e-5
-    )
 
 
 def test_models_may_differ_in_width() -> None:

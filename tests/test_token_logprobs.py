@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ CASE = Case(513, rows=41, soft_cap=4.0, scale=0.7)
 Result = tuple[Array, Array, Array]
 
 
+@partial(jax.jit, static_argnames=("function", "frozen_head", "implementation", "chunk"))
 def run(function: Callable[..., Array], hidden: Array, head: Head, targets: Array, weights: Array, **kwargs) -> Result:
     """Values, and the gradients of their weighted sum."""
 
@@ -37,7 +39,7 @@ def run(function: Callable[..., Array], hidden: Array, head: Head, targets: Arra
         logps = function(hidden, head, targets, **kwargs)
         return jnp.sum(logps * weights), logps
 
-    (_, logps), (states, matrix) = jax.jit(jax.value_and_grad(weighted, (0, 1), has_aux=True))(hidden, head)
+    (_, logps), (states, matrix) = jax.value_and_grad(weighted, (0, 1), has_aux=True)(hidden, head)
     return logps, states, matrix.weight
 
 
