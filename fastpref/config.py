@@ -135,7 +135,8 @@ class TrainConfig:
       optimizer: "adafactor" (decay 0.8) or "adamw".
       learning_rate: a number or a `Schedule`.
       max_grad_norm: clip the global gradient norm to this; None for no clipping.
-      length_normalize: use averages of token log-probs instead of sums. Not the paper; τ then means about |y| times more.
+      length_normalize: use averages of token log-probs instead of sums, which is not the paper; τ then means about
+        |y| times more.
       rescore_reference: score completions by a forward pass of the reference instead of using what sampling collected.
       seed: of prompt order and noise.
       checkpoint_every: steps between checkpoints; the last step is always saved.

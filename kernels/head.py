@@ -15,8 +15,8 @@ from jaxtyping import Float
 class Head:
     """A language-model head: logits = soft_cap · tanh(scale · hidden @ W / soft_cap), in float32.
 
-    A pytree whose only leaf is `weight`; the rest is static. Two arguments that hold the same `weight` array cost one
-    reading of it.
+    A pytree whose only leaf is `weight`; the rest is static. Two heads that hold the same `weight` array, and use it
+    alike, cost the sampler one reading of it.
     """
 
     weight: Array

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+
 from fastpref.config import ConfigError, Schedule, SupervisedConfig, TrainConfig, from_mapping, to_json, value_at
 
 

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fastpref import losses
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fastpref import losses
 
 RATIOS = st.floats(-30, 30)
 PROBABILITIES = st.floats(0, 1)

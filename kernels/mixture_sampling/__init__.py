@@ -38,7 +38,7 @@ def mixture_sample(
     into groups of 512 consecutive ids; a group wins by the largest log-sum-exp plus Gumbel noise, then a token within
     it by the largest logit plus Gumbel noise. Ties go to the lowest id. Noise: see `fastpref.kernels.noise`.
 
-    If both heads hold the same weight array, it is read once. Not differentiable: gradients are zero.
+    If both heads hold the same weight array and use it alike, it is read once. Not differentiable: gradients are zero.
 
     Args:
       policy_hidden: states of the policy, one per row.
