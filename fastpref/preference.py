@@ -90,7 +90,8 @@ def probability(margin: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     # Of the negative magnitude, whose exponential cannot overflow.
     small = np.exp(-np.abs(margin.astype(np.float64)))
     lower = (small / (1 + small)).astype(np.float32)
-    return np.where(margin >= 0, np.float32(1) - lower, lower).astype(np.float32)
+    above: Float[np.ndarray, " N"] = np.where(margin >= 0, np.float32(1) - lower, lower).astype(np.float32)
+    return above
 
 
 @partial(jax.jit, static_argnames=("definition",))
@@ -228,7 +229,8 @@ class PreferenceModel:
         # One canonical order, so that (y, y') and (y', y) are the same row and answered by exact opposites.
         sign = [1 if one <= other else -1 for one, other in zip(forward, backward, strict=True)]
         rows = [_row(prompt, *sorted(orders)) for prompt, *orders in zip(opened, forward, backward, strict=True)]
-        return np.array(sign, np.float32) * _score_distinct(rows, score, self.batch_size)
+        margin: Float[np.ndarray, " P"] = np.array(sign, np.float32) * _score_distinct(rows, score, self.batch_size)
+        return margin
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " P"]:
         """p(first ≻ second | prompt), shape [P], float32."""
