@@ -51,42 +51,42 @@ T5_CONFIG = T5Config(
 )
 
 SFT = SupervisedConfig(
-    steps=900,
+    steps=700,
     batch_size=16,
     max_prompt_tokens=MAX_PROMPT_TOKENS,
     max_completion_tokens=32,
     overlong="truncate",
     optimizer="adamw",
-    learning_rate=Schedule(start=2e-3, end=2e-4, steps=900, kind="cosine"),
+    learning_rate=Schedule(start=2e-3, end=2e-4, steps=700, kind="cosine"),
     max_grad_norm=1.0,
     max_shapes=1,
     eval_every=100,
 )
 PREFERENCE = SupervisedConfig(
-    steps=500,
+    steps=700,
     batch_size=16,
     max_prompt_tokens=MAX_PROMPT_TOKENS,
     overlong="truncate",
     optimizer="adamw",
-    learning_rate=Schedule(start=1e-3, end=1e-4, steps=500, kind="cosine"),
+    learning_rate=Schedule(start=1e-3, end=1e-4, steps=700, kind="cosine"),
     max_grad_norm=1.0,
     max_shapes=1,
     eval_every=100,
 )
 IPO_MD = TrainConfig(
     algorithm="ipo-md",
-    tau=0.05,
+    tau=0.03,
     mixture_beta=0.125,
-    steps=120,
+    steps=150,
     batch_size=32,
     max_prompt_tokens=MAX_PROMPT_TOKENS,
     overlong="truncate",
     max_shapes=1,
     max_new_tokens=MAX_NEW_TOKENS,
     optimizer="adamw",
-    learning_rate=5e-4,
+    learning_rate=4e-4,
     max_grad_norm=1.0,
-    eval_every=40,
+    eval_every=50,
     eval_prompts=128,
 )
 

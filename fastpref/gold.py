@@ -61,7 +61,7 @@ class Features(NamedTuple):
     """5 to 16 words; falls to zero at 2 and at 32."""
 
 
-_WEIGHTS = Features(faithfulness=3, coverage=2, own_words=2, freshness=2, form=2, grammar=1.5, length=2)
+_WEIGHTS = Features(faithfulness=3, coverage=2, own_words=2, freshness=2, form=4, grammar=1.5, length=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +73,12 @@ class GoldJudge:
     - faithfulness 3: a summary that speaks of something else is worthless however well it is put;
     - coverage 2: among the faithful ones, the better says what matters most;
     - own_words 2: as much as coverage, since copying the opening of the article earns full coverage;
-    - freshness 2 and form 2: repetition and broken sentences are what readers reject at sight;
+    - form 4: a reader does not get as far as the content of a broken sentence;
+    - freshness 2: repetition is what readers reject next;
     - length 2: too short says too little, too long is no summary; most texts lose nothing here;
     - grammar 1.5: the same reason as form, but these rules see only the crudest errors.
 
-    The scale makes a lead of one tenth of the whole (1.45 of 14.5) a preference of 0.95. The two orders of a pair
+    The scale makes a lead of one tenth of the whole (1.65 of 16.5) a preference of 0.96. The two orders of a pair
     sum to exactly 1, equal scores give exactly ½, and no text gives anything but a number.
     """
 
