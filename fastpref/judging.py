@@ -6,6 +6,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
+from fastpref.readers import Record
+
 
 @runtime_checkable
 class Judge(Protocol):
@@ -65,3 +67,20 @@ def ask(judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequ
             "Return p(first beats second), not a score or a difference of scores."
         )
     return preference
+
+
+def agreement(judge: Judge, records: Sequence[Record]) -> float:
+    """Share of pairs where the judge and the record prefer the same completion, a tie of either counted as half."""
+    prompts, chosen, rejected, preference = columns_of(records)
+    given = np.sign(ask(judge, prompts, chosen, rejected) - np.float32(0.5))
+    return float((1 + given * np.sign(preference - np.float32(0.5))).mean() / 2)
+
+
+def columns_of(records: Sequence[Record]) -> tuple[list[str], list[str], list[str], Float[np.ndarray, " P"]]:
+    """Prompts, first and second completions, and preferences of recorded pairs."""
+    return (
+        [record.prompt for record in records],
+        [record.completions[0] for record in records],
+        [record.completions[1] for record in records],
+        np.array([record.preference for record in records], np.float32),
+    )

@@ -20,12 +20,11 @@ from fastpref.data import (
     CompletionBatcher,
     DropReport,
     PairBatcher,
-    Record,
     TokenRecords,
     read_records,
     tokenize_completions,
 )
-from fastpref.judging import Judge, ask
+from fastpref.judging import agreement, columns_of
 from fastpref.kernels import token_logprobs
 from fastpref.models import LanguageModel, as_model, save
 from fastpref.preference import (
@@ -332,7 +331,7 @@ def fit_preference_model(
     )
     records, report = read_records(data, columns=PAIR_COLUMNS)
     checks, _ = read_records(held_out, columns=PAIR_COLUMNS)
-    prompts, chosen, rejected, preference = _columns(records)
+    prompts, chosen, rejected, preference = columns_of(records)
     opened, forward = judge.readings(prompts, chosen, rejected)
     _, backward = judge.readings(prompts, rejected, chosen)
     constants = {"answers": judge.answer_ids(), "symmetric": np.asarray(symmetric)}
@@ -438,19 +437,3 @@ def fit_reward_model(
     if run_dir is not None:
         fitted.save(Path(run_dir) / "model")
     return FitResult(fitted, metrics, best, report)
-
-
-def agreement(judge: Judge, records: Sequence[Record]) -> float:
-    """Share of pairs where the judge and the record prefer the same completion, a tie of either counted as half."""
-    prompts, chosen, rejected, preference = _columns(records)
-    given = np.sign(ask(judge, prompts, chosen, rejected) - np.float32(0.5))
-    return float((1 + given * np.sign(preference - np.float32(0.5))).mean() / 2)
-
-
-def _columns(records: Sequence[Record]) -> tuple[list[str], list[str], list[str], np.ndarray]:
-    return (
-        [record.prompt for record in records],
-        [record.completions[0] for record in records],
-        [record.completions[1] for record in records],
-        np.array([record.preference for record in records], np.float32),
-    )

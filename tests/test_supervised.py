@@ -17,9 +17,10 @@ from fastpref import supervised
 from fastpref.checkpoints import CheckpointError
 from fastpref.config import SupervisedConfig
 from fastpref.data import DataError, read_records
+from fastpref.judging import agreement
 from fastpref.models import load
 from fastpref.preference import PreferenceModel, RewardModel
-from fastpref.supervised import FitResult, agreement, fit_preference_model, fit_reward_model, sft
+from fastpref.supervised import FitResult, fit_preference_model, fit_reward_model, sft
 
 ADAM = optax.adam(0.02)
 TEMPLATE = "{prompt} 1 {first} 2 {second}"
