@@ -113,6 +113,11 @@ def evaluate(
       JudgeError: see `judging.ask`.
     """
 
+    if len(prompts) < 2:
+        raise ValueError(
+            f"a win rate needs at least 2 prompts, but received {len(prompts)}. Give more held-out prompts."
+        )
+
     def sample(model: LanguageModel | str | Path, stream: int) -> list[str]:
         written = write(
             as_model(model),

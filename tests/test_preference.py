@@ -97,11 +97,18 @@ def test_a_directory_that_holds_no_judge_is_refused(tmp_path: Path) -> None:
         RewardModel.load(tmp_path)
 
 
-@pytest.mark.parametrize("field", ["{prompt}", "{first}", "{second}"])
-def test_a_template_without_one_of_its_fields_is_refused(field: str) -> None:
-    rule = rf"must contain {{prompt}}, {{first}} and {{second}}, but {field} is missing from '.*'\. Add it"
+@pytest.mark.parametrize(
+    "template",
+    [TEMPLATE.replace(f, "text") for f in ("{prompt}", "{first}", "{second}")]
+    + [
+        "{first} {second} {prompt}",
+        TEMPLATE + " {first}",
+    ],
+)
+def test_a_template_needs_its_fields_the_prompt_first(template: str) -> None:
+    rule = r"must contain \{prompt\} and then \{first\} and \{second\}, each once, but received '.*'\. Write one such"
     with pytest.raises(ValueError, match=rule):
-        PreferenceModel(language_model(), TEMPLATE.replace(field, "text"))
+        PreferenceModel(language_model(), template)
 
 
 def test_answers_must_be_single_tokens() -> None:
@@ -116,24 +123,18 @@ def test_braces_in_texts_stay_as_they_are() -> None:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     model = dataclasses.replace(language_model(), tokenizer=Tokenizer(backend, eos_id=0))
     judge = PreferenceModel(model, "{prompt} / {first} / {second}", answers=("w1", "{x}"))
-    (reading,) = judge.readings(*([part] for part in parts))
-    assert [backend.id_to_token(token) for token in reading] == " / ".join(parts).split()
+    (opened,), (closed,) = judge.readings(*([part] for part in parts))
+    assert [backend.id_to_token(token) for token in [*opened, *closed]] == " / ".join(parts).split()
 
 
 def test_a_long_prompt_is_shortened_and_the_rest_stays() -> None:
-    judge = preference_model(max_tokens=12)
+    judge = preference_model(max_tokens=7)
     prompt = " ".join(f"w{number}" for number in range(20))
-    (short, whole) = judge.readings([prompt, "w0 w1"], ["w21 w22"] * 2, ["w23"] * 2)
-    shown = judge.model.tokenizer.decode([short, whole])
-    # Twelve tokens: six of the prompt, the two completions, the two cues and EOS.
-    assert len(short) == 12
-    assert shown[0] == "w0 w1 w2 w3 w4 w5 1 w21 w22 2 w23"
-    assert shown[1] == "w0 w1 1 w21 w22 2 w23"
-
-
-def test_completions_that_leave_no_room_are_cut_from_the_left() -> None:
-    (reading,) = preference_model(max_tokens=4).readings(["w1 w2"], ["w3 w4 w5"], ["w6"])
-    assert reading == preference_model().readings(["w1 w2"], ["w3 w4 w5"], ["w6"])[0][-4:]
+    opened, closed = judge.readings([prompt, "w0 w1"], ["w21 w22"] * 2, ["w23"] * 2)
+    # Seven tokens: six of the prompt and EOS.
+    assert len(opened[0]) == 7
+    assert judge.model.tokenizer.decode(opened) == ["w0 w1 w2 w3 w4 w5", "w0 w1"]
+    assert judge.model.tokenizer.decode(closed) == ["1 w21 w22 2 w23"] * 2
 
 
 @pytest.mark.parametrize("family", ["decoder", "t5"])

@@ -166,12 +166,11 @@ def test_a_preference_model_learns_what_is_preferred(tmp_path: Path) -> None:
 
 def test_a_preference_model_is_fitted_to_soft_labels_in_both_orders() -> None:
     pairs = [pair | {"preference": 0.25} for pair in w1_pairs(16, 2)]
-    judge = PreferenceModel(language_model("t5"), TEMPLATE, symmetric=False)
+    judge = PreferenceModel(language_model("t5"), TEMPLATE)
     prompts, chosen, rejected = ([pair[name] for pair in pairs] for name in ("prompt", "chosen", "rejected"))
-    margins = judge.margins(prompts * 2, chosen + rejected, rejected + chosen).astype(np.float64)
-    labels = np.repeat([0.25, 0.75], 16)
-    expected = labels * np.log1p(np.exp(-margins)) + (1 - labels) * np.log1p(np.exp(margins))
-    # Sixteen pairs are 32 readings, and so one whole batch.
+    margins = judge.margins(prompts, chosen, rejected).astype(np.float64)
+    expected = 0.25 * np.log1p(np.exp(-margins)) + 0.75 * np.log1p(np.exp(margins))
+    # A batch of 32 holds each of the sixteen pairs twice.
     assert fit_preference(pairs, steps=1).metrics[0]["loss"] == pytest.approx(expected.mean(), rel=1e-5)
 
 
