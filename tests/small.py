@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import tokenizers
 from flax import nnx
 from tokenizers import models, pre_tokenizers, processors
@@ -28,6 +29,12 @@ def tokenizer() -> Tokenizer:
 @functools.cache
 def language_model(family: str = "decoder", seed: int = 0) -> LanguageModel:
     """A T5 or a decoder with a vocabulary of 33 words; its head has three rows more."""
+    # Concrete weights even where the first call is made while something is traced: they are kept for the next.
+    with jax.ensure_compile_time_eval():
+        return _language_model(family, seed)
+
+
+def _language_model(family: str, seed: int) -> LanguageModel:
     rngs = nnx.Rngs(seed)
     module: Any
     if family == "t5":
