@@ -85,6 +85,10 @@ def read_file(command: str, path: Path, overrides: Sequence[str]) -> dict[str, A
         *parents, name = key.strip().split(".")
         for parent in parents:
             table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise ConfigError(
+                    f"{parent} must be a table to hold {name}, but received {table!r}. Set {parent} itself."
+                )
         table[name] = _toml_value(text)
     unknown = [key for key in values if key not in KEYS[command]]
     if unknown:
@@ -92,6 +96,11 @@ def read_file(command: str, path: Path, overrides: Sequence[str]) -> dict[str, A
             f"{command} has no setting of that name, but received {unknown[0]!r}. "
             f"Known: {', '.join(KEYS[command])}; algorithm settings stand in the table [settings]."
         )
+    for key, value in values.items():
+        kind = dict if key == "settings" else str
+        if not isinstance(value, kind):
+            form = "a table" if kind is dict else "text, such as a path or a name"
+            raise ConfigError(f"{key} must be {form}, but received {value!r}. Mind the quotes and the table headers.")
     missing = [key for key in REQUIRED[command] if key not in values]
     if missing:
         raise ConfigError(f"{command} needs {missing[0]!r}, but {path} does not have it. Add {missing[0]} = ... to it.")

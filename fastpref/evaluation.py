@@ -48,6 +48,13 @@ class WinRate:
         ]
 
 
+def _check_number(prompts: Sequence[str]) -> None:
+    if len(prompts) < 2:
+        raise ValueError(
+            f"a win rate needs at least 2 prompts, but received {len(prompts)}. One alone says nothing of the spread."
+        )
+
+
 def win_rate(prompts: Sequence[str], policy: Sequence[str], baseline: Sequence[str], judge: Judge) -> WinRate:
     """Compare two sets of completions of the same prompts.
 
@@ -64,9 +71,10 @@ def win_rate(prompts: Sequence[str], policy: Sequence[str], baseline: Sequence[s
       ValueError: fewer than 2 prompts, or lists of different lengths.
       JudgeError: see `judging.ask`.
     """
-    if len(prompts) < 2 or not len(prompts) == len(policy) == len(baseline):
+    _check_number(prompts)
+    if not len(prompts) == len(policy) == len(baseline):
         raise ValueError(
-            "a win rate needs at least 2 prompts and one completion of each side for each, but received "
+            "a win rate needs one completion of each side for each prompt, but received "
             f"{len(prompts)} prompts, {len(policy)} and {len(baseline)} completions. Give lists of equal length."
         )
     preference = (ask(judge, prompts, policy, baseline) + 1 - ask(judge, prompts, baseline, policy)) / 2
@@ -117,6 +125,8 @@ def evaluate(
         raise ValueError(
             f"a win rate needs at least 2 prompts, but received {len(prompts)}. Give more held-out prompts."
         )
+    # Before anything is written, which may take long.
+    _check_number(prompts)
 
     def sample(model: LanguageModel | str | Path, stream: int) -> list[str]:
         written = write(

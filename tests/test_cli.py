@@ -54,6 +54,9 @@ def toml(path: Path, text: str) -> Path:
         ('policy = "a"\npolice = "b"', [], r"train has no setting of that name, but received 'police'. Known: policy"),
         ('policy = "a"', [], r"train needs 'prompts', but .* does not have it. Add prompts = "),
         ('policy = "a"', ["tau"], r"an override must be key=value, but received 'tau'"),
+        ('policy = "a"', ["settings.tau=1", "settings.tau.end=2"], r"tau must be a table to hold end, but received 1"),
+        ("policy = 3", [], r"policy must be text, such as a path or a name, but received 3"),
+        ('settings = "fast"', [], r"settings must be a table, but received 'fast'"),
     ],
 )
 def test_a_broken_file_is_refused(text: str, overrides: list[str], expected: str, tmp_path: Path) -> None:
@@ -120,6 +123,20 @@ def test_a_broken_line_is_one_line_of_error(folder: Path, capsys: pytest.Capture
     message = capsys.readouterr().err
     assert message.startswith("fastpref: prompts.jsonl, line 2")
     assert len(message.splitlines()) == 1
+
+
+def test_a_file_that_is_not_there_is_one_line_of_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sft", str(tmp_path / "none.toml")]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("fastpref: ")
+    assert "none.toml" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_reward_model_is_fitted_by_name(folder: Path) -> None:
+    text = f'policy = "sft"\ndata = "pairs.jsonl"\nrun_dir = "judge"\nkind = "reward"\n[settings]\n{SETTINGS}'
+    assert main(["preference", str(toml(folder / "reward.toml", text))]) == 0
+    assert isinstance(load_judge("judge/model"), RewardModel)
 
 
 def test_help_lists_every_command() -> None:

@@ -54,7 +54,7 @@ def test_the_toml_example_is_a_configuration() -> None:
 
 
 def test_every_make_target_exists() -> None:
-    targets = set(re.findall(r"`?make ([a-z-]+)", README))
+    targets = set(re.findall(r"(?:`|\$ )make ([a-z-]+)", README))
     assert {"demo", "test", "bench"} <= targets
     for target in targets:
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -147,10 +147,17 @@ def test_a_run_directory_holds_everything_and_goes_on_bit_for_bit(
         tune(run_dir=tmp_path / "whole", **settings | {"batch_size": 4})
 
 
-def fit_preference(data: Any, held_out: Any = (), **settings: Any) -> FitResult:
-    chosen = config(batch_size=32, max_prompt_tokens=16, **settings)
-    start = language_model("t5")
-    return fit_preference_model(start, data, chosen, held_out=held_out, template=TEMPLATE, optimizer=ADAM, quiet=True)
+def fit_preference(data: Any, held_out: Any = (), *, symmetric: bool = True, **settings: Any) -> FitResult:
+    return fit_preference_model(
+        language_model("t5"),
+        data,
+        config(batch_size=32, max_prompt_tokens=16, **settings),
+        held_out=held_out,
+        template=TEMPLATE,
+        symmetric=symmetric,
+        optimizer=ADAM,
+        quiet=True,
+    )
 
 
 def test_a_preference_model_learns_what_is_preferred(tmp_path: Path) -> None:
@@ -164,14 +171,17 @@ def test_a_preference_model_learns_what_is_preferred(tmp_path: Path) -> None:
     assert agreement(prefers_w1, records) == 1.0
 
 
-def test_a_preference_model_is_fitted_to_soft_labels_in_both_orders() -> None:
-    pairs = [pair | {"preference": 0.25} for pair in w1_pairs(16, 2)]
-    judge = PreferenceModel(language_model("t5"), TEMPLATE)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_preference_model_is_fitted_to_soft_labels_in_both_orders(symmetric: bool) -> None:
+    pairs = [pair | {"preference": 0.25} for pair in w1_pairs(32, 2)]
+    judge = PreferenceModel(language_model("t5"), TEMPLATE, symmetric=symmetric)
     prompts, chosen, rejected = ([pair[name] for pair in pairs] for name in ("prompt", "chosen", "rejected"))
-    margins = judge.margins(prompts, chosen, rejected).astype(np.float64)
-    expected = 0.25 * np.log1p(np.exp(-margins)) + 0.75 * np.log1p(np.exp(margins))
-    # A batch of 32 holds each of the sixteen pairs twice.
-    assert fit_preference(pairs, steps=1).metrics[0]["loss"] == pytest.approx(expected.mean(), rel=1e-5)
+    margins = judge.margins(prompts * 2, chosen + rejected, rejected + chosen).astype(np.float64)
+    labels = np.repeat([0.25, 0.75], 32)
+    expected = labels * np.log1p(np.exp(-margins)) + (1 - labels) * np.log1p(np.exp(margins))
+    # A batch of 32 holds all the pairs, whatever their order.
+    first = fit_preference(pairs, steps=1, symmetric=symmetric).metrics[0]
+    assert first["loss"] == pytest.approx(expected.mean(), rel=1e-4)
 
 
 def test_a_reward_model_learns_what_is_preferred(tmp_path: Path) -> None:
