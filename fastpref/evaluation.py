@@ -50,9 +50,7 @@ class WinRate:
 
 def _check_number(prompts: Sequence[str]) -> None:
     if len(prompts) < 2:
-        raise ValueError(
-            f"a win rate needs at least 2 prompts, but received {len(prompts)}. One alone says nothing of the spread."
-        )
+        raise ValueError(f"a win rate needs at least 2 prompts, but received {len(prompts)}. Give more of them.")
 
 
 def win_rate(prompts: Sequence[str], policy: Sequence[str], baseline: Sequence[str], judge: Judge) -> WinRate:
@@ -120,11 +118,6 @@ def evaluate(
       ValueError: fewer than 2 prompts, or an empty one.
       JudgeError: see `judging.ask`.
     """
-
-    if len(prompts) < 2:
-        raise ValueError(
-            f"a win rate needs at least 2 prompts, but received {len(prompts)}. Give more held-out prompts."
-        )
     # Before anything is written, which may take long.
     _check_number(prompts)
 
