@@ -38,7 +38,7 @@ class CompletionBatch:
     prompt_tokens: Int[np.ndarray, "P S"]
     prompt_lengths: Int[np.ndarray, " P"]
     completion_tokens: Int[np.ndarray, "P K T"]
-    """Token ids, int32, padded on the right; each completion ends with its EOS."""
+    """Token ids, int32, padded on the right; a completion that was not truncated ends with its EOS."""
     completion_lengths: Int[np.ndarray, "P K"]
     """Real tokens of each completion, its EOS included, int32."""
     preference: Float[np.ndarray, " P"]
