@@ -108,6 +108,7 @@ _BUNDLE = re.compile(r" *([0-9a-fx]+) +(?:[A-Z]{2})? *: *(>*) *\{(.*)", re.S)
 _NOISE = re.compile(r"/\*.*?\*/|\[(?:resolvable|thread):\$?\w+\]|[{}]", re.S)
 _INSTRUCTION = re.compile(r"\s*%(\S+) = (\S+) *(?:\((!?)%(\w+)(?:, %(\w+))?\),? *)?(.*)", re.S)
 _KEPT = re.compile(r"[sp]\d+_\w+ |\d+ (?:sbr|sst|dma\.)")
+_CORE = re.compile(r"sld \[smem:\[(#allocation\d+)\]\][^;/]*/\*[^*]*\bcore id\b")
 _LABEL = re.compile(r"Start(?:/End empty)? region (\d+)")
 
 
@@ -183,7 +184,8 @@ def run(
         for first, last in blocks.items()
     }
     regions = {first: _region(program[first:last], first) for first, last in blocks.items()}
-    machine = _start([step for block in steps.values() for _, step in block], operands or {}, rates)
+    cores = _CORE.findall(bundles)
+    machine = _start([step for block in steps.values() for _, step in block], operands or {}, cores, rates)
     runs, here = Counter[int](), 0
     while here in blocks:
         if (limit := limit - 1) < 0:
@@ -257,7 +259,9 @@ def _live(steps: list[_Instruction]) -> set[str]:
     return live
 
 
-def _start(steps: list[_Instruction], operands: Mapping[int, Sequence[int]], rates: Rates) -> _Machine:
+def _start(
+    steps: list[_Instruction], operands: Mapping[int, Sequence[int]], cores: list[str], rates: Rates
+) -> _Machine:
     """Constants, addresses and the contents of scalar memory."""
     texts = {term for step in steps for terms in step.operands for term in terms}
     numbers = {text for text in texts if re.fullmatch(r"\$0x[0-9a-f]+|\d+", text)}
@@ -270,9 +274,8 @@ def _start(steps: list[_Instruction], operands: Mapping[int, Sequence[int]], rat
     memory: dict[int, int | None] = {}
     for place, row in operands.items():
         memory |= {_operand(place) + index: value & _MASK for index, value in enumerate(row)}
-    # On a chip of two cores it holds the number of the core. The first does at least as much as the second.
-    if (core := values.get("#allocation0")) is not None:
-        memory[core] = 0
+    # On a chip of two cores, the first is run. It does at least as much as the other.
+    memory |= {place: 0 for text in cores if (place := values.get(text)) is not None}
     return _Machine(values, memory, rates)
 
 
@@ -337,7 +340,7 @@ def _copy(kind: str, arguments: list[int | None], machine: _Machine, place: int)
     if "hbm" in kind:
         machine.copied = max(machine.copied, machine.clock + place) + granules * GRANULE / machine.rates.bytes
         machine.arrivals[flag] = machine.copied
-    if kind == "dma.hbm_to_smem" and source is not None and goal is not None:
+    if kind.endswith("_to_smem") and source is not None and goal is not None:
         start = source if source in machine.memory else source >> 4
         words = range(granules * GRANULE // 4)
         machine.memory |= {goal + index: machine.memory.get(start + index) for index in words}
@@ -359,11 +362,12 @@ class Operation(NamedTuple):
 
 
 _COMPUTATION = re.compile(r"(ENTRY )?%(\S+) \(.*\{$")
+_NUMBER = re.compile(r"\d+(?=\))")
 _OPERATION = re.compile(r" +(?:ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*)")
 
 
-def operations(hlo: str, trips: int) -> Iterator[tuple[Operation, int]]:
-    """Every operation of the program and how often it runs; `trips` is for loops that do not say."""
+def operations(hlo: str) -> Iterator[tuple[Operation, int]]:
+    """Every operation of the program, and how often it runs: once in a loop whose length it does not say."""
     computations: dict[str, list[Operation]] = {}
     entry = name = ""
     for line in hlo.splitlines():
@@ -374,29 +378,49 @@ def operations(hlo: str, trips: int) -> Iterator[tuple[Operation, int]]:
         elif name and (found := _OPERATION.match(line)):
             computations[name].append(Operation(*found.groups()))
 
+    def trips(loop: Operation) -> int:
+        # Loops of JAX count from 0 to a bound, the one constant of their condition.
+        condition = computations[re.findall(r"condition=%([\w.-]+)", loop.rest)[0]]
+        bounds = [int(found[0]) for one in condition if one.code == "constant" and (found := _NUMBER.match(one.rest))]
+        return bounds[0] if len(bounds) == 1 else 1
+
     def walk(name: str, runs: int) -> Iterator[tuple[Operation, int]]:
         for operation in computations[name]:
             yield operation, runs
-            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', operation.rest)
-            times = (int(known[1]) if known else trips) if operation.code == "while" else 1
             if operation.code in ("while", "call", "conditional"):
+                times = trips(operation) if operation.code == "while" else 1
                 for called in re.findall(r"(?:body|to_apply|_computation)=%([\w.-]+)", operation.rest):
                     yield from walk(called, runs * times)
 
     return walk(entry, 1)
 
 
+_KINDS = {
+    "final_bundles": "bundles",
+    "final_hlo-static-per-bundle-utilization": "utilization",
+    "post-scalar-select-transform": "allocations",
+}
+PASSES = "|".join(("final_", "post-scalar-select", "deduplication"))
+"""Of the compiler, which write what is read here."""
+
+
 def schedules(folder: Path) -> dict[str, dict[str, Path]]:
-    """Files of each operation in a dump, by kind: "bundles" and "hlo", the use of their slots."""
+    """Files of each operation in a dump, by kind: bundles, their utilization and allocations."""
     found: dict[str, dict[str, Path]] = {}
     for path in folder.iterdir():
-        if match := re.fullmatch(r"\d+-(.+)-\d+-final_(hlo|bundles)(-static-per-bundle-utilization)?\.txt", path.name):
-            found.setdefault(match[1], {})[match[2]] = path
+        if match := re.fullmatch(rf"\d+-(.+)-\d+-({'|'.join(_KINDS)})\.txt", path.name):
+            found.setdefault(match[1], {})[_KINDS[match[2]]] = path
     for path in folder.glob("*deduplication-map.txt"):
         for group in path.read_text().split("key:")[1:]:
             key, *others = (line.strip() for line in group.splitlines())
             found = dict.fromkeys(others, found.get(key, {})) | found
     return found
+
+
+def vmem(allocations: str) -> int:
+    """Bytes of VMEM that an operation allocates, spills included."""
+    sizes = dict(re.findall(r"#(allocation\w+) \[.*? space=vmem, size = (0x[0-9a-f]+)", allocations))
+    return sum(int(size, 16) for size in sizes.values())
 
 
 def moved(operation: Operation) -> int:

@@ -24,10 +24,19 @@ HloModule jit_f
   ROOT %add.1 = s32[]{:T(128)} add(%p, %p)
 }
 
+%five (p.1: s32[]) -> pred[] {
+  %constant.5 = s32[]{:T(128)} constant(5)
+  ROOT %lt.1 = pred[]{:T(512)} compare(%p.1, %constant.5), direction=LT
+}
+
+%unknown (p.2: (s32[], f32[8])) -> pred[] {
+  ROOT %lt.2 = pred[]{:T(512)} compare(%p.2, %p.2), direction=LT
+}
+
 ENTRY %main (w: bf16[768,128]) -> (f32[16,128], f32[8]) {
   %copy-start = (bf16[768,128]{1,0:T(8,128)S(1)}, bf16[768,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%w)
-  %while.1 = s32[] while(%c), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
-  %while.2 = (s32[], f32[8]{0:T(128)S(1)}) while(%t), condition=%cond, body=%body, metadata={op_name="jit(f)/while"}
+  %while.1 = s32[] while(%c), condition=%five, body=%body
+  %while.2 = (s32[], f32[8]{0:T(128)S(1)}) while(%t), condition=%unknown, body=%body, metadata={op_name="jit(f)/while"}
   ROOT %tiny.1 = (f32[16,128]{1,0:T(8,128)}, /*index=1*/f32[8]) custom-call(%copy-done), custom_call_target="tpu"
 }
 """
@@ -85,6 +94,19 @@ def test_time_is_that_of_the_slower_of_copies_and_regions(schedule: ModuleType) 
     slow = schedule.run(BUNDLES, SLOTS, known, schedule.Rates(bytes=1.0)).cycles
     copies = READ + SCALARS + WRITTEN
     assert copies < slow < copies + bundles
+
+
+def test_scalars_may_come_from_vmem(schedule: ModuleType) -> None:
+    found = schedule.run(BUNDLES.replace("hbm_to_smem", "vmem_to_smem"), SLOTS, {0: [0, 4, 0]})
+    assert [region.runs for region in found.regions if region.rows] == [4]
+    assert found.read == READ
+
+
+def test_a_chip_of_two_cores_is_followed_on_the_first(schedule: ModuleType) -> None:
+    core = "sld [smem:[#allocation0]] /* megacore core id :: core id */"
+    found = schedule.run(BUNDLES.replace("sld [smem:[#allocation4 + $0x1]]", core), SLOTS)
+    assert [region.runs for region in found.regions if region.rows] == [0]
+    assert found.guesses == 0
 
 
 def test_a_number_is_also_known_where_it_is_passed_by_value(schedule: ModuleType) -> None:
@@ -150,13 +172,13 @@ def test_a_loop_without_end_is_given_up(schedule: ModuleType) -> None:
 
 
 def test_operations_run_as_often_as_their_loops(schedule: ModuleType) -> None:
-    found = [(operation.name, operation.code, runs) for operation, runs in schedule.operations(HLO, 7)]
-    assert [(name, runs) for name, code, runs in found if code == "add"] == [("add.1", 5), ("add.1", 7)]
+    found = [(operation.name, operation.code, runs) for operation, runs in schedule.operations(HLO)]
+    assert [(name, runs) for name, code, runs in found if code == "add"] == [("add.1", 5), ("add.1", 1)]
     assert ("tiny.1", "custom-call", 1) in found
 
 
 def test_an_asynchronous_copy_moves_its_source_once(schedule: ModuleType) -> None:
-    copy = next(operation for operation, _ in schedule.operations(HLO, 1) if operation.code == "copy-start")
+    copy = next(operation for operation, _ in schedule.operations(HLO) if operation.code == "copy-start")
     assert schedule.moved(copy) == 2 * 768 * 128
     both = copy._replace(shape=copy.shape.replace("S(1)", ""))
     assert schedule.moved(both) == 2 * 2 * 768 * 128
@@ -169,6 +191,17 @@ def test_operations_that_are_alike_share_a_schedule(schedule: ModuleType, tmp_pa
     text = "key:tiny.1\nordinal:1\nequivalent_hlos[size=2]:\n  tiny.1\n  tiny.2\nkey:gone\nordinal:2\n  gone\n"
     (tmp_path / "4-TLP-00-deduplication-map.txt").write_text(text)
     found = schedule.schedules(tmp_path)
-    assert set(found["tiny.1"]) == {"hlo", "bundles"}
+    assert set(found["tiny.1"]) == {"utilization", "bundles"}
     assert found["tiny.2"] == found["tiny.1"]
     assert found["tiny.1"]["bundles"].name.startswith("2-")
+
+
+def test_every_allocation_in_vmem_is_counted_once(schedule: ModuleType) -> None:
+    text = """$region0: #{tiny.1}
+  #allocation3 [shape = 'f32[16,128]{1,0:T(8,128)}', space=vmem, size = 0x2000, scoped, tag = 'scratch operand']
+  #allocation4 [shape = 'u8[512]{0}', space=smem, size = 0x200, scoped, tag = 'prefetched SMEM operand 0']
+  #allocation9_spill [shape = 'u8[4096]{0}', space=vmem, size = 0x1000, scoped, tag = 'register spill']
+$region1: #{tiny.1}
+  #allocation3 [shape = 'f32[16,128]{1,0:T(8,128)}', space=vmem, size = 0x2000, scoped, tag = 'scratch operand']
+"""
+    assert schedule.vmem(text) == 0x3000
