@@ -15,10 +15,14 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+# The TPU's compiler, for tests and bench/tpu_lab.py. Apart from the other packages: JAX looks for a TPU where it finds it.
+$(VENV)/libtpu: | setup
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ 'libtpu>=0.0.42'
+
 demo: setup
 	$(BIN)/fastpref demo
 
-test: setup lint
+test: setup lint $(VENV)/libtpu
 	$(BIN)/python -m pytest
 
 # mypy reads the built wheel: it cannot follow the kernels/ mapping of an editable install.

@@ -15,15 +15,6 @@ class Implementation:
     """Why it cannot run here, or None where it can."""
 
 
-def absent(reason: str) -> Implementation:
-    """An implementation that has a name but cannot run, and says why."""
-
-    def call(*_args: Any, **_kwargs: Any) -> Any:
-        raise NotImplementedError(reason)
-
-    return Implementation(call, lambda: reason)
-
-
 def choose(kernel: str, implementations: Mapping[str, Implementation], name: str | None) -> Callable[..., Any]:
     """The implementation called `name`, or for None the first that can run here.
 

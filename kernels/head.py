@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 
 @jax.tree_util.register_pytree_node_class
@@ -16,7 +16,8 @@ class Head:
     """A language-model head: logits = soft_cap · tanh(scale · hidden @ W / soft_cap), in float32.
 
     A pytree whose only leaf is `weight`; the rest is static. Two heads that hold the same `weight` array, and use it
-    alike, cost the sampler one reading of it.
+    alike, cost the sampler one reading of it. Inside `jax.shard_map`, a head whose vocabulary is split over a mesh axis
+    holds this device's slice of the weight and names the axis; draws and values are those of the whole head.
     """
 
     weight: Array
@@ -27,6 +28,8 @@ class Head:
     """Multiplies the product in float32: D^-0.5 for T5 heads that are tied to the embedding."""
     soft_cap: float | None = None
     """Bound on the size of a logit, as in Gemma 2; None for none."""
+    mesh_axis: str | None = None
+    """Mesh axis over which the vocabulary is split in equal, consecutive slices; None where `weight` is whole."""
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2:
@@ -40,22 +43,43 @@ class Head:
         if self.soft_cap is not None and not (isinstance(self.soft_cap, int | float) and self.soft_cap > 0):
             raise ValueError(f"soft_cap is a Python number above 0, not {self.soft_cap!r}: pass None for no cap")
 
-    def tree_flatten(self) -> tuple[tuple[Any], tuple[int, float, float | None]]:
+    def tree_flatten(self) -> tuple[tuple[Any], tuple[int, float, float | None, str | None]]:
         """The weight, and what is static."""
-        return (self.weight,), (self.vocab_axis, self.scale, self.soft_cap)
+        return (self.weight,), (self.vocab_axis, self.scale, self.soft_cap, self.mesh_axis)
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[int, float, float | None], leaves: tuple[Any]) -> "Head":
+    def tree_unflatten(cls, static: tuple[int, float, float | None, str | None], leaves: tuple[Any]) -> "Head":
         """Rebuild without validation: JAX puts tracers, shapes and None in the place of leaves."""
         head = object.__new__(cls)
-        for name, value in zip(("weight", "vocab_axis", "scale", "soft_cap"), (*leaves, *static), strict=True):
+        for name, value in zip(
+            ("weight", "vocab_axis", "scale", "soft_cap", "mesh_axis"), (*leaves, *static), strict=True
+        ):
             object.__setattr__(head, name, value)
         return head
 
     @property
     def vocab_size(self) -> int:
-        """V, the rows of the head; the tokenizer may use fewer."""
+        """V, the rows of the whole head; the tokenizer may use fewer."""
+        shards = 1 if self.mesh_axis is None else jax.lax.axis_size(self.mesh_axis)
+        return self.slice_size * int(shards)
+
+    @property
+    def slice_size(self) -> int:
+        """Rows of the head that `weight` holds: V unless the vocabulary is split."""
         return int(self.weight.shape[self.vocab_axis])
+
+    @property
+    def first_id(self) -> Int[Array, ""]:
+        """Token id of the first row that `weight` holds."""
+        shard = 0 if self.mesh_axis is None else jax.lax.axis_index(self.mesh_axis)
+        return jnp.int32(shard * self.slice_size)
+
+    def whole(self) -> "Head":
+        """The head with all its rows on every device."""
+        if self.mesh_axis is None:
+            return self
+        weight = jax.lax.all_gather(self.weight, self.mesh_axis, axis=self.vocab_axis, tiled=True)
+        return Head.tree_unflatten((self.vocab_axis, self.scale, self.soft_cap, None), (weight,))
 
     @property
     def width(self) -> int:
@@ -97,4 +121,4 @@ class Head:
 
     def with_weight(self, weight: Array) -> "Head":
         """The same map with another weight: how a gradient of a head is written."""
-        return Head.tree_unflatten((self.vocab_axis, self.scale, self.soft_cap), (weight,))
+        return Head.tree_unflatten(self.tree_flatten()[1], (weight,))

@@ -13,7 +13,7 @@ import pytest
 from fastpref.kernels import Head
 
 ROUNDING = {"float32": 2.0**-20, "bfloat16": 2.0**-8}
-IMPLEMENTATIONS = ["reference", "xla"]
+IMPLEMENTATIONS = ["reference", "xla", "tpu"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ LARGE = [
 ]
 every_case = pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+every_fast_one = pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+interpreted_tpu = pytest.mark.usefixtures("interpreted_tpu")
+"""For modules in which "tpu" means the kernels in Pallas's interpreter."""
 
 
 def normal(shape: tuple[int, ...], seed: int) -> jax.Array:

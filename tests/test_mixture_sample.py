@@ -14,8 +14,10 @@ from kernel_cases import (
     Case,
     assert_as_exact,
     every_case,
+    every_fast_one,
     every_implementation,
     float64,
+    interpreted_tpu,
     make_head,
     make_hidden,
     products,
@@ -24,6 +26,7 @@ from kernel_cases import (
 )
 from scipy import stats
 
+pytestmark = interpreted_tpu
 KEY = jax.random.key(42)
 BETAS = (0.0, 1.0, 0.125, 0.5)
 NEAR_TIE = 1e-4
@@ -123,9 +126,10 @@ def test_gumbel_noise_uses_all_bits() -> None:
     assert value.max() > 22.5
 
 
+@every_fast_one
 @every_case
-def test_log_probs_are_as_exact_as_ordinary_jax(case: Case) -> None:
-    ordinary, ours = draw(case, "reference", temperature=0.7), draw(case, "xla", temperature=0.7)
+def test_log_probs_are_as_exact_as_ordinary_jax(case: Case, implementation: str) -> None:
+    ordinary, ours = draw(case, "reference", temperature=0.7), draw(case, implementation, temperature=0.7)
     np.testing.assert_array_equal(ours.token, ordinary.token)
     chosen = np.arange(case.rows), np.asarray(ours.token)
     policy, ref, mixture = true_mixture(case, 0.7)
@@ -152,7 +156,7 @@ def test_tokens_are_those_of_the_definition(case: Case, implementation: str) -> 
 
 @pytest.mark.parametrize(
     ("vocab", "temperature", "implementation"),
-    [(17, 1.0, "xla"), (700, 1.0, "xla"), (700, 0.6, "xla"), (700, 1.0, "reference")],
+    [(17, 1.0, "xla"), (700, 1.0, "xla"), (700, 0.6, "xla"), (700, 1.0, "tpu"), (700, 1.0, "reference")],
 )
 def test_draws_have_the_distribution_of_the_mixture(vocab: int, temperature: float, implementation: str) -> None:
     rows, beta = 30_000, 0.3
@@ -341,11 +345,12 @@ def test_a_shared_weight_is_read_once(dtype: str) -> None:
         np.testing.assert_allclose(one, two, rtol=1e-5)
 
 
-def test_models_may_differ_in_width() -> None:
+@every_fast_one
+def test_models_may_differ_in_width(implementation: str) -> None:
     narrow, wide = Case(513, rows=9, width=4), Case(513, rows=9, width=12, vocab_axis=1, dtype="bfloat16")
     arguments = make_hidden(narrow), make_head(narrow), make_hidden(wide), make_head(wide)
     keywords = {"mixture_beta": 0.5, "key": KEY, "row_ids": jnp.arange(9), "step": 0}
-    ours, ordinary = (compiled(*arguments, **keywords, implementation=name) for name in ("xla", "reference"))
+    ours, ordinary = (compiled(*arguments, **keywords, implementation=name) for name in (implementation, "reference"))
     np.testing.assert_array_equal(ours.token, ordinary.token)
     np.testing.assert_allclose(ours.ref_logp, ordinary.ref_logp, rtol=1e-5)
 
@@ -390,8 +395,6 @@ def test_errors_say_rule_value_and_remedy() -> None:
         plain(case, "xla", key=jax.random.key_data(jax.random.key(0, impl="rbg")))
     with pytest.raises(ValueError, match=r"mixture_sample has the implementations .*, not 'fast': pass one of them"):
         plain(case, "fast")
-    with pytest.raises(NotImplementedError, match=r"mixture_sample cannot run its 'tpu' implementation: .*TPU kernel"):
-        plain(case, "tpu")
     hidden = make_hidden(case)
     other = make_head(Case(18))
     keywords = {"mixture_beta": 0.5, "key": KEY, "row_ids": jnp.arange(24), "step": 0}

@@ -12,8 +12,10 @@ from jax import Array
 from kernel_cases import (
     Case,
     assert_as_exact,
+    every_fast_one,
     every_implementation,
     float64,
+    interpreted_tpu,
     make_head,
     make_hidden,
     make_targets,
@@ -25,6 +27,7 @@ from kernel_cases import (
 
 from fastpref import losses
 
+pytestmark = interpreted_tpu
 TAU = 0.3
 CASES = [
     Case(17, rows=90),
@@ -127,15 +130,18 @@ def truth(problem: Problem, name: str) -> tuple[PreferenceLoss, np.ndarray, np.n
     return PreferenceLoss(loss, per_pair, sums.reshape(-1, 2), ratio), states, weight
 
 
+@every_fast_one
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(
     ("name", "frozen_head"), [("ipo", False), ("dpo", True), ("slic", False)], ids=["ipo", "dpo-frozen", "slic"]
 )
-def test_values_and_gradients_are_as_exact_as_ordinary_jax(case: Case, name: str, frozen_head: bool) -> None:
+def test_values_and_gradients_are_as_exact_as_ordinary_jax(
+    case: Case, name: str, frozen_head: bool, implementation: str
+) -> None:
     problem = make_problem(case)
     loss = losses.bind(getattr(losses, name), tau=TAU)
     expected = run(problem, loss, implementation="reference", frozen_head=frozen_head)
-    ours = run(problem, loss, implementation="xla", frozen_head=frozen_head)
+    ours = run(problem, loss, implementation=implementation, frozen_head=frozen_head)
     exact = truth(problem, name)
     for value, ordinary, true in zip(ours[0], expected[0], exact[0], strict=True):
         assert_as_exact(value, ordinary, np.asarray(true), "float32")
@@ -320,7 +326,7 @@ def test_values_alone_cost_one_product() -> None:
 def test_most_of_the_logits_are_never_alive() -> None:
     rows, vocab, width, pairs = 2048, 32128, 4, 16
     shape = jax.ShapeDtypeStruct
-    head = Head.tree_unflatten((0, 1.0, None), (shape((vocab, width), jnp.float32),))
+    head = Head.tree_unflatten((0, 1.0, None, None), (shape((vocab, width), jnp.float32),))
 
     def temporary(implementation: str) -> int:
         def value(hidden: Array, head: Head, targets: Array, segment_ids: Array) -> Array:

@@ -2,16 +2,17 @@
 
 import jax.numpy as jnp
 from fastpref.kernels.checks import check_fraction, check_length, check_rows
-from fastpref.kernels.dispatch import Implementation, absent, choose
+from fastpref.kernels.dispatch import Implementation, choose
 from fastpref.kernels.head import Head
-from fastpref.kernels.mixture_sampling import reference, xla
+from fastpref.kernels.mixture_sampling import reference, tpu, xla
 from fastpref.kernels.mixture_sampling.sample import MixtureSample
 from fastpref.kernels.noise import key_words
+from fastpref.kernels.vmem import obstacle
 from jax import Array
 from jaxtyping import Float, Int
 
 IMPLEMENTATIONS = {
-    "tpu": absent("this release has no TPU kernel for it"),
+    "tpu": Implementation(tpu.mixture_sample, obstacle),
     "xla": Implementation(xla.mixture_sample),
     "reference": Implementation(reference.mixture_sample),
 }
@@ -52,7 +53,7 @@ def mixture_sample(
       step: number of the token within its completion. The same (key, row id, step) draws the same noise.
       temperature: a Python number, at least 0. 0 takes the largest mixture logit, the lowest id on ties, without noise.
       num_valid_tokens: ids from here on are never drawn; None for all V. A Python number.
-      implementation: "xla", "reference", or None for the best that runs here.
+      implementation: "tpu", "xla", "reference", or None for the best that runs here.
 
     Returns:
       The token, and its log-probs. A row without a finite mixture (NaN, or no token with any probability) draws −1.

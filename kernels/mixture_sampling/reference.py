@@ -22,9 +22,9 @@ def mixture_sample(
     temperature: float,
     num_valid_tokens: int,
 ) -> MixtureSample:
-    """`fastpref.kernels.mixture_sample`, one row at a time, all logits at once."""
-    policy = policy_head.logits(policy_hidden)
-    ref = ref_head.logits(ref_hidden)
+    """`fastpref.kernels.mixture_sample`, one row at a time, all logits at once, the whole head on every device."""
+    policy = policy_head.whole().logits(policy_hidden)
+    ref = ref_head.whole().logits(ref_hidden)
     valid = jnp.arange(policy.shape[1])[None, :] < num_valid_tokens
     mixture = jnp.where(valid, mix(policy, ref, mixture_beta[:, None], temperature), -jnp.inf)
 

@@ -23,6 +23,38 @@ class MixtureSample(NamedTuple):
     """Log-prob that the token was drawn with, at the sampling temperature, over the valid tokens; 0 when greedy."""
 
 
+class Part(NamedTuple):
+    """What is known of a draw once all logits of some tokens have been seen."""
+
+    policy_lse: Float[Array, " B"]
+    ref_lse: Float[Array, " B"]
+    mixture_lse: Float[Array, " B"]
+    """Over the valid tokens, at the sampling temperature."""
+    score: Float[Array, " B"]
+    """Of the best group; −inf where there is none."""
+    token: Int[Array, " B"]
+    """The token of the best group."""
+    policy: Float[Array, " B"]
+    """Its logit."""
+    ref: Float[Array, " B"]
+
+
+def finish(part: Part, beta: Float[Array, " B"], temperature: float) -> MixtureSample:
+    """The draw, from what is known of all tokens."""
+    finite = jnp.isfinite(part.mixture_lse)
+    nan = jnp.full_like(part.mixture_lse, jnp.nan)
+    if temperature == 0:
+        mixture_logp = jnp.zeros_like(nan)
+    else:
+        mixture_logp = mix(part.policy, part.ref, beta, temperature) - part.mixture_lse
+    return MixtureSample(
+        token=jnp.where(finite, part.token, -1).astype(jnp.int32),
+        policy_logp=jnp.where(finite, part.policy - part.policy_lse, nan),
+        ref_logp=jnp.where(finite, part.ref - part.ref_lse, nan),
+        mixture_logp=jnp.where(finite, mixture_logp, nan),
+    )
+
+
 def groups_of(vocab: int) -> int:
     """Number of groups, the last of them possibly short."""
     return -(-vocab // GROUP_SIZE)

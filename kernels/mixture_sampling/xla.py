@@ -9,7 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from fastpref.kernels.head import Head
-from fastpref.kernels.mixture_sampling.sample import GROUP_SIZE, MixtureSample, groups_of, mix
+from fastpref.kernels.mixture_sampling.sample import GROUP_SIZE, MixtureSample, Part, finish, groups_of, mix
+from fastpref.kernels.mixture_sampling.shards import Edges, edge_noise, merge
 from fastpref.kernels.noise import gumbel, row_keys
 from jax import Array
 from jaxtyping import Float, Int
@@ -49,6 +50,10 @@ def mixture_sample(
 
     def draw(states: Array, ref_states: Array, beta: Array, ids: Array) -> MixtureSample:
         logits = _Logits.of(states, policy_head, ref_states, ref_head, axis)
+        if policy_head.mesh_axis is not None:
+            return _draw_of_slice(
+                logits, policy_head, policy_head.mesh_axis, beta, key, ids, step, temperature, num_valid_tokens
+            )
         return _draw(logits, beta, key, ids, step, temperature, num_valid_tokens)
 
     arguments = (policy_hidden, ref_hidden, mixture_beta, row_ids)
@@ -107,24 +112,86 @@ def _draw(
         group_noise, noise = gumbel(keys, jnp.arange(groups_of(vocab)), jnp.arange(GROUP_SIZE))
         scores = group_lse + group_noise
     group = jnp.argmax(scores, axis=1)[:, None]
-
-    def pick(array: Float[Array, "..."], ids: Int[Array, "B C"]) -> Float[Array, "B C"]:
-        row = jnp.arange(rows)[:, None]
-        return array.at[(ids, row) if axis == 0 else (row, ids)].get(mode="fill", fill_value=-jnp.inf)
-
-    candidates = pick(mixture, group * GROUP_SIZE + jnp.arange(GROUP_SIZE)[None, :])
+    candidates = _pick(mixture, axis, group * GROUP_SIZE + jnp.arange(GROUP_SIZE)[None, :])
     token = group * GROUP_SIZE + jnp.argmax(candidates + noise, axis=1)[:, None]
-
-    mixture_lse = jax.nn.logsumexp(group_lse, axis=1)
-    finite = jnp.isfinite(mixture_lse)
-    nan = jnp.full_like(mixture_lse, jnp.nan)
-    mixture_logp = jnp.zeros_like(mixture_lse) if temperature == 0 else pick(mixture, token)[:, 0] - mixture_lse
-    return MixtureSample(
-        token=jnp.where(finite, token[:, 0], -1).astype(jnp.int32),
-        policy_logp=jnp.where(finite, pick(logits.policy, token)[:, 0] - logits.policy_lse, nan),
-        ref_logp=jnp.where(finite, pick(logits.ref, token)[:, 0] - logits.ref_lse, nan),
-        mixture_logp=jnp.where(finite, mixture_logp, nan),
+    part = Part(
+        policy_lse=logits.policy_lse,
+        ref_lse=logits.ref_lse,
+        mixture_lse=jax.nn.logsumexp(group_lse, axis=1),
+        score=jnp.max(scores, axis=1),
+        token=token[:, 0],
+        policy=_pick(logits.policy, axis, token)[:, 0],
+        ref=_pick(logits.ref, axis, token)[:, 0],
     )
+    return finish(part, beta, temperature)
+
+
+def _draw_of_slice(
+    logits: _Logits,
+    head: Head,
+    mesh_axis: str,
+    beta: Float[Array, " B"],
+    key: Array,
+    row_ids: Int[Array, " B"],
+    step: Int[Array, ""],
+    temperature: float,
+    num_valid_tokens: int,
+) -> MixtureSample:
+    """One token per row, from a slice of the vocabulary on each device, vocabulary last."""
+    rows, size = beta.shape[0], head.slice_size
+    low = head.first_id % GROUP_SIZE
+    origin = head.first_id - low
+    mixture = mix(logits.policy, logits.ref, beta[:, None], temperature)
+    ids = head.first_id + jnp.arange(size)
+    mixture = jnp.where(ids[None, :] < num_valid_tokens, mixture, -jnp.inf)
+    # The slice, moved to where its groups begin at multiples of their size.
+    count = (size + GROUP_SIZE - 2) // GROUP_SIZE + 1
+    groups = jnp.pad(mixture, ((0, 0), (0, count * GROUP_SIZE - size)), constant_values=-jnp.inf)
+    groups = jnp.roll(groups, low, axis=1).reshape(rows, count, GROUP_SIZE)
+    counters = origin // GROUP_SIZE + jnp.arange(count)
+    keys = row_keys(key, row_ids, step)
+    group_noise, noise = gumbel(keys, counters, jnp.arange(GROUP_SIZE))
+    group_lse = jax.nn.logsumexp(groups, axis=2)
+    if temperature == 0:
+        scores, noise = jnp.max(groups, axis=2), jnp.zeros_like(noise)
+    else:
+        scores = group_lse + group_noise
+    last = (low + size - 1) // GROUP_SIZE
+    number = jnp.arange(count)
+    scores = jnp.where(((number == 0) | (number >= last))[None, :], -jnp.inf, scores)
+
+    def leader(group: Int[Array, "B 1"]) -> tuple[Array, Array, Array, Array]:
+        noisy = jnp.take_along_axis(groups, group[:, :, None], axis=1)[:, 0] + noise
+        place = group * GROUP_SIZE + jnp.argmax(noisy, axis=1)[:, None]
+        policy, ref = (_pick(one, 1, place - low)[:, 0] for one in (logits.policy, logits.ref))
+        return jnp.max(noisy, axis=1), origin + place[:, 0], policy, ref
+
+    best = jnp.argmax(scores, axis=1)[:, None]
+    _, token, policy, ref = leader(best)
+    part = Part(
+        policy_lse=logits.policy_lse,
+        ref_lse=logits.ref_lse,
+        mixture_lse=jax.nn.logsumexp(group_lse, axis=1),
+        score=jnp.max(scores, axis=1),
+        token=token,
+        policy=policy,
+        ref=ref,
+    )
+    edges = []
+    for edge, here in ((jnp.zeros_like(last), low >= 0), (last, last > 0)):
+        group = jnp.broadcast_to(edge, (rows, 1))
+        name = jnp.broadcast_to(jnp.where(here, origin // GROUP_SIZE + edge, -1), (rows,))
+        edges.append(Edges(name, jnp.take_along_axis(group_lse, group, axis=1)[:, 0], *leader(group)))
+    pieces: Edges = jax.tree.map(lambda *both: jnp.stack(both), *edges)
+    merged = merge(part, pieces, mesh_axis, edge_noise(keys) if temperature else None)
+    return finish(merged, beta, temperature)
+
+
+def _pick(array: Float[Array, "..."], axis: int, ids: Int[Array, "B C"]) -> Float[Array, "B C"]:
+    """Entries of each row, −inf outside the vocabulary."""
+    row = jnp.arange(ids.shape[0])[:, None]
+    ids = jnp.where(ids < 0, array.shape[axis], ids)
+    return array.at[(ids, row) if axis == 0 else (row, ids)].get(mode="fill", fill_value=-jnp.inf)
 
 
 def _vocab_axis(rows: int, policy_head: Head, ref_head: Head) -> int:
@@ -132,6 +199,8 @@ def _vocab_axis(rows: int, policy_head: Head, ref_head: Head) -> int:
 
     For [V, D] weights that is [V, B], by a third, except for few rows; for [D, V] weights it is [B, V], by two thirds.
     """
+    if policy_head.mesh_axis is not None:
+        return 1
     few = 1 if policy_head.weight.dtype == jnp.float32 else _MIN_ROWS
     return 0 if policy_head.vocab_axis == ref_head.vocab_axis == 0 and rows > few else 1
 

@@ -1,20 +1,23 @@
 """The contrastive preference loss and its gradients, from hidden states."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from fastpref.kernels.checks import check_fraction, check_length, check_rows
-from fastpref.kernels.dispatch import Implementation, absent, choose
+from fastpref.kernels.dispatch import Implementation, choose
 from fastpref.kernels.head import Head
 from fastpref.kernels.preference_loss import fused, reference
 from fastpref.kernels.preference_loss.objective import PreferenceLoss
+from fastpref.kernels.token_logprobs import tpu
+from fastpref.kernels.vmem import obstacle
 from jax import Array
 from jax.tree_util import Partial
 from jaxtyping import Bool, Float, Int
 
 IMPLEMENTATIONS = {
-    "tpu": absent("this release has no TPU kernel for it"),
+    "tpu": Implementation(partial(reference.preference_loss, token_logprobs=tpu.token_logprobs), obstacle),
     "xla": Implementation(fused.preference_loss),
     "reference": Implementation(reference.preference_loss),
 }
@@ -56,7 +59,7 @@ def preference_loss(
       where: False for pairs that are not learned from, such as identical completions: exactly no gradient, and out of
         the mean. Their log-probs are still reported; ignore their rows as well to save that.
       frozen_head: no gradient goes to the head, and the step costs two products.
-      implementation: "xla", "reference", or None for the best that runs here.
+      implementation: "tpu", "xla", "reference", or None for the best that runs here.
 
     Returns:
       The mean loss over the pairs that count (0 where none does), each pair's, the sums of log π, and ρ.

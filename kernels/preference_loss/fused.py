@@ -14,58 +14,21 @@ import jax
 import jax.numpy as jnp
 from fastpref.kernels.chunks import Rows, chunk_rows, compact, pad_order
 from fastpref.kernels.head import Head
-from fastpref.kernels.preference_loss.objective import (
-    Loss,
-    PreferenceLoss,
-    objective,
-    sequence_gradients,
-    sequence_sums,
-)
+from fastpref.kernels.preference_loss.objective import Loss, PreferenceLoss, Problem, sequence_sums
+from fastpref.kernels.preference_loss.reference import preference_loss as composed
 from fastpref.kernels.token_logprobs.xla import (
     add_weight_gradient,
     backward,
-    chosen_logps,
+    chosen_logits,
     forward,
     forward_with_gradient,
     hidden_gradient,
     product_gradients,
     put,
+    token_logprobs,
 )
 from jax import Array
 from jaxtyping import Bool, Float, Int
-
-
-class _Problem(NamedTuple):
-    """What no gradient flows to."""
-
-    targets: Int[Array, " N"]
-    segments: Int[Array, " N"]
-    """Segment of each row; 2P for the ignored."""
-    ref_logps: Float[Array, "P 2"]
-    preference: Float[Array, " P"]
-    where: Bool[Array, " P"]
-    loss: Loss
-
-    @property
-    def pairs(self) -> int:
-        return int(self.preference.shape[0])
-
-    @property
-    def counted(self) -> Bool[Array, " N"]:
-        return self.segments < 2 * self.pairs
-
-    def rows_of(self, pairs: Bool[Array, " P"]) -> Bool[Array, " N"]:
-        """True for the rows of these pairs."""
-        return jnp.pad(pairs, (0, 1))[self.segments // 2]
-
-    def value(self, policy_logps: Float[Array, "P 2"]) -> PreferenceLoss:
-        """The loss of finished sequences."""
-        return objective(policy_logps, self.ref_logps, self.preference, self.where, self.loss)
-
-    def coefficients(self, policy_logps: Float[Array, "P 2"], segments: Int[Array, " M"]) -> Float[Array, " M"]:
-        """Gradient of the loss in the log-prob of rows of these segments; 0 for segment 2P."""
-        slopes = sequence_gradients(policy_logps, self.ref_logps, self.preference, self.where, self.loss)
-        return jnp.pad(slopes.reshape(-1), (0, 1))[segments]
 
 
 class _Window(NamedTuple):
@@ -91,15 +54,19 @@ def preference_loss(
     chunk: int | None = None,
 ) -> PreferenceLoss:
     """`fastpref.kernels.preference_loss` for every backend; `chunk` overrides the rows of a chunk."""
-    ignored = (segment_ids < 0) | (segment_ids >= 2 * preference.shape[0])
-    segments = jnp.where(ignored, 2 * preference.shape[0], segment_ids)
-    problem = _Problem(targets, segments, ref_logps, preference, where, loss)
+    if head.mesh_axis is not None:
+        # The devices of a split vocabulary would have to meet in every window.
+        return composed(
+            hidden, head, targets, segment_ids, ref_logps, preference, loss=loss, where=where, frozen_head=frozen_head,
+            token_logprobs=partial(token_logprobs, chunk=chunk),
+        )  # fmt: skip
+    problem = Problem.of(targets, segment_ids, ref_logps, preference, where, loss)
     run = _frozen if frozen_head else _trained
-    result: PreferenceLoss = run(hidden, head, problem, chunk_rows(hidden.shape[0], head.vocab_size, chunk))
+    result: PreferenceLoss = run(hidden, head, problem, chunk_rows(hidden.shape[0], head.slice_size, chunk))
     return result
 
 
-def _value(hidden: Float[Array, "N D"], head: Head, problem: _Problem, chunk: int) -> PreferenceLoss:
+def _value(hidden: Float[Array, "N D"], head: Head, problem: Problem, chunk: int) -> PreferenceLoss:
     """Without gradients: one product."""
     logps, _ = forward(hidden, head, problem.targets, compact(problem.counted, chunk), chunk)
     return problem.value(sequence_sums(logps, problem.segments, problem.pairs))
@@ -109,7 +76,7 @@ _Residuals = tuple[Array, Array | None, Array, Head]
 """Gradient in the hidden states and in the weight, both float32; an empty array of the states' dtype; the head."""
 
 
-def _trained_forward(hidden: Array, head: Head, problem: _Problem, chunk: int) -> tuple[PreferenceLoss, _Residuals]:
+def _trained_forward(hidden: Array, head: Head, problem: Problem, chunk: int) -> tuple[PreferenceLoss, _Residuals]:
     """Three products for pairs in windows, four for the others."""
     fits = _fitting(problem, chunk)
     window = _windows(hidden, head, problem, fits, chunk)
@@ -125,7 +92,7 @@ def _trained_forward(hidden: Array, head: Head, problem: _Problem, chunk: int) -
     return problem.value(policy_logps), (*gradients, jnp.zeros(0, hidden.dtype), head)
 
 
-def _frozen_forward(hidden: Array, head: Head, problem: _Problem, chunk: int) -> tuple[PreferenceLoss, _Residuals]:
+def _frozen_forward(hidden: Array, head: Head, problem: Problem, chunk: int) -> tuple[PreferenceLoss, _Residuals]:
     """Two products: a token's own gradient waits for its coefficient, which then only scales it."""
     rows = compact(problem.counted, chunk)
     logps, gradient = forward_with_gradient(hidden, head, problem.targets, rows, chunk)
@@ -149,11 +116,11 @@ _frozen = jax.custom_vjp(_value, nondiff_argnums=(3,))
 _frozen.defvjp(_frozen_forward, _backward)
 
 
-def _pair_lengths(problem: _Problem) -> Int[Array, " P"]:
+def _pair_lengths(problem: Problem) -> Int[Array, " P"]:
     return jnp.zeros(problem.pairs, jnp.int32).at[problem.segments // 2].add(1, mode="drop")
 
 
-def _fitting(problem: _Problem, chunk: int) -> Bool[Array, " P"]:
+def _fitting(problem: Problem, chunk: int) -> Bool[Array, " P"]:
     """Pairs for which windows are cheaper than two passes.
 
     A window costs three products of a chunk, two passes cost four of the pair. A pair that takes between half and
@@ -164,7 +131,7 @@ def _fitting(problem: _Problem, chunk: int) -> Bool[Array, " P"]:
     return fits & (lengths > 0) & problem.where
 
 
-def _windows(hidden: Array, head: Head, problem: _Problem, fits: Bool[Array, " P"], chunk: int) -> _Window:
+def _windows(hidden: Array, head: Head, problem: Problem, fits: Bool[Array, " P"], chunk: int) -> _Window:
     """Log-probs and gradients of the pairs that fit, longest first, as many whole pairs at once as a chunk holds."""
     lengths = jnp.where(fits, _pair_lengths(problem), 0)
     by_length = jnp.argsort(-lengths, stable=True)
@@ -194,7 +161,7 @@ def _exceeds(rows: Rows, floor: int, window: _Window) -> Bool[Array, ""]:
 
 
 def _window(
-    hidden: Array, head: Head, problem: _Problem, rows: Rows, ends: Int[Array, " P"], size: int, window: _Window
+    hidden: Array, head: Head, problem: Problem, rows: Rows, ends: Int[Array, " P"], size: int, window: _Window
 ) -> _Window:
     """One window: the whole pairs that fit `size` rows from where the last one ended."""
     end = jnp.max(jnp.where(ends <= window.start + size, ends, window.start), initial=0)
@@ -203,8 +170,8 @@ def _window(
     segments = jnp.where(live, problem.segments[index], 2 * problem.pairs)
     states, targets = hidden[index], problem.targets[index]
     logits = head.logits(states)
-    logps, lse = chosen_logps(logits, targets)
-    policy_logps = window.policy_logps + sequence_sums(logps, segments, problem.pairs)
+    picked, lse = chosen_logits(head, logits, targets)
+    policy_logps = window.policy_logps + sequence_sums(picked - lse, segments, problem.pairs)
     coefficients = problem.coefficients(policy_logps, segments)
     # An infinite log-sum-exp makes every probability of a row outside the window exactly 0.
     product = product_gradients(head, logits, jnp.where(live, lse, jnp.inf), targets, coefficients)

@@ -68,3 +68,53 @@ def sequence_gradients(
     count = jnp.maximum(jnp.sum(where), 1).astype(jnp.float32)
     slope = jnp.where(where, slope / count, 0.0)
     return jnp.stack([slope, -slope], axis=1)
+
+
+class Problem(NamedTuple):
+    """What no gradient flows to."""
+
+    targets: Int[Array, " N"]
+    segments: Int[Array, " N"]
+    """Segment of each row; 2P for the ignored."""
+    ref_logps: Float[Array, "P 2"]
+    preference: Float[Array, " P"]
+    where: Bool[Array, " P"]
+    loss: Loss
+
+    @classmethod
+    def of(
+        cls,
+        targets: Int[Array, " N"],
+        segment_ids: Int[Array, " N"],
+        ref_logps: Float[Array, "P 2"],
+        preference: Float[Array, " P"],
+        where: Bool[Array, " P"],
+        loss: Loss,
+    ) -> "Problem":
+        """The problem of these arguments of `preference_loss`."""
+        pairs = preference.shape[0]
+        ignored = (segment_ids < 0) | (segment_ids >= 2 * pairs)
+        return cls(targets, jnp.where(ignored, 2 * pairs, segment_ids), ref_logps, preference, where, loss)
+
+    @property
+    def pairs(self) -> int:
+        """P."""
+        return int(self.preference.shape[0])
+
+    @property
+    def counted(self) -> Bool[Array, " N"]:
+        """True for rows that belong to a sequence."""
+        return self.segments < 2 * self.pairs
+
+    def rows_of(self, pairs: Bool[Array, " P"]) -> Bool[Array, " N"]:
+        """True for the rows of these pairs."""
+        return jnp.pad(pairs, (0, 1))[self.segments // 2]
+
+    def value(self, policy_logps: Float[Array, "P 2"]) -> PreferenceLoss:
+        """The loss of finished sequences."""
+        return objective(policy_logps, self.ref_logps, self.preference, self.where, self.loss)
+
+    def coefficients(self, policy_logps: Float[Array, "P 2"], segments: Int[Array, " M"]) -> Float[Array, " M"]:
+        """Gradient of the loss in the log-prob of rows of these segments; 0 for segment 2P."""
+        slopes = sequence_gradients(policy_logps, self.ref_logps, self.preference, self.where, self.loss)
+        return jnp.pad(slopes.reshape(-1), (0, 1))[segments]

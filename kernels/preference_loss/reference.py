@@ -1,9 +1,11 @@
-"""The definition of the loss, with all logits in memory."""
+"""The definition of the loss, over any log-probs: those of the reference hold all logits in memory."""
+
+from collections.abc import Callable
 
 import jax
 from fastpref.kernels.head import Head
-from fastpref.kernels.preference_loss.objective import Loss, PreferenceLoss, objective, sequence_sums
-from fastpref.kernels.token_logprobs.reference import token_logprobs
+from fastpref.kernels.preference_loss.objective import Loss, PreferenceLoss, Problem, sequence_sums
+from fastpref.kernels.token_logprobs import reference
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
@@ -19,11 +21,11 @@ def preference_loss(
     loss: Loss,
     where: Bool[Array, " P"],
     frozen_head: bool = False,
+    token_logprobs: Callable[..., Float[Array, " N"]] = reference.token_logprobs,
 ) -> PreferenceLoss:
-    """`fastpref.kernels.preference_loss`, differentiated by JAX."""
-    pairs = preference.shape[0]
-    counted = (segment_ids >= 0) & (segment_ids < 2 * pairs)
-    logps = token_logprobs(hidden, head, targets, where=counted, frozen_head=frozen_head)
-    sums = sequence_sums(logps, segment_ids, pairs)
+    """`fastpref.kernels.preference_loss`, differentiated by JAX down to the log-probs of tokens."""
     ref_logps, preference, loss = jax.lax.stop_gradient((ref_logps, preference, loss))
-    return objective(sums, ref_logps, preference, where, loss)
+    problem = Problem.of(targets, segment_ids, ref_logps, preference, where, loss)
+    logps = token_logprobs(hidden, head, targets, where=problem.counted, frozen_head=frozen_head)
+    result = problem.value(sequence_sums(logps, problem.segments, problem.pairs))
+    return PreferenceLoss(result.loss, *jax.lax.stop_gradient(result[1:]))

@@ -3,14 +3,15 @@
 import jax
 import jax.numpy as jnp
 from fastpref.kernels.checks import check_length, check_rows
-from fastpref.kernels.dispatch import Implementation, absent, choose
+from fastpref.kernels.dispatch import Implementation, choose
 from fastpref.kernels.head import Head
-from fastpref.kernels.token_logprobs import reference, xla
+from fastpref.kernels.token_logprobs import reference, tpu, xla
+from fastpref.kernels.vmem import obstacle
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 IMPLEMENTATIONS = {
-    "tpu": absent("this release has no TPU kernel for it"),
+    "tpu": Implementation(tpu.token_logprobs, obstacle),
     "xla": Implementation(xla.token_logprobs),
     "reference": Implementation(reference.token_logprobs),
 }
@@ -39,7 +40,7 @@ def token_logprobs(
       targets: token ids in [0, V). Those of ignored rows may be anything.
       where: False for rows to ignore: they cost nothing, their value is 0 and their gradient is 0, whatever they hold.
       frozen_head: no gradient goes to the head.
-      implementation: "xla", "reference", or None for the best that runs here.
+      implementation: "tpu", "xla", "reference", or None for the best that runs here.
 
     Returns:
       Log-probs in nats, float32; 0 for ignored rows.

@@ -21,5 +21,5 @@ def token_logprobs(
     # Selecting before the product keeps what ignored rows hold, NaN included, out of values and gradients.
     hidden = jnp.where(where[:, None], hidden, jnp.zeros_like(hidden))
     targets = jnp.where(where, targets, 0)
-    logps = jnp.take_along_axis(jax.nn.log_softmax(head.logits(hidden)), targets[:, None], axis=1)[:, 0]
+    logps = jnp.take_along_axis(jax.nn.log_softmax(head.whole().logits(hidden)), targets[:, None], axis=1)[:, 0]
     return jnp.where(where, logps, 0.0)

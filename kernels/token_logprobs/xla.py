@@ -8,6 +8,16 @@ import jax
 import jax.numpy as jnp
 from fastpref.kernels.chunks import Rows, chunk_rows, compact
 from fastpref.kernels.head import Head
+from fastpref.kernels.slices import (
+    axes_of,
+    gradient_like,
+    known_or_nan,
+    local_ids,
+    lse_over_slices,
+    sum_over_slices,
+    vary,
+    vary_alike,
+)
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
@@ -27,8 +37,9 @@ def token_logprobs(
     chunk: int | None = None,
 ) -> Float[Array, " N"]:
     """`fastpref.kernels.token_logprobs` for every backend; `chunk` overrides the rows of a chunk."""
-    run = _frozen if frozen_head else _trained
-    return run(hidden, head, targets, where, chunk_rows(hidden.shape[0], head.vocab_size, chunk))
+    # Devices of a split vocabulary meet once, after all chunks: the gradient needs the sums of all of them first.
+    run = _frozen if frozen_head and head.mesh_axis is None else _trained
+    return run(hidden, head, targets, where, chunk_rows(hidden.shape[0], head.slice_size, chunk))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -49,9 +60,14 @@ def _trained_backward(
     chunk: int, residuals: tuple[Array, Head, Array, Array, Array], cotangent: Array
 ) -> tuple[Array, Head, None, None]:
     hidden, head, targets, where, lse = residuals
-    gradients = (jnp.zeros(hidden.shape, hidden.dtype), jnp.zeros(head.weight.shape, jnp.float32))
-    gradients = backward(hidden, head, targets, lse, cotangent, compact(where, chunk), chunk, gradients)
-    return gradients[0], head.with_weight(gradients[1].astype(head.weight.dtype)), None, None
+    like, axes = hidden, axes_of(residuals, cotangent)
+    hidden, head, targets, where, lse, cotangent = vary((*residuals, cotangent), axes)
+    dtype = hidden.dtype if head.mesh_axis is None else jnp.float32
+    zeros = vary((jnp.zeros(hidden.shape, dtype), jnp.zeros(head.weight.shape, jnp.float32)), axes)
+    in_hidden, in_weight = backward(hidden, head, targets, lse, cotangent, compact(where, chunk), chunk, zeros)
+    in_hidden = gradient_like(sum_over_slices(head, in_hidden), like).astype(hidden.dtype)
+    in_weight = gradient_like(in_weight, residuals[1].weight).astype(head.weight.dtype)
+    return in_hidden, head.with_weight(in_weight), None, None
 
 
 _trained.defvjp(_trained_forward, _trained_backward)
@@ -83,15 +99,27 @@ def forward(
     hidden: Float[Array, "N D"], head: Head, targets: Int[Array, " N"], rows: Rows, chunk: int
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """Log-prob and log-sum-exp of the rows that count, 0 elsewhere. One product."""
+    counted = put(
+        jnp.zeros(hidden.shape[0], bool),
+        rows.order,
+        jnp.arange(rows.order.shape[0]) < rows.total,
+        jnp.ones(rows.order.shape[0], bool),
+    )
+    known = targets
+    hidden, head, targets, rows = vary_alike(hidden, head, targets, rows)
 
     def step(start: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
         index, live = chunk_index(rows, start, chunk)
-        logits = head.logits(hidden[index])
-        logps, lse = chosen_logps(logits, targets[index])
-        return put(results[0], index, live, logps), put(results[1], index, live, lse)
+        picked, lse = chosen_logits(head, head.logits(hidden[index]), targets[index])
+        return put(results[0], index, live, picked), put(results[1], index, live, lse)
 
-    zeros = jnp.zeros(hidden.shape[0], jnp.float32)
-    return over_chunks(rows, chunk, step, (zeros, zeros))
+    zeros = vary(jnp.zeros(hidden.shape[0], jnp.float32), axes_of(hidden))
+    picked, lse = over_chunks(rows, chunk, step, (zeros, zeros))
+    if head.mesh_axis is None:
+        return picked - lse, lse
+    lse = lse_over_slices(head, lse)
+    logps = known_or_nan(head, known, sum_over_slices(head, picked)) - lse
+    return jnp.where(counted, logps, 0.0), lse
 
 
 def forward_with_gradient(
@@ -106,9 +134,9 @@ def forward_with_gradient(
     def step(start: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
         index, live = chunk_index(rows, start, chunk)
         logits = head.logits(hidden[index])
-        logps, lse = chosen_logps(logits, targets[index])
+        picked, lse = chosen_logits(head, logits, targets[index])
         gradient = hidden_gradient(head, product_gradients(head, logits, lse, targets[index], live.astype(jnp.float32)))
-        return put(results[0], index, live, logps), put(results[1], index, live, gradient)
+        return put(results[0], index, live, picked - lse), put(results[1], index, live, gradient)
 
     return over_chunks(
         rows, chunk, step, (jnp.zeros(hidden.shape[0], jnp.float32), jnp.zeros(hidden.shape, jnp.float32))
@@ -160,12 +188,15 @@ def put(results: Array, index: Int[Array, " C"], live: Bool[Array, " C"], values
     return results.at[jnp.where(live, index, results.shape[0])].set(values, mode="drop")
 
 
-def chosen_logps(
-    logits: Float[Array, "C V"], targets: Int[Array, " C"]
+def chosen_logits(
+    head: Head, logits: Float[Array, "C V"], targets: Int[Array, " C"]
 ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
-    """Log-prob of each row's target, and the row's log-sum-exp."""
-    lse = jax.nn.logsumexp(logits, axis=1)
-    return jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0] - lse, lse
+    """Logit of each row's target, 0 where another slice holds it, and the row's log-sum-exp over this one."""
+    lse, ids = jax.nn.logsumexp(logits, axis=1), local_ids(head, targets)
+    if head.mesh_axis is None:
+        return jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0], lse
+    picked = jnp.take_along_axis(logits, jnp.maximum(ids, 0)[:, None], axis=1)[:, 0]
+    return jnp.where(ids < 0, 0.0, picked), lse
 
 
 def product_gradients(
@@ -176,7 +207,7 @@ def product_gradients(
     coefficients: Float[Array, " C"],
 ) -> Float[Array, "C V"]:
     """Gradient of Σ coefficient · log-prob in hidden @ W, in the dtype of the products that follow."""
-    hit = jnp.arange(logits.shape[1])[None, :] == targets[:, None]
+    hit = jnp.arange(logits.shape[1])[None, :] == local_ids(head, targets)[:, None]
     gradient = coefficients[:, None] * (hit.astype(jnp.float32) - jnp.exp(logits - lse[:, None]))
     return head.product_gradient(gradient, logits).astype(head.weight.dtype)
 
@@ -191,11 +222,11 @@ def add_weight_gradient(
     head: Head, total: Float[Array, "..."], product: Float[Array, "C V"], states: Float[Array, "C D"]
 ) -> Float[Array, "..."]:
     """Add the gradient in the weight to the float32 total, a slice of the vocabulary at a time."""
-    size = -(-head.vocab_size // _WEIGHT_TILES)
+    size = -(-head.slice_size // _WEIGHT_TILES)
 
     def step(number: Array, total: Array) -> Array:
         # The last slice moves back to end with the vocabulary: what it shares with the one before is added once.
-        start = jnp.minimum(number * size, head.vocab_size - size)
+        start = jnp.minimum(number * size, head.slice_size - size)
         tile = jax.lax.dynamic_slice_in_dim(product, start, size, axis=1)
         fresh = start + jnp.arange(size) >= number * size
         tile = jnp.where(fresh[None, :], tile, jnp.zeros_like(tile))

@@ -1,0 +1,176 @@
+"""Token log-probs for TPUs: rows that count are brought together, then one kernel makes a pass over them."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from fastpref.kernels.head import Head
+from fastpref.kernels.slices import gradient_like, known_or_nan, local_ids, lse_over_slices, sum_over_slices, vary_alike
+from fastpref.kernels.token_logprobs import passes
+from fastpref.kernels.token_logprobs.passes import Tiles
+from fastpref.kernels.vmem import UNIT
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+
+class Compacted(NamedTuple):
+    """Rows that count first, in their order; zeros behind them, up to whole blocks."""
+
+    order: Int[Array, " M"]
+    """Row numbers; N for the rows behind."""
+    total: Int[Array, ""]
+    """How many count."""
+
+    @classmethod
+    def of(cls, where: Bool[Array, " N"], block: int) -> "Compacted":
+        """Order of the rows, padded to a multiple of `block`."""
+        rows, count = where.shape[0], jnp.sum(where, dtype=jnp.int32)
+        order = jnp.pad(jnp.argsort(~where, stable=True).astype(jnp.int32), (0, -rows % block))
+        return cls(jnp.where(jnp.arange(order.shape[0]) < count, order, rows), count)
+
+    def take(self, values: Array) -> Array:
+        """Values of the rows in this order, 0 behind those that count."""
+        return values.at[self.order].get(mode="fill", fill_value=0)
+
+    def put(self, values: Array, rows: int) -> Array:
+        """Values back at the places of their rows, 0 at the others."""
+        return jnp.zeros((rows, *values.shape[1:]), values.dtype).at[self.order].set(values, mode="drop")
+
+
+def token_logprobs(
+    hidden: Float[Array, "N D"],
+    head: Head,
+    targets: Int[Array, " N"],
+    *,
+    where: Bool[Array, " N"],
+    frozen_head: bool = False,
+    tiles: Tiles | None = None,
+    interpret: Any = False,
+) -> Float[Array, " N"]:
+    """`fastpref.kernels.token_logprobs`; `tiles` overrides the blocks, `interpret` is Pallas's."""
+    run = _frozen if frozen_head else _trained
+    logps: Float[Array, " N"] = run(hidden, head, targets, where, tiles, interpret)
+    return logps
+
+
+def forward(
+    hidden: Float[Array, "N D"],
+    head: Head,
+    targets: Int[Array, " N"],
+    where: Bool[Array, " N"],
+    tiles: Tiles | None,
+    interpret: Any,
+) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+    """Log-prob and log-sum-exp of the rows that count, 0 elsewhere."""
+    tiles = Tiles(tiles.rows, UNIT) if tiles else passes.forward_tiles(head, hidden.shape[0])
+    rows = Compacted.of(where, tiles.rows)
+    states, ids = _oriented(rows.take(hidden), head), local_ids(head, rows.take(targets))
+    states, sliced, ids, count = vary_alike(states, head, ids, rows.total)
+    lse, picked = passes.forward(states, sliced, ids, count, tiles, interpret)
+    lse, picked = lse_over_slices(head, lse), sum_over_slices(head, picked)
+    picked = known_or_nan(head, rows.take(targets), picked)
+    return rows.put(picked - lse, hidden.shape[0]), rows.put(lse, hidden.shape[0])
+
+
+def backward(
+    hidden: Float[Array, "N D"],
+    head: Head,
+    targets: Int[Array, " N"],
+    where: Bool[Array, " N"],
+    lse: Float[Array, " N"],
+    coefficients: Float[Array, " N"],
+    tiles: Tiles | None,
+    interpret: Any,
+) -> tuple[Float[Array, "N D"], Array]:
+    """Gradients of Σ coefficient · log-prob over the rows that count, in the dtype of what they belong to."""
+    tiles = tiles or passes.backward_tiles(head, hidden.shape[0])
+    rows = Compacted.of(where, tiles.rows)
+    ids, lse, coefficients = local_ids(head, rows.take(targets)), rows.take(lse), rows.take(coefficients)
+    states, sliced, ids, lse, coefficients, total = vary_alike(
+        rows.take(hidden), head, ids, lse, coefficients, rows.total
+    )
+    in_hidden, in_weight = passes.backward(states, sliced, ids, lse, coefficients, total, tiles, interpret)
+    in_hidden = sum_over_slices(head, in_hidden)
+    # Nothing was written behind the last block with rows that count; `put` leaves that out.
+    in_hidden = rows.put(in_hidden.astype(hidden.dtype), hidden.shape[0])
+    return gradient_like(in_hidden, hidden), gradient_like(in_weight, head.weight)
+
+
+def forward_with_gradient(
+    hidden: Float[Array, "N D"],
+    head: Head,
+    targets: Int[Array, " N"],
+    where: Bool[Array, " N"],
+    tiles: Tiles | None,
+    interpret: Any,
+) -> tuple[Float[Array, " N"], Float[Array, "N D"]]:
+    """Log-prob of the rows that count, and its gradient in the hidden state, float32: w_target − E[w]."""
+    tiles = tiles or passes.frozen_tiles(head, hidden.shape[0])
+    rows = Compacted.of(where, tiles.rows)
+    states, ids = _oriented(rows.take(hidden), head), local_ids(head, rows.take(targets))
+    states, sliced, ids, count = vary_alike(states, head, ids, rows.total)
+    slice_lse, picked, mean = passes.frozen(states, sliced, ids, count, tiles, interpret)
+    lse, picked = lse_over_slices(head, slice_lse), sum_over_slices(head, picked)
+    picked = known_or_nan(head, rows.take(targets), picked)
+    # `picked` is behind the soft cap: its slope there is what one unit of log-prob makes of the product.
+    slope = head.product_gradient(jnp.ones_like(picked), picked)
+    chosen = jnp.where(ids < 0, head.slice_size, ids)
+    chosen = head.weight.at[(chosen,) if head.vocab_axis == 0 else (slice(None), chosen)].get(mode="fill", fill_value=0)
+    chosen = (chosen if head.vocab_axis == 0 else chosen.T).astype(jnp.float32)
+    gradient = slope[:, None] * chosen - jnp.exp(slice_lse - lse)[:, None] * mean
+    gradient = rows.put(sum_over_slices(head, gradient), hidden.shape[0])
+    return rows.put(picked - lse, hidden.shape[0]), gradient
+
+
+def _oriented(hidden: Float[Array, "N D"], head: Head) -> Float[Array, "..."]:
+    return hidden.T if head.vocab_axis == 0 else hidden
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _trained(
+    hidden: Array, head: Head, targets: Array, where: Array, tiles: Tiles | None, interpret: Any
+) -> Float[Array, " N"]:
+    return forward(hidden, head, targets, where, tiles, interpret)[0]
+
+
+def _trained_forward(
+    hidden: Array, head: Head, targets: Array, where: Array, tiles: Tiles | None, interpret: Any
+) -> tuple[Array, tuple[Array, Head, Array, Array, Array]]:
+    logps, lse = forward(hidden, head, targets, where, tiles, interpret)
+    return logps, (hidden, head, targets, where, lse)
+
+
+def _trained_backward(
+    tiles: Tiles | None, interpret: Any, residuals: tuple[Array, Head, Array, Array, Array], cotangent: Array
+) -> tuple[Array, Head, None, None]:
+    hidden, head, targets, where, lse = residuals
+    gradients = backward(hidden, head, targets, where, lse, cotangent, tiles, interpret)
+    return gradients[0], head.with_weight(gradients[1]), None, None
+
+
+_trained.defvjp(_trained_forward, _trained_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _frozen(
+    hidden: Array, head: Head, targets: Array, where: Array, tiles: Tiles | None, interpret: Any
+) -> Float[Array, " N"]:
+    return forward(hidden, head, targets, where, tiles, interpret)[0]
+
+
+def _frozen_forward(
+    hidden: Array, head: Head, targets: Array, where: Array, tiles: Tiles | None, interpret: Any
+) -> tuple[Array, tuple[Array, Array]]:
+    logps, gradient = forward_with_gradient(hidden, head, targets, where, tiles, interpret)
+    return logps, (gradient, hidden[:0])
+
+
+def _frozen_backward(
+    _tiles: Tiles | None, _interpret: Any, residuals: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, None, None, None]:
+    gradient, like = residuals
+    return gradient_like((gradient * cotangent[:, None]).astype(like.dtype), like), None, None, None
+
+
+_frozen.defvjp(_frozen_forward, _frozen_backward)

@@ -1,0 +1,166 @@
+"""Compile the kernels with the TPU's compiler, for a TPU v5e that is not there. Run by `test_tpu_kernels`."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from fastpref.kernels import Head
+from fastpref.kernels.mixture_sampling import tpu as sampling
+from fastpref.kernels.token_logprobs import passes
+from fastpref.kernels.token_logprobs import tpu as scoring
+from jax import Array
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Shape = jax.ShapeDtypeStruct
+
+
+def compiled(function: Callable[..., Any], *shapes: Any, mesh: Mesh, specs: Any) -> Any:
+    """The program for the mesh's chips, traced as if they were here."""
+    arguments = jax.tree.map(
+        lambda shape, spec: Shape(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec)), shapes, specs
+    )
+    kind = mesh.devices.flat[0].device_kind
+    device = AbstractDevice(platform="tpu", device_kind=kind, num_cores=1)
+    axes = (AxisType.Auto,) * len(mesh.axis_names)
+    with jax.sharding.use_abstract_mesh(
+        AbstractMesh(mesh.devices.shape, mesh.axis_names, axis_types=axes, abstract_device=device)
+    ):
+        lowered = jax.jit(function).lower(*arguments)
+    return lowered.compile()
+
+
+def chips(topology: str, count: int) -> Mesh:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return Mesh(np.array(devices[:count]), ("vocab",))
+
+
+def one_chip(function: Callable[..., Any], *shapes: Any) -> Any:
+    return compiled(function, *shapes, mesh=chips("v5e:1x1", 1), specs=jax.tree.map(lambda _: P(), shapes))
+
+
+def head_shape(vocab: int, width: int, axis: int, dtype: str) -> Shape:
+    return Shape((vocab, width) if axis == 0 else (width, vocab), jnp.dtype(dtype))
+
+
+def draws(head: Callable[[Array], Head], shared: bool = False, **changes: Any) -> Callable[..., Any]:
+    def draw(hidden: Array, weight: Array, ref_hidden: Array, ref_weight: Array, beta: Array, key: Array) -> Any:
+        policy = head(weight)
+        keywords = {"temperature": 1.0, "num_valid_tokens": policy.vocab_size} | changes
+        return sampling.mixture_sample(
+            hidden, policy, ref_hidden, policy if shared else head(ref_weight), mixture_beta=beta, key=key,
+            row_ids=jnp.arange(hidden.shape[0]), step=jnp.int32(3), **keywords,
+        )  # fmt: skip
+
+    return draw
+
+
+def draw_shapes(rows: int, vocab: int, width: int, axis: int, dtype: str) -> tuple[Shape, ...]:
+    hidden, weight = Shape((rows, width), jnp.dtype(dtype)), head_shape(vocab, width, axis, dtype)
+    return hidden, weight, hidden, weight, Shape((rows,), jnp.float32), Shape((2,), jnp.uint32)
+
+
+def scores(head: Callable[[Array], Head], frozen_head: bool = False) -> Callable[..., Any]:
+    def score(hidden: Array, weight: Array, targets: Array) -> Any:
+        def total(hidden: Array, weight: Array) -> Array:
+            where = jnp.ones(hidden.shape[0], bool)
+            return jnp.sum(scoring.token_logprobs(hidden, head(weight), targets, where=where, frozen_head=frozen_head))
+
+        return jax.value_and_grad(total, 0 if frozen_head else (0, 1))(hidden, weight)
+
+    return score
+
+
+def score_shapes(rows: int, vocab: int, width: int, axis: int, dtype: str) -> tuple[Shape, ...]:
+    hidden = Shape((rows, width), jnp.dtype(dtype))
+    return hidden, head_shape(vocab, width, axis, dtype), Shape((rows,), jnp.int32)
+
+
+SAMPLERS = [
+    (8, 50257, 768, 0, "bfloat16", {}, {}),
+    (1, 32128, 512, 1, "float32", {}, {"temperature": 0.0}),
+    (128, 2000, 256, 1, "bfloat16", {"soft_cap": 30.0}, {"num_valid_tokens": 1900}),
+    (300, 4096, 128, 0, "float32", {"scale": 0.1}, {"temperature": 0.7, "shared": True}),
+    (5, 1000, 64, 0, "bfloat16", {}, {}),
+]
+SCORERS = [
+    (1000, 50257, 768, 0, "bfloat16", {}, False),
+    (1000, 50257, 768, 0, "bfloat16", {"soft_cap": 30.0}, True),
+    (130, 2000, 256, 1, "float32", {"scale": 0.1}, False),
+    (130, 2000, 256, 1, "bfloat16", {}, True),
+    (64, 1000, 64, 0, "float32", {}, False),
+]
+
+
+def every_kernel() -> None:
+    for *shape, kind, changes in SAMPLERS:
+        axis = shape[3]
+        one_chip(draws(lambda weight, a=axis, k=kind: Head(weight, a, **k), **changes), *draw_shapes(*shape))
+        print("compiled mixture_sample", shape, kind, changes)
+    for *shape, kind, frozen_head in SCORERS:
+        axis = shape[3]
+        one_chip(scores(lambda weight, a=axis, k=kind: Head(weight, a, **k), frozen_head), *score_shapes(*shape))
+        print("compiled token_logprobs", shape, kind, "frozen" if frozen_head else "trained")
+
+
+def split_heads() -> None:
+    """On eight chips, with axes checked: results are the same on all of them."""
+    mesh, whole, split = chips("v5e:2x4", 8), P(), P("vocab", None)
+
+    def head(weight: Array) -> Head:
+        return Head(weight, mesh_axis="vocab")
+
+    specs = (whole, split, whole, split, whole, whole)
+    drawn = jax.shard_map(draws(head), mesh=mesh, in_specs=specs, out_specs=P())
+    compiled(drawn, *draw_shapes(16, 128256, 1024, 0, "bfloat16"), mesh=mesh, specs=specs)
+    print("compiled mixture_sample")
+    specs = (whole, split, whole)
+    scored = jax.shard_map(scores(head), mesh=mesh, in_specs=specs, out_specs=(P(), (P(), split)))
+    compiled(scored, *score_shapes(512, 128256, 1024, 0, "bfloat16"), mesh=mesh, specs=specs)
+    print("compiled token_logprobs")
+
+
+def vmem() -> None:
+    """Formula and the compiler's own figure, which it says when the limit is below it."""
+    head = Head(Shape((32128, 1024), jnp.bfloat16))  # type: ignore[arg-type]
+    tiles = passes.Tiles(256, 1024)
+    rows = Shape((1024,), jnp.float32)
+    hidden, ids, count = Shape((1024, 1024), jnp.bfloat16), Shape((1024,), jnp.int32), Shape((), jnp.int32)
+    other = Head(Shape((32128, 1024), jnp.bfloat16))  # type: ignore[arg-type]
+    layout = sampling._layout(128, head, other, 1.0, 32128, 2)
+    programs = {
+        "forward": (
+            passes.forward_bytes(head, passes.Tiles(256, 512)),
+            lambda x, w, t, c: passes.forward(x, Head(w), t, c, passes.Tiles(256, 512), False),
+            (hidden, head.weight, ids, count),
+        ),
+        "backward": (
+            passes.backward_bytes(head, tiles),
+            lambda x, w, t, one, two, c: passes.backward(x, Head(w), t, one, two, c, tiles, False),
+            (hidden, head.weight, ids, rows, rows, count),
+        ),
+        "frozen": (
+            passes.frozen_bytes(head, tiles),
+            lambda x, w, t, c: passes.frozen(x, Head(w), t, c, tiles, False),
+            (hidden, head.weight, ids, count),
+        ),
+        "sampler": (
+            layout.vmem_bytes,
+            draws(Head, groups=2),
+            draw_shapes(128, 32128, 1024, 0, "bfloat16"),
+        ),
+    }  # fmt: skip
+    for name, (formula, function, shapes) in programs.items():
+        for module in (sampling, passes):
+            module.vmem_limit = lambda limit=formula * 3 // 4: limit
+        complaint = ""
+        try:
+            one_chip(function, *shapes)
+        except jax.errors.JaxRuntimeError as error:
+            complaint = str(error)
+        size, unit = re.findall(r"size (\d+(?:\.\d+)?)([KM])", complaint)[0]
+        print(name, formula, int(float(size) * {"K": 1 << 10, "M": 1 << 20}[unit]))
