@@ -29,7 +29,7 @@ test: setup lint $(VENV)/libtpu
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf $(SITE)
+	rm -rf $(SITE) build/lib*
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $(SITE) .
 	cd $(SITE) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 		--python-executable $(CURDIR)/$(BIN)/python --cache-dir $(CURDIR)/.mypy_cache -p fastpref

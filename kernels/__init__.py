@@ -13,12 +13,12 @@ Three functions, which need nothing else of this package:
     logps = token_logprobs(hidden, head, tokens, where=is_completion)
     result = preference_loss(hidden, head, tokens, segments, ref_logps, preference, loss=loss)
 
-Each takes `implementation="tpu"` (Pallas kernels: no logits in the device's memory), `"xla"` (CPU and GPU), `"reference"`
-(plain JAX, the definition), or None for the best that runs here. All logits, sums and noise are float32; the operands of
-matrix products keep their dtype, and float32 ones are multiplied in the precision that JAX is configured for.
+Each takes `implementation="tpu"` (Pallas kernels: logits never reach the device's memory), `"xla"` (CPU and GPU),
+`"reference"` (plain JAX, the definition), or None for the best that runs here. All logits, sums and noise are float32;
+the operands of products keep their dtype, and float32 ones are multiplied in the precision that JAX is configured for.
 
 A vocabulary may be split over a mesh axis: inside `jax.shard_map`, `Head(weight_slice, mesh_axis="model")` says so, and
-draws and values are those of the whole head. Where axes are not checked (`check_vma=False`), take gradients inside the map.
+draws and values are those of the whole head. Where axes are not checked (`check_vma=False`), take gradients inside.
 """
 
 from fastpref.kernels.head import Head

@@ -74,9 +74,9 @@ def as_registers(values: Float[Array, "..."]) -> Float[Array, "..."]:
     return values.reshape(CHUNK // SUBLANES, SUBLANES, values.shape[1])
 
 
-def turned(logits: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Logits with the vocabulary along sublanes, from [rows, tokens]: four square transposes, under the product."""
-    return logits.T
+def turned(matrix: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The transpose: of a unit's logits [rows, tokens] it is four squares, which lie under the product."""
+    return matrix.T
 
 
 def product(head: Head, weight: Any, first: Any, states: list[Array], out: Any) -> None:

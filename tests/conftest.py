@@ -24,11 +24,14 @@ def interpreted_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler, logprobs = (
         import_module(f"fastpref.kernels.{name}.tpu") for name in ("mixture_sampling", "token_logprobs")
     )
-    passes, vmem = (import_module(f"fastpref.kernels.{name}") for name in ("token_logprobs.passes", "vmem"))
-    for module in (sampler, passes, vmem):
-        monkeypatch.setattr(module, "CHUNK", 256)
-    # XLA would turn the product's operands instead, into a form that it has no bfloat16 product for on CPUs.
-    monkeypatch.setattr(vmem, "turned", lambda logits: jax.lax.optimization_barrier(logits).T)
+    vmem = import_module("fastpref.kernels.vmem")
+    passes = [f"token_logprobs.{name}" for name in ("forward_pass", "backward_pass", "frozen_pass", "tiles")]
+    for name in ("vmem", "mixture_sampling.tpu_kernel", *passes):
+        monkeypatch.setattr(import_module(f"fastpref.kernels.{name}"), "CHUNK", 256)
+    # XLA would move transposes through products, into a form of bfloat16 product that it does not have on CPUs.
+    apart = jax.lax.optimization_barrier
+    for module in (vmem, import_module("fastpref.kernels.token_logprobs.backward_pass")):
+        monkeypatch.setattr(module, "turned", lambda matrix: apart(apart(matrix).T))
     scored = partial(logprobs.token_logprobs, interpret=True)
     composed = import_module("fastpref.kernels.preference_loss.reference").preference_loss
     for name, call in {

@@ -366,9 +366,5 @@ def test_errors_say_rule_value_and_remedy() -> None:
         call(hidden, head, targets, segment_ids, ref_logps, preference.at[1].set(2.0))
     with pytest.raises(ValueError, match=r"hidden is as wide as its head, but has D = 4"):
         call(hidden[:, :4], head, targets, segment_ids, ref_logps, preference)
-    with pytest.raises(
-        ValueError, match=r"preference_loss has the implementations 'tpu', 'xla', 'reference', not 'gpu'"
-    ):
+    with pytest.raises(ValueError, match=r"preference_loss has the implementations .*'reference'.*, not 'gpu'"):
         call(hidden, head, targets, segment_ids, ref_logps, preference, implementation="gpu")
-    with pytest.raises(NotImplementedError, match=r"no TPU kernel for it; pass None"):
-        call(hidden, head, targets, segment_ids, ref_logps, preference, implementation="tpu")

@@ -202,7 +202,7 @@ def test_errors_say_rule_value_and_remedy() -> None:
         token_logprobs(hidden[:, :8], head, targets)
     with pytest.raises(ValueError, match=r"one dtype, but are bfloat16 and float32: convert .* astype"):
         token_logprobs(hidden.astype(jnp.bfloat16), head, targets)
-    with pytest.raises(ValueError, match=r"'tpu', 'xla', 'reference', not 'cuda'.*or None"):
+    with pytest.raises(ValueError, match=r"'xla', 'reference', 'tpu', not 'cuda'.*or None"):
         token_logprobs(hidden, head, targets, implementation="cuda")
 
 

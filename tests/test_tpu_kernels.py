@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from fastpref.kernels import Head, MixtureSample, mixture_sample, preference_loss, token_logprobs
 from fastpref.kernels.mixture_sampling.tpu import mixture_sample as sampler
-from fastpref.kernels.token_logprobs.passes import Tiles
+from fastpref.kernels.token_logprobs.tiles import Tiles
 from fastpref.kernels.token_logprobs.tpu import token_logprobs as scorer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,7 +106,7 @@ def test_log_probs_read_nothing_that_nobody_wrote(case: Case, blocks: int, froze
     keywords = {"where": where, "frozen_head": frozen_head}
     ours = score(case, scorer, interpret=strict(), tiles=Tiles(128, 512), **keywords)
     assert not races_found()
-    assert_close(ours, score(case, reference("token_logprobs"), **keywords))
+    assert_close(ours, score(case, reference("token_logprobs"), **keywords), 1e-4)
 
 
 @interpreted_tpu

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from fastpref.kernels import Head
 from fastpref.kernels.mixture_sampling import tpu as sampling
-from fastpref.kernels.token_logprobs import passes
+from fastpref.kernels.mixture_sampling.layout import layout_of
+from fastpref.kernels.token_logprobs import backward_pass, forward_pass, frozen_pass
+from fastpref.kernels.token_logprobs import tiles as tiling
 from fastpref.kernels.token_logprobs import tpu as scoring
+from fastpref.kernels.token_logprobs.tiles import Tiles
 from jax import Array
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
@@ -127,25 +130,25 @@ def split_heads() -> None:
 def vmem() -> None:
     """Formula and the compiler's own figure, which it says when the limit is below it."""
     head = Head(Shape((32128, 1024), jnp.bfloat16))  # type: ignore[arg-type]
-    tiles = passes.Tiles(256, 1024)
+    tiles = Tiles(256, 1024)
     rows = Shape((1024,), jnp.float32)
     hidden, ids, count = Shape((1024, 1024), jnp.bfloat16), Shape((1024,), jnp.int32), Shape((), jnp.int32)
     other = Head(Shape((32128, 1024), jnp.bfloat16))  # type: ignore[arg-type]
-    layout = sampling._layout(128, head, other, 1.0, 32128, 2)
+    layout = layout_of(128, head, other, 1.0, 32128, 2)
     programs = {
         "forward": (
-            passes.forward_bytes(head, passes.Tiles(256, 512)),
-            lambda x, w, t, c: passes.forward(x, Head(w), t, c, passes.Tiles(256, 512), False),
+            forward_pass.forward_bytes(head, Tiles(256, 512)),
+            lambda x, w, t, c: forward_pass.forward(x, Head(w), t, c, Tiles(256, 512), False),
             (hidden, head.weight, ids, count),
         ),
         "backward": (
-            passes.backward_bytes(head, tiles),
-            lambda x, w, t, one, two, c: passes.backward(x, Head(w), t, one, two, c, tiles, False),
+            backward_pass.backward_bytes(head, tiles),
+            lambda x, w, t, one, two, c: backward_pass.backward(x, Head(w), t, one, two, c, tiles, False),
             (hidden, head.weight, ids, rows, rows, count),
         ),
         "frozen": (
-            passes.frozen_bytes(head, tiles),
-            lambda x, w, t, c: passes.frozen(x, Head(w), t, c, tiles, False),
+            frozen_pass.frozen_bytes(head, tiles),
+            lambda x, w, t, c: frozen_pass.frozen(x, Head(w), t, c, tiles, False),
             (hidden, head.weight, ids, count),
         ),
         "sampler": (
@@ -155,7 +158,7 @@ def vmem() -> None:
         ),
     }  # fmt: skip
     for name, (formula, function, shapes) in programs.items():
-        for module in (sampling, passes):
+        for module in (sampling, tiling):
             module.vmem_limit = lambda limit=formula * 3 // 4: limit
         complaint = ""
         try:

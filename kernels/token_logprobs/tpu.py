@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from fastpref.kernels.head import Head
 from fastpref.kernels.slices import gradient_like, known_or_nan, local_ids, lse_over_slices, sum_over_slices, vary_alike
-from fastpref.kernels.token_logprobs import passes
-from fastpref.kernels.token_logprobs.passes import Tiles
+from fastpref.kernels.token_logprobs import backward_pass, forward_pass, frozen_pass
+from fastpref.kernels.token_logprobs.tiles import Tiles
 from fastpref.kernels.vmem import UNIT
 from jax import Array
 from jaxtyping import Bool, Float, Int
@@ -63,11 +63,11 @@ def forward(
     interpret: Any,
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """Log-prob and log-sum-exp of the rows that count, 0 elsewhere."""
-    tiles = Tiles(tiles.rows, UNIT) if tiles else passes.forward_tiles(head, hidden.shape[0])
+    tiles = Tiles(tiles.rows, UNIT) if tiles else forward_pass.forward_tiles(head, hidden.shape[0])
     rows = Compacted.of(where, tiles.rows)
     states, ids = _oriented(rows.take(hidden), head), local_ids(head, rows.take(targets))
     states, sliced, ids, count = vary_alike(states, head, ids, rows.total)
-    lse, picked = passes.forward(states, sliced, ids, count, tiles, interpret)
+    lse, picked = forward_pass.forward(states, sliced, ids, count, tiles, interpret)
     lse, picked = lse_over_slices(head, lse), sum_over_slices(head, picked)
     picked = known_or_nan(head, rows.take(targets), picked)
     return rows.put(picked - lse, hidden.shape[0]), rows.put(lse, hidden.shape[0])
@@ -84,13 +84,13 @@ def backward(
     interpret: Any,
 ) -> tuple[Float[Array, "N D"], Array]:
     """Gradients of Σ coefficient · log-prob over the rows that count, in the dtype of what they belong to."""
-    tiles = tiles or passes.backward_tiles(head, hidden.shape[0])
+    tiles = tiles or backward_pass.backward_tiles(head, hidden.shape[0])
     rows = Compacted.of(where, tiles.rows)
     ids, lse, coefficients = local_ids(head, rows.take(targets)), rows.take(lse), rows.take(coefficients)
     states, sliced, ids, lse, coefficients, total = vary_alike(
         rows.take(hidden), head, ids, lse, coefficients, rows.total
     )
-    in_hidden, in_weight = passes.backward(states, sliced, ids, lse, coefficients, total, tiles, interpret)
+    in_hidden, in_weight = backward_pass.backward(states, sliced, ids, lse, coefficients, total, tiles, interpret)
     in_hidden = sum_over_slices(head, in_hidden)
     # Nothing was written behind the last block with rows that count; `put` leaves that out.
     in_hidden = rows.put(in_hidden.astype(hidden.dtype), hidden.shape[0])
@@ -106,11 +106,11 @@ def forward_with_gradient(
     interpret: Any,
 ) -> tuple[Float[Array, " N"], Float[Array, "N D"]]:
     """Log-prob of the rows that count, and its gradient in the hidden state, float32: w_target − E[w]."""
-    tiles = tiles or passes.frozen_tiles(head, hidden.shape[0])
+    tiles = tiles or frozen_pass.frozen_tiles(head, hidden.shape[0])
     rows = Compacted.of(where, tiles.rows)
     states, ids = _oriented(rows.take(hidden), head), local_ids(head, rows.take(targets))
     states, sliced, ids, count = vary_alike(states, head, ids, rows.total)
-    slice_lse, picked, mean = passes.frozen(states, sliced, ids, count, tiles, interpret)
+    slice_lse, picked, mean = frozen_pass.frozen(states, sliced, ids, count, tiles, interpret)
     lse, picked = lse_over_slices(head, slice_lse), sum_over_slices(head, picked)
     picked = known_or_nan(head, rows.take(targets), picked)
     # `picked` is behind the soft cap: its slope there is what one unit of log-prob makes of the product.

@@ -1,0 +1,107 @@
+"""How the TPU sampler cuts its work into tiles of tokens and blocks of rows."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from fastpref.kernels.head import Head
+from fastpref.kernels.mixture_sampling.sample import GROUP_SIZE
+from fastpref.kernels.vmem import LANES, SUBLANES, tile_bytes
+
+ROW_MULTIPLE = 16
+"""Rows of a bfloat16 register."""
+_MAX_GROUPS = 4
+"""Groups of a tile: more make long programs and stream no better."""
+_TILE_BYTES = 4 << 20
+"""Weights of one head that a grid step streams, about: 5 µs on a v5e, far above what a step costs to start."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the work is cut: all that is known before the kernel runs."""
+
+    policy_head: Head
+    ref_head: Head
+    shared: bool
+    """Both heads are one: its tiles are read once."""
+    temperature: float
+    split: bool
+    """The vocabulary is split over devices: the first and the last group are edges."""
+    shifted: bool
+    """Slices do not begin with a group, so groups straddle tiles of one group each."""
+    groups: int
+    """Groups of a tile."""
+    whole_tiles: int | None
+    """Tiles before the first that is masked; None where that depends on the device."""
+    block: int
+    """Rows of hidden states that one grid step takes."""
+    blocks: int
+    """Steps that share a tile of the weights."""
+
+    @property
+    def tile(self) -> int:
+        """Tokens of a tile."""
+        return self.groups * GROUP_SIZE
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the weights."""
+        return -(-self.policy_head.slice_size // self.tile)
+
+    @property
+    def steps(self) -> int:
+        """Grid steps over the vocabulary. Shifted groups end a tile later."""
+        return self.tiles + self.shifted
+
+    @property
+    def lanes(self) -> list[slice]:
+        """Cuts of a block into units."""
+        return [slice(start, min(start + LANES, self.block)) for start in range(0, self.block, LANES)]
+
+    @property
+    def heads(self) -> list[Head]:
+        """The heads that are streamed."""
+        return [self.policy_head] if self.shared else [self.policy_head, self.ref_head]
+
+    @property
+    def vmem_bytes(self) -> int:
+        """VMEM of the kernel's blocks and scratch."""
+        width, dtype = min(self.block, LANES), self.policy_head.weight.dtype
+        weights = sum(
+            2 * tile_bytes(*((self.tile, head.width) if head.vocab_axis == 0 else (head.width, self.tile)), dtype)
+            for head in self.heads
+        )
+        hidden = sum(
+            self.blocks
+            * tile_bytes(*((head.width, self.block) if head.vocab_axis == 0 else (self.block, head.width)), dtype)
+            for head in (self.policy_head, self.ref_head)
+        )
+        units = self.groups * len(self.lanes)
+        logits = units * (2 * (1 + self.shifted) + 1) * tile_bytes(GROUP_SIZE, width, jnp.float32)
+        by_row = GROUP_SIZE + 4 * SUBLANES + 4 * SUBLANES
+        state = self.blocks * tile_bytes(by_row, self.block, jnp.float32)
+        return weights + hidden + logits + state
+
+
+def layout_of(
+    rows: int, policy_head: Head, ref_head: Head, temperature: float, num_valid_tokens: int, groups: int | None
+) -> Layout:
+    """Blocks as wide as rows go, and tiles of as many groups as their width allows."""
+    block = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+    if block > LANES:
+        block = LANES if -(-rows // LANES) % 2 else 2 * LANES
+    split = policy_head.mesh_axis is not None
+    shifted = split and policy_head.slice_size % GROUP_SIZE != 0
+    width = max(policy_head.width, ref_head.width) * policy_head.weight.dtype.itemsize
+    groups = 1 if shifted else groups or min(max(_TILE_BYTES // (width * GROUP_SIZE), 1), _MAX_GROUPS)
+    return Layout(
+        policy_head=policy_head,
+        ref_head=ref_head,
+        shared=policy_head.same_map(ref_head),
+        temperature=temperature,
+        split=split,
+        shifted=shifted,
+        whole_tiles=None if split else num_valid_tokens // (groups * GROUP_SIZE),
+        groups=groups,
+        block=block,
+        blocks=-(-rows // block),
+    )
