@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -152,8 +153,7 @@ def work(case: Case, side: str) -> Work:
     if case.kernel == "tokamax":
         return tokamax(case), [hidden, weight, ids]
     folder = "mixture_sampling" if case.sampler else case.kernel
-    module = "fused" if (case.kernel, side) == ("preference_loss", "xla") else side
-    call = getattr(import_module(f"fastpref.kernels.{folder}.{module}"), case.kernel)
+    call = import_module(f"fastpref.kernels.{folder}").IMPLEMENTATIONS[side].call
 
     def head(weight: jax.Array) -> Head:
         return Head(weight, case.vocab_axis, soft_cap=model.soft_cap)
@@ -462,7 +462,8 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
         for found in ours:
             for kernel in next(iter(found["sides"].values())).get("kernels", []):
                 parts = ", ".join(f"{bundles} / {matmul:.0f} × {runs}" for bundles, matmul, runs in kernel["regions"])
-                lines.append(f"- {found['case']}, `{kernel['name']}`: {parts}")
+                guesses = f"; {kernel['guesses']} guesses" if kernel["guesses"] else ""
+                lines.append(f"- {found['case']}, `{kernel['name']}`: {parts}{guesses}")
         lines += ["", "</details>", ""]
     return lines
 
@@ -521,7 +522,9 @@ grid runs on one of them, here with half the bandwidth, while floors are those o
 
 **Asked on v5e.** B ≤ 128: HBM binds, at most 1.05 of the floor; B = 256: at most 1.15 of the matmul time. N = 16384: of
 the floor at least 92 % at Llama-3-8B and 85 % at T5-L and with a frozen head. No spills in any loop. Memory: temporary
-HBM at most 5 % of 4NV bytes plus the gradient of the hidden states in float32. Not slower than XLA by either estimate.
+HBM at most 5 % of 4NV bytes plus the gradient of the hidden states in float32. Not slower than XLA by either estimate:
+out of reach, forward and backward, where XLA has room to keep the logits, since it then needs three products for the
+four that it takes to compute them again.
 """
 
 
@@ -531,12 +534,16 @@ def main() -> int:
     parser.add_argument("--only", default="", help="regular expression that the name of a case must match")
     parser.add_argument("--write", action="store_true", help="update bench/results/tpu_compiled.md and .json")
     options = parser.parse_args()
+    sys.path.append(str(Path(sys.prefix) / "libtpu"))
+    if find_spec("libtpu") is None:
+        parser.error("libtpu, the TPU's compiler, is missing: `make test` installs it, or install it with pip")
     jax.config.update("jax_platforms", "cpu")
     flags = [f"dump_to={DUMP}", "dump_llo_text=true", f"dump_llo_pass_label_regex={PASSES}"]
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "LIBTPU_INIT_ARGS": " ".join(f"--xla_jf_{flag}" for flag in flags),
     }
     jobs = [(case, name) for name in options.chip or CHIPS for case in CASES if re.search(options.only, case.name)]

@@ -237,7 +237,7 @@ def _instruction(found: re.Match[str]) -> _Instruction:
     elif kind == "sbr":
         label, rest = rest.split("$region")[1].strip(), ""
     elif kind == "inlined_call_operand":
-        rest = ("#value" if "<no" in suffixes else "#operand") + re.findall(r"index: (\d+)", rest)[0]
+        rest = ("#value" if "<no" in suffixes else "#operand") + re.findall(r"index: (-?\d+)", rest)[0]
     elif kind == "sst":
         rest = rest.replace("]] ", "]], ")
     elif kind == "sld" and (behind := re.search(r"\((!?)%(\w+)\)\s*$", rest)):
