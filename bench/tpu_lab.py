@@ -507,10 +507,10 @@ often it runs. **VMEM** is what the kernel allocates, spills included; temporary
 **XLA.** `reference` is ordinary JAX with all logits at once, for the same chip; where those do not compile, `xla`, in
 chunks. Of its schedule: each operation's schedule is run in the same way, operations follow one another, and
 asynchronous copies overlap with them. Less certain than for kernels: where a size or a condition depends on data the
-branch is taken to run, and copies of unknown size count for nothing; for an operation whose schedule is too long to
-be run ({unread} of the {programs} programs have one) the compiler's own estimate of its cycles stands in. The next
-figure is `cost_analysis()["optimal_seconds"]`: none where it is negative, or the program has loops, whose bodies it
-counts once.
+branch is taken to run, copies of unknown size count for nothing, and a loop of unknown length for one turn, all of
+which flatters XLA; for an operation whose schedule is too long to be run ({unread} of the {programs} programs have one)
+the compiler's own estimate of its cycles stands in. The next figure is `cost_analysis()["optimal_seconds"]`: none where
+it is negative, or the program has loops, whose bodies it counts once.
 
 **Uncertain for both.** No latency of a copy, no stall of the vector units, no conflict of banks: real times are longer,
 most where a schedule has no slack. For six loops of XLA's sampler (T5-L, B = 128, v5e) the compiler's own static
