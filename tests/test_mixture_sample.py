@@ -182,6 +182,55 @@ def test_draws_have_the_distribution_of_the_mixture(vocab: int, temperature: flo
     assert p_value(beta + 0.1) < 1e-6
 
 
+@pytest.mark.slow
+def test_ten_million_draws_from_a_large_vocabulary() -> None:
+    """Down to tokens of probability 10⁻⁹, which coarse uniforms draw too often or never.
+
+    A draw is what the two levels of noise make of fixed logits, so it costs 763 random numbers instead of all logits
+    anew; that it is the kernel's draw is checked on the first of them.
+    """
+    vocab, batch, batches = 128256, 20_000, 500
+    case = Case(vocab, rows=1, width=4, scale=2.0)
+    logits = jnp.asarray(true_logits(make_hidden(case), make_head(case))[0], jnp.float32)
+    groups = -(-vocab // 512)
+    padded = jnp.pad(logits, (0, groups * 512 - vocab), constant_values=-jnp.inf).reshape(groups, 512)
+    lse = jax.nn.logsumexp(padded, axis=1)
+
+    @jax.jit
+    def draws(first: Array) -> Array:
+        keys = noise.row_keys(KEY, first + jnp.arange(batch), 0)
+        group_noise, token_noise = noise.gumbel(keys, jnp.arange(groups), jnp.arange(512))
+        group = jnp.argmax(lse[None, :] + group_noise, axis=1)
+        return group * 512 + jnp.argmax(padded[group] + token_noise, axis=1)
+
+    few = 64
+    kernel = compiled(
+        jnp.repeat(make_hidden(case), few, axis=0), make_head(case), jnp.repeat(make_hidden(case), few, axis=0),
+        make_head(case), mixture_beta=0.0, key=KEY, row_ids=jnp.arange(few), step=0, implementation="xla",
+    )  # fmt: skip
+    np.testing.assert_array_equal(kernel.token, draws(jnp.int32(0))[:few])
+
+    counts = np.zeros(vocab, np.int64)
+    for number in range(batches):
+        counts += np.bincount(draws(jnp.int32(number * batch)), minlength=vocab)
+    total = batch * batches
+    probability = np.exp(true_log_softmax(np.asarray(logits, np.float64)))
+    order = np.argsort(-probability)
+    expected, observed = total * probability[order], counts[order]
+    # Bins of tokens of like probability, each with an expectation of at least 50; the last ones are the tail.
+    edges = np.unique(np.searchsorted(np.cumsum(expected), np.linspace(0, total, 2000)))
+    tail = np.flatnonzero(expected < 1.0)
+    edges = np.unique(np.concatenate([edges[edges < tail[0]], np.linspace(tail[0], vocab, 20).astype(int)]))[:-1]
+    bins = np.add.reduceat(expected, edges), np.add.reduceat(observed, edges)
+    kept = bins[0] >= 50
+    assert kept[-3:].any()
+    folded = [np.append(one[kept], one[~kept].sum()) if (~kept).any() else one for one in bins]
+    folded[0] *= folded[1].sum() / folded[0].sum()
+    assert stats.chisquare(folded[1], folded[0]).pvalue > 1e-3
+    wrong = folded[0] * (1 + 0.01 * (np.arange(len(folded[0])) % 2 * 2 - 1))
+    assert stats.chisquare(folded[1], wrong * folded[1].sum() / wrong.sum()).pvalue < 1e-6
+
+
 @every_implementation
 @pytest.mark.parametrize("case", [SMALL[0], SMALL[3], LARGE[0]], ids=str)
 def test_temperature_zero_is_greedy(case: Case, implementation: str) -> None:
