@@ -217,16 +217,19 @@ def test_ten_million_draws_from_a_large_vocabulary() -> None:
     probability = np.exp(true_log_softmax(np.asarray(logits, np.float64)))
     order = np.argsort(-probability)
     expected, observed = total * probability[order], counts[order]
-    # Bins of tokens of like probability, each with an expectation of at least 50; the last ones are the tail.
-    edges = np.unique(np.searchsorted(np.cumsum(expected), np.linspace(0, total, 2000)))
-    tail = np.flatnonzero(expected < 1.0)
-    edges = np.unique(np.concatenate([edges[edges < tail[0]], np.linspace(tail[0], vocab, 20).astype(int)]))[:-1]
-    bins = np.add.reduceat(expected, edges), np.add.reduceat(observed, edges)
-    kept = bins[0] >= 50
-    assert kept[-3:].any()
-    folded = [np.append(one[kept], one[~kept].sum()) if (~kept).any() else one for one in bins]
-    folded[0] *= folded[1].sum() / folded[0].sum()
-    assert stats.chisquare(folded[1], folded[0]).pvalue > 1e-3
+    # Bins of tokens of like probability: equal parts of the mass, and equal parts of what is in the tail.
+    tail = int(np.argmax(expected < 1.0))
+    parts = [
+        first + np.searchsorted(np.cumsum(mass), np.linspace(0, mass.sum(), count, endpoint=False))
+        for first, mass, count in ((0, expected[:tail], 2000), (tail, expected[tail:], 10))
+    ]
+    edges = np.unique(np.concatenate(parts))
+    folded = [np.add.reduceat(one, edges) for one in (expected, observed)]
+    assert folded[0][-1] >= 50
+    assert edges[-1] > tail
+    assert stats.chisquare(folded[1], folded[0] * folded[1].sum() / folded[0].sum()).pvalue > 1e-3
+    drawn_of_tail = observed[tail:].sum()
+    assert abs(drawn_of_tail - expected[tail:].sum()) < 4 * np.sqrt(expected[tail:].sum())
     wrong = folded[0] * (1 + 0.01 * (np.arange(len(folded[0])) % 2 * 2 - 1))
     assert stats.chisquare(folded[1], wrong * folded[1].sum() / wrong.sum()).pvalue < 1e-6
 
