@@ -288,8 +288,8 @@ def _execute(step: _Instruction, machine: _Machine, place: int) -> str | None:
     """Run one instruction, so many bundles into its region; the label to go to, if it is a branch that is taken."""
     values = machine.values
     flag = step.wanted if step.condition is None else values.get(step.condition)
+    machine.guesses += flag is None and step.kind.startswith(("sbr", "dma"))
     if step.label is not None:
-        machine.guesses += flag is None
         return step.label if flag == step.wanted else None
     if flag == step.wanted or (flag is None and step.old is None):
         result = _result(step, machine, place)
