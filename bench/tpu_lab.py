@@ -358,7 +358,7 @@ def row(case: Case, name: str) -> dict[str, Any]:
             sides[side] = {"error": f"not here: {error}"}
         except Exception as error:
             # Whatever stops the compiler is a result.
-            sides[side] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
+            sides[side] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     versions = {package: version(package) for package in ("jax", "libtpu")}
     return {"chip": name, "case": case.name, "floor": case.floor(chip), **versions, "sides": sides}
 
@@ -368,8 +368,11 @@ def share(case: Case, found: dict[str, Any], ours: dict[str, Any]) -> float:
     return float(found["floor"] / (ours["kernels"][0]["seconds"] if case.sampler else ours["seconds"]))
 
 
-def asked(case: Case, found: dict[str, Any], ours: dict[str, Any]) -> dict[str, bool]:
+def asked(case: Case, found: dict[str, Any]) -> dict[str, bool]:
     """What a case has to reach on v5e, and whether it does."""
+    ours = found["sides"].get("tpu", {"error": "not ours"})
+    if found["chip"] != "v5e" or "error" in ours:
+        return {}
     reached, kernels = share(case, found, ours), ours["kernels"]
     results = {"no spills": not any(kernel["spills"] for kernel in kernels)}
     if case.sampler and case.rows <= 128:
@@ -410,19 +413,24 @@ def mebibytes(count: int) -> str:
     return f"{count / 2**20:.4g} MiB"
 
 
+def fault(error: str) -> str:
+    memory = re.search(r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", error)
+    return f"does not fit: {memory[1]} GiB of temporaries, {memory[2]} GiB of HBM" if memory else error
+
+
 def cells(case: Case, found: dict[str, Any]) -> list[str]:
     """One line of a table: our side, the others, what is asked."""
-    (name, ours), *others = found["sides"].items()
+    (_, ours), *others = found["sides"].items()
     start = [case.name.partition(", ")[2], duration(found["floor"])]
     theirs = "<br>".join(
-        f"{other}: {side['error']}"
+        f"{other}: {fault(side['error'])}"
         if "error" in side
         else f"{other}: {duration(side['seconds'])}, {duration(side['optimal'])}, {mebibytes(side['temporary'])}"
         for other, side in others
     )
     if "error" in ours:
-        return [*start, ours["error"], *[""] * 7, theirs, ""]
-    kernels, limits = ours["kernels"], asked(case, found, ours) if (found["chip"], name) == ("v5e", "tpu") else {}
+        return [*start, fault(ours["error"]), *[""] * 7, theirs, ""]
+    kernels, limits = ours["kernels"], asked(case, found)
     spills = [f"{one} + {two}, {runs}×" for kernel in kernels for runs, one, two in kernel["spills"]]
     return [
         *start,
@@ -454,6 +462,10 @@ def markdown(rows: list[dict[str, Any]]) -> list[str]:
         lines += [
             f"{chip.flops / 1e12:.0f} TFLOP/s, {chip.bandwidth / 1e9:.0f} GB/s, {chip.clock / 1e9:.2f} GHz{cores}."
         ]
+        limits = [item for found in ours for item in asked(cases[found["case"]], found).items()]
+        for text in dict.fromkeys(text for text, _ in limits):
+            results = [holds for other, holds in limits if other == text]
+            lines += [""] * (text == limits[0][0]) + [f"- {text}: {sum(results)} of {len(results)}"]
         for kernel in dict.fromkeys(cases[found["case"]].kernel for found in ours):
             chosen = [found for found in ours if cases[found["case"]].kernel == kernel]
             table = [COLUMNS, ["---"] * len(COLUMNS), *(cells(cases[found["case"]], found) for found in chosen)]
