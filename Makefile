@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SITE := build/site-$(notdir $(VENV))
 
-.PHONY: demo test lint bench setup clean
+.PHONY: demo test lint bench lab setup clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -36,6 +36,10 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m pytest bench -o addopts= --benchmark-columns=min,median,iqr,rounds
+
+# Needs no TPU: compiles for three of them and reads the compiler's schedules.
+lab: setup $(VENV)/libtpu
+	$(BIN)/python bench/tpu_lab.py --write
 
 clean:
 	rm -rf .venv* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

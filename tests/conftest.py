@@ -1,6 +1,7 @@
 """Strictness for every test: no implicit dtype promotion, no silent broadcasting of ranks."""
 
 import os
+from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
 
@@ -18,8 +19,15 @@ settings.register_profile("fastpref", deadline=None, derandomize=True, print_blo
 settings.load_profile("fastpref")
 
 
+@pytest.fixture(scope="module")
+def programs_of_a_module() -> Iterator[None]:
+    """Forget compiled programs afterwards: interpreted kernels are large, and a process may hold so many only."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
-def interpreted_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def interpreted_tpu(programs_of_a_module: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let "tpu" run here, in Pallas's interpreter, with fewer and longer steps: its time is that of compiling them."""
     sampler, logprobs = (
         import_module(f"fastpref.kernels.{name}.tpu") for name in ("mixture_sampling", "token_logprobs")

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from fastpref.kernels.head import Head
-from fastpref.kernels.mixture_sampling.sample import GROUP_SIZE
+from fastpref.kernels.mixture_sampling.sample import GROUP_SIZE, groups_of
 from fastpref.kernels.vmem import LANES, SUBLANES, tile_bytes
 
 ROW_MULTIPLE = 16
 """Rows of a bfloat16 register."""
 _MAX_GROUPS = 4
 """Groups of a tile: more make long programs and stream no better."""
+_STEP = 0.05
+"""What a grid step costs besides, in groups."""
 _TILE_BYTES = 4 << 20
 """Weights of one head that a grid step streams, about: 5 µs on a v5e, far above what a step costs to start."""
 
@@ -30,8 +32,8 @@ class Layout:
     """Slices do not begin with a group, so groups straddle tiles of one group each."""
     groups: int
     """Groups of a tile."""
-    whole_tiles: int | None
-    """Tiles before the first that is masked; None where that depends on the device."""
+    whole_groups: int | None
+    """Groups before the first that is masked; None where that depends on the device."""
     block: int
     """Rows of hidden states that one grid step takes."""
     blocks: int
@@ -46,6 +48,17 @@ class Layout:
     def tiles(self) -> int:
         """Tiles of the weights."""
         return -(-self.policy_head.slice_size // self.tile)
+
+    @property
+    def whole_tiles(self) -> int | None:
+        """Tiles before the first that is masked; None where that depends on the device."""
+        return None if self.whole_groups is None else self.whole_groups // self.groups
+
+    def masks(self, group: int) -> bool:
+        """Whether this group of a masked tile is masked: those before the first that is need not be."""
+        if self.whole_groups is None or self.whole_tiles != self.steps - 1:
+            return True
+        return group >= self.whole_groups % self.groups
 
     @property
     def steps(self) -> int:
@@ -82,6 +95,12 @@ class Layout:
         return weights + hidden + logits + state
 
 
+def _groups(vocab: int, width: int) -> int:
+    """Groups of a tile: as many as its bytes allow, unless fewer leave less of the last tile empty."""
+    most = min(max(_TILE_BYTES // (width * GROUP_SIZE), 1), _MAX_GROUPS)
+    return min(range(1, most + 1), key=lambda groups: -(-groups_of(vocab) // groups) * (groups + _STEP))
+
+
 def layout_of(
     rows: int, policy_head: Head, ref_head: Head, temperature: float, num_valid_tokens: int, groups: int | None
 ) -> Layout:
@@ -92,7 +111,7 @@ def layout_of(
     split = policy_head.mesh_axis is not None
     shifted = split and policy_head.slice_size % GROUP_SIZE != 0
     width = max(policy_head.width, ref_head.width) * policy_head.weight.dtype.itemsize
-    groups = 1 if shifted else groups or min(max(_TILE_BYTES // (width * GROUP_SIZE), 1), _MAX_GROUPS)
+    groups = 1 if shifted else groups or _groups(policy_head.slice_size, width)
     return Layout(
         policy_head=policy_head,
         ref_head=ref_head,
@@ -100,7 +119,7 @@ def layout_of(
         temperature=temperature,
         split=split,
         shifted=shifted,
-        whole_tiles=None if split else num_valid_tokens // (groups * GROUP_SIZE),
+        whole_groups=None if split else num_valid_tokens // GROUP_SIZE,
         groups=groups,
         block=block,
         blocks=-(-rows // block),

@@ -129,7 +129,7 @@ def _tile(layout: Layout, refs: Refs, tile: Any, block: Any, masked: bool) -> No
         for number, lanes in enumerate(layout.lanes):
             unit = group * len(layout.lanes) + number
             _products(layout, refs, group, block, lanes, unit)
-            _group(layout, refs, tile, group, block, lanes, unit, masked)
+            _group(layout, refs, tile, group, block, lanes, unit, masked and layout.masks(group))
 
 
 def _products(layout: Layout, refs: Refs, group: int, block: Any, lanes: slice, unit: int) -> None:

@@ -136,7 +136,8 @@ def loop(count: int, body: Any) -> None:
 
 def units_at_once(head: Head, units: int) -> int:
     """Units that stand in one straight piece of code, each product beside the work on the logits before it."""
-    return 2 if head.width < _NARROW and units % 2 == 0 else 1
+    narrow = _NARROW if head.soft_cap is None else 2 * _NARROW
+    return 2 if head.width < narrow and units % 2 == 0 else 1
 
 
 def by_unit(units: int, side: int, unit: Any) -> None:

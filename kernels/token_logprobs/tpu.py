@@ -19,23 +19,27 @@ class Compacted(NamedTuple):
 
     order: Int[Array, " M"]
     """Row numbers; N for the rows behind."""
+    places: Int[Array, " N"]
+    """Where each row stands in that order; M for those that do not count."""
     total: Int[Array, ""]
     """How many count."""
 
     @classmethod
     def of(cls, where: Bool[Array, " N"], block: int) -> "Compacted":
         """Order of the rows, padded to a multiple of `block`."""
-        rows, count = where.shape[0], jnp.sum(where, dtype=jnp.int32)
+        rows, total = where.shape[0], jnp.sum(where, dtype=jnp.int32)
         order = jnp.pad(jnp.argsort(~where, stable=True).astype(jnp.int32), (0, -rows % block))
-        return cls(jnp.where(jnp.arange(order.shape[0]) < count, order, rows), count)
+        order = jnp.where(jnp.arange(order.shape[0]) < total, order, rows)
+        places = jnp.where(where, jnp.cumsum(where, dtype=jnp.int32) - 1, order.shape[0])
+        return cls(order, places, total)
 
     def take(self, values: Array) -> Array:
         """Values of the rows in this order, 0 behind those that count."""
         return values.at[self.order].get(mode="fill", fill_value=0)
 
-    def put(self, values: Array, rows: int) -> Array:
+    def put(self, values: Array) -> Array:
         """Values back at the places of their rows, 0 at the others."""
-        return jnp.zeros((rows, *values.shape[1:]), values.dtype).at[self.order].set(values, mode="drop")
+        return values.at[self.places].get(mode="fill", fill_value=0)
 
 
 def token_logprobs(
@@ -70,7 +74,7 @@ def forward(
     lse, picked = forward_pass.forward(states, sliced, ids, count, tiles, interpret)
     lse, picked = lse_over_slices(head, lse), sum_over_slices(head, picked)
     picked = known_or_nan(head, rows.take(targets), picked)
-    return rows.put(picked - lse, hidden.shape[0]), rows.put(lse, hidden.shape[0])
+    return rows.put(picked - lse), rows.put(lse)
 
 
 def backward(
@@ -93,7 +97,7 @@ def backward(
     in_hidden, in_weight = backward_pass.backward(states, sliced, ids, lse, coefficients, total, tiles, interpret)
     in_hidden = sum_over_slices(head, in_hidden)
     # Nothing was written behind the last block with rows that count; `put` leaves that out.
-    in_hidden = rows.put(in_hidden.astype(hidden.dtype), hidden.shape[0])
+    in_hidden = rows.put(in_hidden).astype(hidden.dtype)
     return gradient_like(in_hidden, hidden), gradient_like(in_weight, head.weight)
 
 
@@ -119,8 +123,8 @@ def forward_with_gradient(
     chosen = head.weight.at[(chosen,) if head.vocab_axis == 0 else (slice(None), chosen)].get(mode="fill", fill_value=0)
     chosen = (chosen if head.vocab_axis == 0 else chosen.T).astype(jnp.float32)
     gradient = slope[:, None] * chosen - jnp.exp(slice_lse - lse)[:, None] * mean
-    gradient = rows.put(sum_over_slices(head, gradient), hidden.shape[0])
-    return rows.put(picked - lse, hidden.shape[0]), gradient
+    gradient = rows.put(sum_over_slices(head, gradient))
+    return rows.put(picked - lse), gradient
 
 
 def _oriented(hidden: Float[Array, "N D"], head: Head) -> Float[Array, "..."]:
