@@ -72,7 +72,7 @@ class Head:
     def first_id(self) -> Int[Array, ""]:
         """Token id of the first row that `weight` holds."""
         shard = 0 if self.mesh_axis is None else jax.lax.axis_index(self.mesh_axis)
-        return jnp.int32(shard * self.slice_size)
+        return jnp.asarray(shard * self.slice_size, jnp.int32)
 
     def whole(self) -> "Head":
         """The head with all its rows on every device."""
