@@ -15,10 +15,10 @@ from flax import nnx
 
 from fastpref import learner, loop, optimizers, reporting
 from fastpref.algorithms import ALGORITHMS
-from fastpref.config import ConfigError, TrainConfig, to_json, value_at
+from fastpref.config import TrainConfig, to_json, value_at
 from fastpref.data import DropReport, PromptBatcher, read_records, tokenize_prompts
-from fastpref.evaluation import win_rate
-from fastpref.generation import Written, decode, generate_jit, num_valid_tokens, write
+from fastpref.generation import decode, generate_jit, num_valid_tokens
+from fastpref.held_out import HeldOut
 from fastpref.judging import Judge, ask
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
 from fastpref.records import Completions, PairBatch, PromptBatch
@@ -128,7 +128,7 @@ def train(
     # The learner donates its buffers, and these are still the caller's.
     params = jax.tree.map(jnp.copy, start)
     checks = [record.prompt for record in read_records(eval_prompts)[0]][: config.eval_prompts]
-    held_out = _HeldOut(ref, checks, eval_judge or judge, config)
+    held_out = HeldOut(ref, checks, eval_judge or judge, config)
 
     def current(parameters: Any) -> LanguageModel:
         return dataclasses.replace(policy, module=nnx.merge(definition, jax.tree.map(jnp.copy, parameters)))
@@ -270,44 +270,6 @@ class _Clock:
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.laps[name], self._last = now - self._last, now
-
-
-class _HeldOut:
-    """Held-out comparisons with the reference, whose completions are written once."""
-
-    def __init__(self, ref: LanguageModel, prompts: list[str], judge: Judge, config: TrainConfig) -> None:
-        if config.eval_every and len(prompts) < 2:
-            raise ConfigError(
-                f"eval_every={config.eval_every} needs at least 2 eval_prompts, but received {len(prompts)}. "
-                "Pass held-out prompts, or set eval_every=0."
-            )
-        self.ref, self.prompts, self.judge, self.config = ref, prompts, judge, config
-        self._baseline: list[str] | None = None
-
-    def _write(self, model: LanguageModel, seed: int) -> Written:
-        return write(
-            model,
-            self.prompts,
-            ref=self.ref,
-            seed=seed,
-            max_new_tokens=self.config.max_new_tokens,
-            max_prompt_tokens=self.config.max_prompt_tokens,
-            temperature=self.config.temperature,
-            batch_size=2 * self.config.batch_size,
-        )
-
-    def measure(self, policy: LanguageModel) -> dict[str, float]:
-        if self._baseline is None:
-            self._baseline = [text for (text,) in self._write(self.ref, 1).texts]
-        written = self._write(policy, 0)
-        compared = win_rate(self.prompts, [text for (text,) in written.texts], self._baseline, self.judge)
-        return {
-            "eval/win_rate": compared.value,
-            "eval/win_rate_low": compared.low,
-            "eval/win_rate_high": compared.high,
-            "eval/kl": float((written.policy_logps - written.ref_logps).mean()),
-            "eval/mean_length": float(written.lengths.mean()),
-        }
 
 
 def _judge(
