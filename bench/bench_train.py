@@ -96,7 +96,7 @@ def stepper(model: LanguageModel, config: TrainConfig, chain: Any, compiling: di
         "num_valid_tokens": num_valid_tokens(model),
         "temperature": config.temperature,
     }
-    learning = {"optimizer": chain, "loss": algorithm.loss}
+    learning = {"optimizer": chain, "algorithm": algorithm}
 
     def take() -> Any:
         return next(batcher)
@@ -132,6 +132,7 @@ def stepper(model: LanguageModel, config: TrainConfig, chain: Any, compiling: di
             completion_lengths=completions.lengths,
             ref_logps=completions.ref_logps,
             preference=preference,
+            scores=np.zeros_like(completions.ref_logps),
             where=(completions.tokens[:, 0] != completions.tokens[:, 1]).any(-1),
         )
         update = (definition, params, opt_state, pairs, np.float32(value_at(config.tau, 0)))

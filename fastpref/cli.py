@@ -24,7 +24,7 @@ USER_ERRORS = (JudgeError, CheckpointError, DivergedError, ValueError, OSError)
 """What ends a command with one line instead of a traceback."""
 
 KEYS: dict[str, tuple[str, ...]] = {
-    "train": ("policy", "prompts", "judge", "run_dir", "ref", "eval_prompts", "eval_judge", "settings"),
+    "train": ("policy", "prompts", "judge", "run_dir", "ref", "behaviour", "eval_prompts", "eval_judge", "settings"),
     "sft": ("policy", "data", "run_dir", "held_out", "settings"),
     "preference": ("policy", "data", "run_dir", "held_out", "kind", "settings"),
     "evaluate": ("policy", "baseline", "prompts", "judge", "output", "settings"),
@@ -32,7 +32,7 @@ KEYS: dict[str, tuple[str, ...]] = {
 """Keys of each command's TOML file; `settings` is a table."""
 
 REQUIRED: dict[str, tuple[str, ...]] = {
-    "train": ("policy", "prompts", "judge", "run_dir"),
+    "train": ("policy", "prompts", "run_dir"),
     "sft": ("policy", "data", "run_dir"),
     "preference": ("policy", "data", "run_dir"),
     "evaluate": ("policy", "baseline", "prompts", "judge"),
@@ -115,16 +115,17 @@ def _toml_value(text: str) -> Any:
 
 
 def _train(values: Mapping[str, Any]) -> None:
-    eval_judge = values.get("eval_judge")
+    judge, eval_judge = (None if name not in values else load_judge(values[name]) for name in ("judge", "eval_judge"))
     result = train(
         values["policy"],
         values["prompts"],
-        load_judge(values["judge"]),
+        judge,
         from_mapping(TrainConfig, values.get("settings", {})),
         ref=values.get("ref"),
+        behaviour=values.get("behaviour"),
         run_dir=values["run_dir"],
         eval_prompts=values.get("eval_prompts", ()),
-        eval_judge=None if eval_judge is None else load_judge(eval_judge),
+        eval_judge=eval_judge,
     )
     print(f"{result.report}\nThe aligned policy is in {Path(values['run_dir']) / 'policy'}.")
 
@@ -192,7 +193,7 @@ def _evaluate(values: Mapping[str, Any]) -> None:
 COMMANDS: dict[str, tuple[Callable[[Mapping[str, Any]], None], str]] = {
     "sft": (_sft, "fine-tune a language model on prompt, completion"),
     "preference": (_preference, "train a preference or reward model on prompt, chosen, rejected"),
-    "train": (_train, "align a policy with a judge's preferences, online"),
+    "train": (_train, "align a policy: online with a judge, or offline with recorded pairs"),
     "evaluate": (_evaluate, "compare two policies side by side"),
 }
 

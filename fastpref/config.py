@@ -2,84 +2,17 @@
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
-import jax.numpy as jnp
-from jax import Array
-
-from fastpref.algorithms import ALGORITHMS
+from fastpref.algorithms import ALGORITHMS, Algorithm
+from fastpref.schedules import ConfigError as ConfigError
+from fastpref.schedules import Schedule, Value, bounds
+from fastpref.schedules import require as _require
+from fastpref.schedules import value_at as value_at
 
 OPTIMIZERS = ("adafactor", "adamw")
-
-
-class ConfigError(ValueError):
-    """A setting breaks its rule. The message says the rule, what was received, and the remedy."""
-
-
-def _require(holds: bool, rule: str, received: object, remedy: str) -> None:
-    if not holds:
-        raise ConfigError(f"{rule}, but received {received!r}. {remedy}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """A value that goes from `start` to `end` in the first `steps` steps, then stays.
-
-    Args:
-      start: value at step 0.
-      end: value from step `steps` on.
-      steps: length of the change, in training steps, at least 1.
-      kind: "linear", or "cosine" for half a cosine wave.
-
-    Raises:
-      ConfigError: steps below 1, an unknown kind, or a value that is not finite.
-    """
-
-    start: float
-    end: float
-    steps: int
-    kind: str = "linear"
-
-    def __post_init__(self) -> None:
-        for name in ("start", "end"):
-            _require(
-                math.isfinite(getattr(self, name)), f"{name} must be finite", getattr(self, name), "Give a number."
-            )
-        _require(
-            self.steps >= 1, "steps of a schedule must be at least 1", self.steps, "Give the length of the change."
-        )
-        _require(
-            self.kind in ("linear", "cosine"), "kind must be 'linear' or 'cosine'", self.kind, "Choose one of them."
-        )
-
-    def __call__(self, step: int | Array) -> Array:
-        """The value at `step`, a float32 scalar; `step` may be traced."""
-        progress = jnp.clip(jnp.asarray(step, jnp.float32) / self.steps, 0.0, 1.0)
-        if self.kind == "cosine":
-            progress = (1 - jnp.cos(jnp.pi * progress)) / 2
-        return self.start + (self.end - self.start) * progress
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Smallest and largest value taken."""
-        return min(self.start, self.end), max(self.start, self.end)
-
-
-Value = float | Schedule
-"""A constant, or a schedule over training steps."""
-
-
-def value_at(value: Value, step: int) -> float:
-    """The value at a training step, as a Python float."""
-    return float(value(step)) if isinstance(value, Schedule) else float(value)
-
-
-def bounds(value: Value) -> tuple[float, float]:
-    """Smallest and largest value taken over a run."""
-    return value.bounds if isinstance(value, Schedule) else (value, value)
 
 
 def _check_optimizer(config: "TrainConfig | SupervisedConfig") -> None:
@@ -120,23 +53,30 @@ class TrainConfig:
 
     Args:
       algorithm: a name in `fastpref.ALGORITHMS`.
-      tau: τ > 0, strength of the regularisation towards the reference; a number or a `Schedule`.
+      tau: τ > 0, strength of the regularisation towards the reference; a number or a `Schedule`. Where η is the
+        strength of the loss, τ = 0 takes the reference out of it ("INPO without KL").
+      eta: η ≥ τ, INPO's and SPPO's pull towards π_t; a number or a `Schedule`; None for 3τ (INPO, appendix B).
       mixture_beta: β in [0, 1], weight of the reference in the sampling mixture; a number or a `Schedule`.
         Read only by algorithms that sample from the mixture.
+      mixture_partner: "ref", or "behaviour": the mixture is then π^(1−β)·μ^β with the model passed as `behaviour`.
+      completions: K, of algorithms that choose a pair from K completions; None for the algorithm's own number.
+      rounds: T, of algorithms that sample from π_t: so many times, at even distances, π_t becomes π.
+      baseline: of algorithms with a reward: "none", or "batch" to subtract the mean reward of the batch's other
+        completions, which changes the variance alone.
       steps: optimiser updates.
-      batch_size: prompts per update; each gives one pair.
+      batch_size: prompts per update; each gives one pair, or one completion where only that is learned from.
       gradient_accumulation: the learner sees the batch in this many parts, whose gradients are averaged over pairs;
         must divide batch_size.
       max_prompt_tokens: longer prompts are handled as `overlong` says.
       overlong: "drop" (counted), "truncate" (keeps the first tokens) or "raise".
       max_shapes: at most so many padded prompt widths, each of which is compiled once.
-      max_new_tokens: T, longest completion, EOS included.
+      max_new_tokens: T, longest completion, EOS included; longer recorded ones are handled as `overlong` says.
       temperature: of the draw; the losses assume 1.
       optimizer: "adafactor" (decay 0.8) or "adamw".
       learning_rate: a number or a `Schedule`.
       max_grad_norm: clip the global gradient norm to this; None for no clipping.
       length_normalize: use averages of token log-probs instead of sums, which is not the paper; τ then means about
-        |y| times more.
+        |y| times more. For contrastive losses only.
       rescore_reference: score completions by a forward pass of the reference instead of using what sampling collected.
       seed: of prompt order and noise.
       checkpoint_every: steps between checkpoints; the last step is always saved.
@@ -151,7 +91,12 @@ class TrainConfig:
 
     algorithm: str = "ipo-md"
     tau: Value = 1.0
+    eta: Value | None = None
     mixture_beta: Value = 0.125
+    mixture_partner: str = "ref"
+    completions: int | None = None
+    rounds: int = 3
+    baseline: str = "none"
     steps: int = 1000
     batch_size: int = 32
     gradient_accumulation: int = 1
@@ -179,12 +124,7 @@ class TrainConfig:
             self.algorithm,
             _nearest(self.algorithm, ALGORITHMS),
         )
-        _require(
-            bounds(self.tau)[0] > 0,
-            "tau must be above 0",
-            self.tau,
-            "It is the strength of the pull towards the reference; the paper's default is 1.",
-        )
+        _check_strength(self)
         low, high = bounds(self.mixture_beta)
         _require(
             low >= 0 and high <= 1,
@@ -194,6 +134,7 @@ class TrainConfig:
         )
         _check_positive(
             self,
+            "rounds",
             "steps",
             "batch_size",
             "gradient_accumulation",
@@ -217,9 +158,110 @@ class TrainConfig:
             self.overlong,
             "Choose what happens to prompts above max_prompt_tokens.",
         )
+        _check_algorithm(self)
         _require(self.temperature > 0, "temperature must be above 0", self.temperature, "The losses assume 1.")
         _require(self.eval_every >= 0, "eval_every must not be negative", self.eval_every, "0 switches it off.")
         _check_optimizer(self)
+
+    @property
+    def row(self) -> Algorithm:
+        """The algorithm that is named."""
+        return ALGORITHMS[self.algorithm]
+
+    @property
+    def num_completions(self) -> int:
+        """K, completions drawn for each prompt."""
+        return len(self.row.writers) if self.completions is None else self.completions
+
+    @property
+    def round_steps(self) -> int:
+        """Steps of a round; the last may have fewer."""
+        return -(-self.steps // self.rounds)
+
+    def strengths(self, step: int) -> tuple[float, float]:
+        """τ and η at a training step."""
+        tau = value_at(self.tau, step)
+        return tau, 3 * tau if self.eta is None else value_at(self.eta, step)
+
+
+def _check_strength(config: TrainConfig) -> None:
+    low, high = bounds(config.tau)
+    if config.row.strength == "tau":
+        _require(
+            low > 0,
+            "tau must be above 0",
+            config.tau,
+            "It is the strength of the pull towards the reference; the paper's default is 1.",
+        )
+        return
+    _require(low >= 0, "tau must not be negative", config.tau, "0 leaves the reference out of the loss.")
+    least = low if config.eta is None else bounds(config.eta)[0]
+    _require(least > 0, "eta must be above 0", config.eta, "Set it where tau is 0; left out, it is 3 tau.")
+    _require(
+        config.row.anchor != "both" or config.eta is None or high <= least,
+        f"eta must not be below tau ({config.tau!r}), so that no exponent of {config.algorithm} is negative",
+        config.eta,
+        "Raise eta or lower tau; INPO's tau is a third of eta.",
+    )
+
+
+def _check_algorithm(config: TrainConfig) -> None:
+    row, name = config.row, config.algorithm
+    if config.completions is not None:
+        _require(
+            row.selects or config.completions == len(row.writers),
+            f"{name} draws {len(row.writers)} completions a prompt",
+            config.completions,
+            "Leave completions out; only algorithms that choose a pair from K of them read it.",
+        )
+        _require(
+            config.completions >= 2 or not row.selects,
+            f"{name} chooses a pair, so completions must be at least 2",
+            config.completions,
+            "INPO's is 8.",
+        )
+    _require(
+        config.mixture_partner in ("ref", "behaviour"),
+        "mixture_partner must be 'ref' or 'behaviour'",
+        config.mixture_partner,
+        "Choose the model that the policy is mixed with.",
+    )
+    _require(
+        config.mixture_partner == "ref" or "mixture" in row.writers,
+        f"mixture_partner must be 'ref' for {name}, which samples from no mixture",
+        config.mixture_partner,
+        "Leave it out, or choose ipo-md or nash-md-pg.",
+    )
+    _require(
+        config.baseline in ("none", "batch"),
+        "baseline must be 'none' or 'batch'",
+        config.baseline,
+        "Choose one of them.",
+    )
+    _require(
+        config.baseline == "none" or row.judged_by == "reward",
+        f"baseline must be 'none' for {name}, which has no reward",
+        config.baseline,
+        "Leave it out, or choose rl.",
+    )
+    _require(
+        config.baseline == "none" or config.batch_size >= 2,
+        "batch_size must be at least 2 for a baseline of the batch's other completions",
+        config.batch_size,
+        "Raise it or leave the baseline out.",
+    )
+    _require(
+        not row.in_rounds or config.rounds <= config.steps,
+        f"rounds must not exceed steps ({config.steps})",
+        config.rounds,
+        "A round has at least one step.",
+    )
+    _require(
+        not config.length_normalize or row.contrastive,
+        f"length_normalize must be False for {name}, whose loss is of single completions",
+        config.length_normalize,
+        "Leave it out.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,31 +331,29 @@ def from_mapping(kind: type[Config], settings: Mapping[str, Any]) -> Config:
     Raises:
       ConfigError: an unknown key, with the nearest known one; a value of the wrong type; a broken rule.
     """
-    known = {entry.name: entry for entry in dataclasses.fields(kind)}
+    known = {entry.name: entry.default for entry in dataclasses.fields(kind)}
+    hints = get_type_hints(kind)
     values = {}
     for key, value in settings.items():
         _require(key in known, f"{kind.__name__} has no setting of that name", key, _nearest(key, known))
-        values[key] = _parse(key, value, known[key].default)
+        values[key] = _parse(key, value, get_args(hints[key]) or (hints[key],), known[key])
     return kind(**values)
 
 
-def _parse(key: str, value: Any, default: Any) -> Any:
-    if isinstance(value, Mapping):
+def _parse(key: str, value: Any, kinds: tuple[type, ...], default: Any) -> Any:
+    if isinstance(value, Mapping) and Schedule in kinds:
         names = {entry.name for entry in dataclasses.fields(Schedule)}
         _require(
             set(value) <= names and {"start", "end", "steps"} <= set(value),
-            f"{key} as a table must have start, end and steps, and may have kind",
+            f"{key} as a table must have start, end and steps, and may have kind, warmup and repeat",
             dict(value),
             "For a constant, write a number.",
         )
         return Schedule(**{**value, "start": float(value["start"]), "end": float(value["end"])})
-    wanted = type(default)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    if float in kinds and type(value) is int:
         return float(value)
-    if default is not None:
-        _require(
-            type(value) is wanted, f"{key} must be of type {wanted.__name__}", value, f"Its default is {default!r}."
-        )
+    wanted = " or ".join(kind.__name__ for kind in kinds if kind not in (Schedule, type(None)))
+    _require(type(value) in kinds, f"{key} must be of type {wanted}", value, f"Its default is {default!r}.")
     return value
 
 

@@ -1,6 +1,6 @@
-"""The Judge protocol, and the one place where a judge is asked and its answer checked."""
+"""What judges and rewards are, and the one place where they are asked and their answers checked."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -20,8 +20,19 @@ class Judge(Protocol):
         ...
 
 
+@runtime_checkable
+class Rewarder(Protocol):
+    """Anything that scores single completions, such as `fastpref.RewardModel`."""
+
+    def scores(
+        self, prompts: Sequence[str], completions: Sequence[str], /
+    ) -> Sequence[float] | Float[np.ndarray, " P"]:
+        """r(prompt, completion) of each of the P prompts, any finite number."""
+        ...
+
+
 class JudgeError(RuntimeError):
-    """A judge raised, or answered with something that is not one probability for each pair."""
+    """A judge raised, or answered with something that is not one probability, or reward, for each prompt."""
 
 
 def ask(judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " P"]:
@@ -39,25 +50,7 @@ def ask(judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequ
     Raises:
       JudgeError: the judge raised, gave another number of answers than P, or gave one that is not in [0, 1].
     """
-    try:
-        answer = judge(prompts, first, second)
-    except Exception as error:
-        raise JudgeError(
-            f"the judge must answer without raising, but raised {type(error).__name__}: {error}. "
-            "Mend the judge and start the same command again: it goes on from the last checkpoint."
-        ) from error
-    try:
-        preference = np.asarray(answer, np.float32)
-    except (TypeError, ValueError) as error:
-        raise JudgeError(
-            f"the judge must return numbers, but returned {type(answer).__name__}. "
-            "Return one float in [0, 1] for each prompt."
-        ) from error
-    if preference.shape != (len(prompts),):
-        raise JudgeError(
-            f"the judge must return one probability for each of {len(prompts)} prompts, but returned an array of shape "
-            f"{preference.shape}. Return a flat list in the order of the prompts."
-        )
+    preference = _answer("probability", judge, prompts, first, second)
     wrong = ~((preference >= 0) & (preference <= 1))
     if wrong.any():
         index = int(np.flatnonzero(wrong)[0])
@@ -67,6 +60,57 @@ def ask(judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequ
             "Return p(first beats second), not a score or a difference of scores."
         )
     return preference
+
+
+def rate(judge: Rewarder, prompts: Sequence[str], completions: Sequence[str]) -> Float[np.ndarray, " P"]:
+    """The rewards of P completions, checked.
+
+    Args:
+      judge: the reward model.
+      prompts: P texts.
+      completions: one of each prompt.
+
+    Returns:
+      r(x, y), shape [P], float32.
+
+    Raises:
+      JudgeError: the reward model raised, gave another number of answers than P, or gave one that is not finite.
+    """
+    rewards = _answer("reward", judge.scores, prompts, completions)
+    wrong = ~np.isfinite(rewards)
+    if wrong.any():
+        index = int(np.flatnonzero(wrong)[0])
+        raise JudgeError(
+            f"the judge must return finite rewards, but returned {rewards[index]} for completion {index} "
+            f"({int(wrong.sum())} of {len(prompts)} answers are wrong). Mend the reward model."
+        )
+    return rewards
+
+
+def _answer(
+    kind: str, judge: Callable[..., Sequence[float] | np.ndarray], prompts: Sequence[str], *texts: Sequence[str]
+) -> Float[np.ndarray, " P"]:
+    """What the judge says, one float32 for each prompt."""
+    try:
+        answer = judge(prompts, *texts)
+    except Exception as error:
+        raise JudgeError(
+            f"the judge must answer without raising, but raised {type(error).__name__}: {error}. "
+            "Mend the judge and start the same command again: it goes on from the last checkpoint."
+        ) from error
+    try:
+        numbers = np.asarray(answer, np.float32)
+    except (TypeError, ValueError) as error:
+        raise JudgeError(
+            f"the judge must return numbers, but returned {type(answer).__name__}. "
+            f"Return one {kind} for each prompt, as a float."
+        ) from error
+    if numbers.shape != (len(prompts),):
+        raise JudgeError(
+            f"the judge must return one {kind} for each of {len(prompts)} prompts, but returned an array of shape "
+            f"{numbers.shape}. Return a flat list in the order of the prompts."
+        )
+    return numbers
 
 
 def agreement(judge: Judge, records: Sequence[Record]) -> float:

@@ -1,16 +1,17 @@
 """The jitted update of the policy from judged pairs."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from fastpref import losses, optimizers
+from fastpref.algorithms import Algorithm
 from fastpref.kernels import preference_loss, token_logprobs
 from fastpref.models.policy import Policy
 from fastpref.records import PairBatch
@@ -24,59 +25,89 @@ def prompt_mask(batch: PairBatch) -> Array:
 
 
 def completion_mask(batch: PairBatch) -> Array:
-    """True where a completion token is real, [P, 2, T]."""
+    """True where a completion token is real, [P, K, T]."""
     return jnp.arange(batch.completion_tokens.shape[2])[None, None, :] < batch.completion_lengths[:, :, None]
+
+
+class Scored(NamedTuple):
+    """What every loss reads of a batch: N places flat, in any order."""
+
+    hidden: Float[Array, "N D"]
+    """States that predict the targets."""
+    targets: Int[Array, " N"]
+    segments: Int[Array, " N"]
+    """2i at a token of y of pair i, 2i + 1 at one of y', −1 where nothing is scored."""
+
+
+def scored(policy: Policy, batch: PairBatch) -> Scored:
+    """Teacher-forced states of the completion tokens of a batch. Every loss goes through here. Differentiable."""
+    hidden = policy.hidden_states(batch.prompt_tokens, prompt_mask(batch), batch.completion_tokens)
+    real = completion_mask(batch)
+    pairs, completions, _ = real.shape
+    segments = 2 * jnp.arange(pairs, dtype=jnp.int32)[:, None] + jnp.arange(completions, dtype=jnp.int32)[None, :]
+    return Scored(
+        hidden.reshape(-1, hidden.shape[-1]),
+        batch.completion_tokens.reshape(-1),
+        jnp.where(real, segments[:, :, None], -1).reshape(-1),
+    )
+
+
+def segment_sums(values: Float[Array, " N"], segments: Int[Array, " N"], pairs: int) -> Float[Array, "P 2"]:
+    """Sum over the places of each completion, shape [P, 2]; 0 where a completion has none."""
+    # An index past the end is dropped; a negative one would count from it.
+    at = jnp.where(segments < 0, 2 * pairs, segments)
+    return jnp.zeros(2 * pairs, values.dtype).at[at].add(values, mode="drop").reshape(pairs, 2)
 
 
 def sequence_logps(policy: Policy, batch: PairBatch) -> Float[Array, "P 2"]:
     """Teacher-forced log π(y | x) of both completions, sums over tokens, shape [P, 2]. Differentiable."""
-    hidden = policy.hidden_states(batch.prompt_tokens, prompt_mask(batch), batch.completion_tokens)
-    real = completion_mask(batch)
-    logps = token_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]),
-        policy.head(),
-        batch.completion_tokens.reshape(-1),
-        where=real.reshape(-1),
-    )
-    return logps.reshape(real.shape).sum(-1)
+    hidden, targets, segments = scored(policy, batch)
+    logps = token_logprobs(hidden, policy.head(), targets, where=segments >= 0)
+    return segment_sums(logps, segments, batch.where.shape[0])
 
 
-def pair_loss(
-    policy: Policy, batch: PairBatch, *, loss: losses.Loss, tau: Float[Array, ""], length_normalize: bool = False
+def batch_loss(
+    policy: Policy, batch: PairBatch, *, algorithm: Algorithm, tau: Float[Array, ""], length_normalize: bool = False
 ) -> tuple[Float[Array, ""], Float[Array, "P 2"]]:
     """Mean loss of a batch of judged pairs, and the policy's sequence log-probs.
 
     Args:
       policy: π.
-      batch: P judged pairs; those with `where` False have no part in the mean.
-      loss: elementwise loss of `fastpref.losses`.
-      tau: τ, a scalar; may be traced.
+      batch: P judged pairs; those with `where` False have no part in the mean. A loss of single completions is
+        averaged over the completions of a pair first.
+      algorithm: its loss is what is computed.
+      tau: the loss's strength, τ or η, a scalar; may be traced.
       length_normalize: ρ from averages of token log-probs instead of sums.
 
     Returns:
       The loss, a scalar, and log π(y), log π(y') as sums, shape [P, 2].
     """
-    bound = losses.bind(loss, tau=tau)
-    if length_normalize:
-        policy_logps = sequence_logps(policy, batch)
-        margins = (policy_logps - batch.ref_logps) / jnp.maximum(batch.completion_lengths, 1).astype(jnp.float32)
+    bound = losses.bind(algorithm.loss, tau=tau)
+    hidden, targets, segments = scored(policy, batch)
+    if algorithm.contrastive and not length_normalize:
+        result = preference_loss(
+            hidden,
+            policy.head(),
+            targets,
+            segments,
+            batch.ref_logps,
+            batch.preference,
+            loss=bound,
+            where=batch.where,
+        )
+        return result.loss, result.policy_logps
+    pairs = batch.where.shape[0]
+    logps = token_logprobs(hidden, policy.head(), targets, where=segments >= 0)
+    policy_logps = segment_sums(logps, segments, pairs)
+    lengths = segment_sums(jnp.ones_like(logps), segments, pairs)
+    if algorithm.contrastive:
+        margins = (policy_logps - batch.ref_logps) / jnp.maximum(lengths, 1.0)
         per_pair = bound(margins[:, 0] - margins[:, 1], batch.preference)
-        count = jnp.maximum(batch.where.sum(), 1).astype(jnp.float32)
-        return jnp.where(batch.where, per_pair, 0.0).sum() / count, policy_logps
-    hidden = policy.hidden_states(batch.prompt_tokens, prompt_mask(batch), batch.completion_tokens)
-    real = completion_mask(batch)
-    segments = jnp.arange(real.shape[0] * 2, dtype=jnp.int32).reshape(-1, 2, 1)
-    result = preference_loss(
-        hidden.reshape(-1, hidden.shape[-1]),
-        policy.head(),
-        batch.completion_tokens.reshape(-1),
-        jnp.where(real, segments, -1).reshape(-1),
-        batch.ref_logps,
-        batch.preference,
-        loss=bound,
-        where=batch.where,
-    )
-    return result.loss, result.policy_logps
+    else:
+        each = jnp.where(lengths > 0, bound(policy_logps, batch.ref_logps, batch.scores), 0.0)
+        per_pair = each.sum(1) / jnp.maximum((lengths > 0).sum(1), 1).astype(jnp.float32)
+    count = jnp.maximum(batch.where.sum(), 1).astype(jnp.float32)
+    return jnp.where(batch.where, per_pair, 0.0).sum() / count, policy_logps
 
 
 def pair_metrics(batch: PairBatch, policy_logps: Float[Array, "P 2"], tau: Float[Array, ""]) -> Metrics:
@@ -102,7 +133,7 @@ def pair_metrics(batch: PairBatch, policy_logps: Float[Array, "P 2"], tau: Float
 
 @partial(
     jax.jit,
-    static_argnames=("definition", "optimizer", "loss", "gradient_accumulation", "length_normalize"),
+    static_argnames=("definition", "optimizer", "algorithm", "gradient_accumulation", "length_normalize"),
     donate_argnames=("params", "opt_state"),
 )
 def update(
@@ -113,7 +144,7 @@ def update(
     tau: Float[Array, ""],
     *,
     optimizer: optax.GradientTransformation,
-    loss: losses.Loss,
+    algorithm: Algorithm,
     gradient_accumulation: int = 1,
     length_normalize: bool = False,
 ) -> tuple[Any, Any, Metrics]:
@@ -127,9 +158,9 @@ def update(
       params: its parameters; donated.
       opt_state: state of the optimiser; donated.
       batch: P judged pairs.
-      tau: τ, a scalar.
+      tau: the loss's strength, τ or η, a scalar.
       optimizer: an optax transformation.
-      loss: elementwise loss of `fastpref.losses`.
+      algorithm: its loss is what is learned from.
       gradient_accumulation: parts of the batch; divides P.
       length_normalize: ρ from averages of token log-probs instead of sums.
 
@@ -139,8 +170,8 @@ def update(
     total = jnp.maximum(batch.where.sum(), 1).astype(jnp.float32)
 
     def part_loss(parameters: Any, part: PairBatch) -> tuple[Array, Array]:
-        value, logps = pair_loss(
-            nnx.merge(definition, parameters), part, loss=loss, tau=tau, length_normalize=length_normalize
+        value, logps = batch_loss(
+            nnx.merge(definition, parameters), part, algorithm=algorithm, tau=tau, length_normalize=length_normalize
         )
         return value * part.where.sum().astype(jnp.float32) / total, logps
 
@@ -168,7 +199,7 @@ def update(
         "loss": value,
         "grad_norm": norm,
         "updates/skipped": (~healthy).astype(jnp.float32),
-        **pair_metrics(batch, policy_logps, tau),
+        **({} if algorithm.pairs == "first" else pair_metrics(batch, policy_logps, tau)),
     }
     return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_opt_state, opt_state), metrics
 

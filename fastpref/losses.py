@@ -1,8 +1,10 @@
-"""Preference losses as functions of the sequence log-ratio, each with its equation.
+"""Losses as functions of sequence log-probs, each with its equation.
 
-ρ = log π(y)π_ref(y') − log π(y')π_ref(y) is `log_ratio`, from sums of token log-probs. Every loss here is elementwise:
-`loss(log_ratio: [P], preference: [P], *, tau) -> [P]`, the soft-label form p·L(y, y') + (1 − p)·L(y', y) of
-"Human Alignment of Large Language Models through Online Preference Optimisation" (section 6; hereafter IPO-MD).
+Two forms. *Contrastive* losses are elementwise in ρ = log π(y)π_ref(y') − log π(y')π_ref(y), `log_ratio`, from sums of
+token log-probs: `loss(log_ratio: [P], preference: [P], *, tau) -> [P]`, the soft-label form
+p·L(y, y') + (1 − p)·L(y', y) of "Human Alignment of Large Language Models through Online Preference Optimisation"
+(section 6; hereafter IPO-MD). Losses *of single completions* compare none: `loss(policy_logps, anchor_logps, scores, *,
+tau)`, elementwise, where the anchor is the frozen model (or the weighted combination of two) that ρ is taken against.
 Bind τ with `bind(loss, tau=...)`: the result is a pytree, so τ may be a traced value and follow a schedule
 without a new compilation.
 """
@@ -15,7 +17,7 @@ from jax import Array
 from jax.tree_util import Partial
 from jaxtyping import Float
 
-Loss = Callable[..., Float[Array, " P"]]
+Loss = Callable[..., Array]
 
 
 def ipo(log_ratio: Float[Array, " P"], preference: Float[Array, " P"], *, tau: float | Float[Array, ""]) -> Array:
@@ -67,6 +69,56 @@ def slic(log_ratio: Float[Array, " P"], preference: Float[Array, " P"], *, tau: 
     """
     scaled = jnp.asarray(tau, log_ratio.dtype) * log_ratio
     return preference * jax.nn.relu(1 - scaled) + (1 - preference) * jax.nn.relu(1 + scaled)
+
+
+def policy_gradient(
+    policy_logps: Float[Array, "*S"],
+    anchor_logps: Float[Array, "*S"],
+    scores: Float[Array, "*S"],
+    *,
+    tau: float | Float[Array, ""],
+) -> Array:
+    """Regularised policy gradient, over whole sequences: −sg(s − τ·log π(y)/π_ref(y))·log π(y), sg: no gradient.
+
+    Nash-MD-PG has s = p(y ≻ y') − ½ (IPO-MD section 2.6, Munos et al. 2023), RL has s = r(y), with a baseline if any
+    (IPO-MD section 6). There the paper prints τ·KL(π, π_ref) in place of the log-ratio, which read as it stands is a
+    constant in y and would not regularise; the log-ratio is what makes eq. 3 the fixed point.
+
+    Args:
+      policy_logps: log π(y), sums over tokens, any shape, nats.
+      anchor_logps: log π_ref(y), the same shape.
+      scores: s of each completion.
+      tau: strength of the regularisation towards the reference, above 0.
+
+    Returns:
+      The loss of each completion. Its gradient is that of the objective; its value is not.
+    """
+    weight = scores - jnp.asarray(tau, policy_logps.dtype) * (policy_logps - anchor_logps)
+    return -jax.lax.stop_gradient(weight) * policy_logps
+
+
+def sppo(
+    policy_logps: Float[Array, "*S"],
+    anchor_logps: Float[Array, "*S"],
+    scores: Float[Array, "*S"],
+    *,
+    tau: float | Float[Array, ""],
+) -> Array:
+    """Squared distance of a completion's log-ratio from its win rate: (log π(y)/π_t(y) − (p(y ≻ π_t) − ½)/η)².
+
+    The log of INPO's eq. 5 without its reference (τ = 0), the normaliser taken as ½/η. INPO sections 3.4 and 4.1 and
+    appendix B describe it, after Wu et al. (2024), whose η is 1/η here.
+
+    Args:
+      policy_logps: log π(y), sums over tokens, any shape, nats.
+      anchor_logps: log π_t(y), the same shape.
+      scores: p(y ≻ π_t) − ½ of each completion, estimated.
+      tau: η, above 0.
+
+    Returns:
+      The loss of each completion.
+    """
+    return (policy_logps - anchor_logps - scores / jnp.asarray(tau, policy_logps.dtype)) ** 2
 
 
 def bind(loss: Loss, *, tau: float | Float[Array, ""]) -> Partial:

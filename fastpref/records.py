@@ -67,14 +67,20 @@ class Completions(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """Judged pairs, ready for the learner: prompt, two completions in sampled order, and what is known of them."""
+    """Judged pairs, ready for the learner: prompt, completions in the order y, y', and what is known of them.
+
+    K is 2, or 1 for algorithms that learn from y alone; what stands at y' in arrays of two is then 0.
+    """
 
     prompt_tokens: Int[jax.Array, "P S"]
     prompt_lengths: Int[jax.Array, " P"]
-    completion_tokens: Int[jax.Array, "P 2 T"]
-    completion_lengths: Int[jax.Array, "P 2"]
+    completion_tokens: Int[jax.Array, "P K T"]
+    completion_lengths: Int[jax.Array, "P K"]
     ref_logps: Float[jax.Array, "P 2"]
+    """What log π is compared with: log π_ref, log π_t or their weighted combination, as the algorithm's row says."""
     preference: Float[jax.Array, " P"]
     """p(y ≻ y' | x), in [0, 1]."""
+    scores: Float[jax.Array, "P 2"]
+    """For losses of single completions: p − ½, the reward, or the win rate − ½ of each; else 0."""
     where: Bool[jax.Array, " P"]
     """False for pairs that teach nothing (identical completions): they are counted, not learned from."""

@@ -1,7 +1,6 @@
-"""The online loop: sample pairs, ask the judge, update the policy, and write down what happened."""
+"""The one loop of every algorithm: gather pairs, update the policy, and write down what happened."""
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,21 @@ import numpy as np
 import optax
 from flax import nnx
 
-from fastpref import learner, loop, optimizers, reporting
-from fastpref.algorithms import ALGORITHMS
-from fastpref.config import TrainConfig, to_json, value_at
-from fastpref.data import DropReport, PromptBatcher, read_records, tokenize_prompts
-from fastpref.generation import decode, generate_jit, num_valid_tokens
+from fastpref import learner, loop, optimizers, reporting, rollout
+from fastpref.config import ConfigError, TrainConfig, to_json, value_at
+from fastpref.data import (
+    DataError,
+    DropReport,
+    PairBatcher,
+    PromptBatcher,
+    read_records,
+    tokenize_completions,
+    tokenize_prompts,
+)
 from fastpref.held_out import HeldOut
-from fastpref.judging import Judge, ask
+from fastpref.judging import Judge, Rewarder
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
-from fastpref.records import Completions, PairBatch, PromptBatch
+from fastpref.schedules import require
 
 Prompts = str | Path | Iterable[str | Mapping[str, Any]]
 """Texts, mappings with a `prompt`, or a JSONL, Parquet or Arrow file with that column."""
@@ -67,10 +72,11 @@ class DivergedError(RuntimeError):
 def train(
     policy: LanguageModel | str | Path,
     prompts: Prompts,
-    judge: Judge,
+    judge: Judge | Rewarder | None = None,
     config: TrainConfig | None = None,
     *,
     ref: LanguageModel | str | Path | None = None,
+    behaviour: LanguageModel | str | Path | None = None,
     run_dir: str | Path | None = None,
     optimizer: optax.GradientTransformation | None = None,
     eval_prompts: Prompts = (),
@@ -78,19 +84,23 @@ def train(
     callbacks: Sequence[Callable[[Step], None]] = (),
     quiet: bool = False,
 ) -> TrainResult:
-    """Align a language model with a judge's preferences, online.
+    """Align a language model with preferences: online with those of a judge, or offline with recorded ones.
 
-    Every step draws two completions for each prompt of a batch, asks the judge which is better, and updates the policy
-    by the algorithm's loss. With a run directory, killing the process at any moment and starting the same call again
-    continues it exactly: parameters, optimiser, noise and prompt order; all metrics but `time/...` are bitwise those of
-    an uninterrupted run.
+    Every step draws completions for each prompt of a batch and asks the judge, or reads recorded pairs, and updates the
+    policy by the algorithm's loss; `ALGORITHMS` says which does what. With a run directory, killing the process at any
+    moment and starting the same call again continues it exactly: parameters, optimiser, π_t, noise and prompt order;
+    all metrics but `time/...` are bitwise those of an uninterrupted run.
 
     Args:
       policy: a `LanguageModel`, or the directory of a Hugging Face checkpoint. It is not changed.
-      prompts: texts, mappings with a `prompt`, or a JSONL, Parquet or Arrow file with that column.
-      judge: p(first ≻ second) for each prompt; see `fastpref.Judge`. A plain function will do.
+      prompts: texts, mappings with a `prompt`, or a JSONL, Parquet or Arrow file with that column. For offline
+        algorithms each record also has `chosen`, `rejected` and, where labels are soft, `preference`.
+      judge: p(first ≻ second) for each prompt; see `fastpref.Judge`. A plain function will do. For `rl` a
+        `RewardModel`, or anything with its `scores`; which any other algorithm takes for p = σ(r − r'). None for
+        offline algorithms.
       config: settings; the defaults are the paper's.
       ref: π_ref; None for the policy as it is given.
+      behaviour: μ, for `mixture_partner="behaviour"`. It shares the policy's tokenizer.
       run_dir: where config, metrics, samples, checkpoints, plots and the aligned model are written; None for nowhere.
       optimizer: any optax transformation, instead of the one that the config names.
       eval_prompts: held-out prompts, compared with the reference every `config.eval_every` steps.
@@ -109,82 +119,47 @@ def train(
       DivergedError: five updates in a row were not finite.
     """
     config = TrainConfig() if config is None else config
+    row = config.row
+    _check_sources(config, judge, behaviour)
     policy = as_model(policy)
     ref = policy if ref is None else as_model(ref)
-    records, read = read_records(prompts)
-    texts = {record.id: record.prompt for record in records}
-    encoded, kept = tokenize_prompts(
-        records,
-        policy.tokenizer,
-        max_tokens=config.max_prompt_tokens,
-        vocab_size=policy.module.vocab_size,
-        overlong=config.overlong,
-    )
-    report = read.then(kept)
-    algorithm = ALGORITHMS[config.algorithm]
+    frozen = rollout.Frozen(*nnx.split(ref.module))
+    partner = frozen if behaviour is None else rollout.Frozen(*nnx.split(as_model(behaviour).module))
+    texts, source, report = _source(prompts, policy, config)
     chain = optimizers.build(config) if optimizer is None else optimizer
     definition, start = nnx.split(policy.module)
-    ref_definition, ref_params = nnx.split(ref.module)
-    # The learner donates its buffers, and these are still the caller's.
-    params = jax.tree.map(jnp.copy, start)
+    gather = rollout.Rollout(
+        config=config, policy=policy, definition=definition, ref=frozen, partner=partner, judge=judge, texts=texts
+    )
+
+    def copy(parameters: Any) -> Any:
+        # The learner donates its buffers, and these are still the caller's, or π_t's.
+        return jax.tree.map(jnp.copy, parameters)
+
     checks = [record.prompt for record in read_records(eval_prompts)[0]][: config.eval_prompts]
-    held_out = HeldOut(ref, checks, eval_judge or judge, config)
+    held_out = None
+    if config.eval_every:
+        held_out = HeldOut(ref, checks, _as_judge(eval_judge or judge, config), config)
 
     def current(parameters: Any) -> LanguageModel:
-        return dataclasses.replace(policy, module=nnx.merge(definition, jax.tree.map(jnp.copy, parameters)))
-
-    def draw(done: int, batch: PromptBatch, parameters: Any) -> Completions:
-        betas = algorithm.mixture_betas(value_at(config.mixture_beta, done))
-        rows = len(batch.ids)
-        drawn: Completions = generate_jit(
-            definition,
-            parameters,
-            ref_definition,
-            ref_params,
-            batch.tokens,
-            batch.lengths,
-            np.broadcast_to(np.asarray(betas, np.float32), (rows, 2)),
-            jax.random.fold_in(jax.random.key(config.seed), done),
-            np.arange(2 * rows, dtype=np.int32).reshape(rows, 2),
-            eos_id=policy.tokenizer.eos_id,
-            max_new_tokens=config.max_new_tokens,
-            num_valid_tokens=num_valid_tokens(policy),
-            temperature=config.temperature,
-        )
-        drawn.tokens.block_until_ready()
-        return drawn
+        return dataclasses.replace(policy, module=nnx.merge(definition, copy(parameters)))
 
     def advance(done: int, arrays: Any) -> loop.Outcome:
-        parameters, opt_state = arrays
-        batch = next(batcher)
-        clock = _Clock()
-        completions = draw(done, batch, parameters)
-        clock.lap("time/generate")
-        prompt_texts = [texts[int(index)] for index in batch.ids]
-        written = decode(policy, completions)
-        first, second = ([pair[which] for pair in written] for which in (0, 1))
-        preference, different = _judge(judge, completions, prompt_texts, first, second)
-        clock.lap("time/judge")
-        pairs = PairBatch(
-            prompt_tokens=jnp.asarray(batch.tokens),
-            prompt_lengths=jnp.asarray(batch.lengths),
-            completion_tokens=completions.tokens,
-            completion_lengths=completions.lengths,
-            ref_logps=completions.ref_logps,
-            preference=jnp.asarray(preference),
-            where=jnp.asarray(different),
-        )
-        if config.rescore_reference:
-            pairs = pairs._replace(ref_logps=learner.score(ref_definition, ref_params, pairs))
-        tau = value_at(config.tau, done)
+        parameters, opt_state, round_params = arrays
+        if row.in_rounds and done % config.round_steps == 0:
+            round_params = copy(parameters)
+        batch = next(source)
+        gathered = gather(done, batch, parameters, round_params)
+        clock = rollout.Clock()
+        tau, eta = config.strengths(done)
         parameters, opt_state, measured = learner.update(
             definition,
             parameters,
             opt_state,
-            pairs,
-            np.float32(tau),
+            gathered.pairs,
+            np.float32(eta if row.strength == "eta" else tau),
             optimizer=chain,
-            loss=algorithm.loss,
+            algorithm=row,
             gradient_accumulation=config.gradient_accumulation,
             length_normalize=config.length_normalize,
         )
@@ -192,21 +167,18 @@ def train(
         clock.lap("time/learn")
         metrics |= {
             "tau": tau,
-            "mixture_beta": value_at(config.mixture_beta, done),
             "learning_rate": value_at(config.learning_rate, done),
-            "epoch": float(batcher.epoch),
-            **_sampling_metrics(completions, preference, different, policy.tokenizer.eos_id),
+            "epoch": float(source.epoch),
+            **({"mixture_beta": value_at(config.mixture_beta, done)} if "mixture" in row.writers else {}),
+            **({"eta": eta} if row.strength == "eta" else {}),
+            **({"round": float(done // config.round_steps + 1)} if row.in_rounds else {}),
+            **gathered.metrics,
             **clock.laps,
         }
-        if config.eval_every and ((done + 1) % config.eval_every == 0 or done + 1 == config.steps):
+        if held_out is not None and ((done + 1) % config.eval_every == 0 or done + 1 == config.steps):
             metrics |= held_out.measure(current(parameters))
-        samples = []
-        if (done + 1) % config.sample_every == 0:
-            samples = [
-                {"prompt": prompt, "first": one, "second": two, "preference": float(p)}
-                for prompt, one, two, p in zip(prompt_texts[:2], first[:2], second[:2], preference[:2], strict=True)
-            ]
-        return loop.Outcome((parameters, opt_state), metrics, samples)
+        samples = gathered.samples if (done + 1) % config.sample_every == 0 else []
+        return loop.Outcome((parameters, opt_state, round_params), metrics, samples)
 
     skipped = 0
 
@@ -223,28 +195,25 @@ def train(
 
     folder = None if run_dir is None else Path(run_dir)
     settings = to_json(config)
-    with PromptBatcher(
-        encoded.prompts,
-        ids=encoded.ids,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        max_tokens=config.max_prompt_tokens,
-        max_shapes=config.max_shapes,
-    ) as batcher:
-        (params, _), history = loop.drive(
+    fingerprint = {
+        **loop.lasting(settings),
+        "policy": loop.digest(start),
+        "reference": loop.digest(frozen.params),
+        "optimizer": config.optimizer if optimizer is None else "passed as an object",
+        **({"behaviour": loop.digest(partner.params)} if partner is not frozen else {}),
+        **({"steps of a round": config.round_steps} if row.in_rounds else {}),
+    }
+    params = copy(start)
+    with source:
+        (params, _, _), history = loop.drive(
             advance,
-            (params, optimizers.initial_state(chain, params)),
-            batcher,
+            (params, optimizers.initial_state(chain, params), copy(start) if row.in_rounds else ()),
+            source,
             steps=config.steps,
             journal=loop.Journal(
                 run_dir=folder,
                 settings=settings,
-                fingerprint={
-                    **loop.lasting(settings),
-                    "policy": loop.digest(start),
-                    "reference": loop.digest(ref_params),
-                    "optimizer": config.optimizer if optimizer is None else "passed as an object",
-                },
+                fingerprint=fingerprint,
                 checkpoint_every=config.checkpoint_every,
                 keep_checkpoints=config.keep_checkpoints,
             ),
@@ -260,45 +229,65 @@ def train(
     return TrainResult(policy=aligned, ref=ref, metrics=history, run_dir=folder, report=report)
 
 
-class _Clock:
-    """Seconds between laps, under metric names."""
+def _check_sources(config: TrainConfig, judge: Judge | Rewarder | None, behaviour: object) -> None:
+    """Whether the judge and the models that were passed are those that the algorithm reads."""
+    row, name = config.row, config.algorithm
+    if row.offline:
+        require(
+            judge is None,
+            f"{name} learns from recorded labels and must be given no judge",
+            judge,
+            "Pass judge=None, and a judge of held-out comparisons as eval_judge.",
+        )
+    else:
+        require(
+            judge is not None,
+            f"{name} is online and must be given a judge",
+            judge,
+            f"Pass {'a RewardModel' if row.judged_by == 'reward' else 'a function or a PreferenceModel'}, "
+            "or choose an offline algorithm.",
+        )
+    require(
+        row.judged_by != "reward" or isinstance(judge, Rewarder),
+        f"{name} is judged by rewards: its judge must have scores(prompts, completions)",
+        judge,
+        "Pass a RewardModel; a judge of pairs goes with an algorithm such as online-ipo.",
+    )
+    wanted = config.mixture_partner == "behaviour"
+    require(
+        wanted == (behaviour is not None),
+        f"behaviour must be {'a model' if wanted else 'None'} for mixture_partner={config.mixture_partner!r}",
+        behaviour,
+        "Pass both, to mix the policy with the behaviour model, or neither.",
+    )
 
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
 
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self._last = now - self._last, now
+def _source(
+    prompts: Prompts, policy: LanguageModel, config: TrainConfig
+) -> tuple[dict[int, str], PromptBatcher | PairBatcher, DropReport]:
+    """The prompts by id, the batcher of what is learned from, and what became of the records."""
+    limits: dict[str, Any] = {"vocab_size": policy.module.vocab_size, "overlong": config.overlong}
+    shared: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed, "max_shapes": config.max_shapes}
+    if config.row.offline:
+        try:
+            records, read = read_records(prompts, columns=("prompt", "chosen", "rejected"))
+        except DataError as error:
+            raise DataError(f"{config.algorithm} learns from recorded pairs: {error}") from error
+        both = {"max_prompt_tokens": config.max_prompt_tokens, "max_completion_tokens": config.max_new_tokens}
+        tokens, kept = tokenize_completions(records, policy.tokenizer, **both, **limits, on_bad_record="skip")
+        report = read.then(kept)
+        pairs = PairBatcher(tokens.prompts, *tokens.completions, tokens.preference, ids=tokens.ids, **both, **shared)
+        return {}, pairs, report
+    records, read = read_records(prompts)
+    encoded, kept = tokenize_prompts(records, policy.tokenizer, max_tokens=config.max_prompt_tokens, **limits)
+    batcher = PromptBatcher(encoded.prompts, ids=encoded.ids, max_tokens=config.max_prompt_tokens, **shared)
+    return {record.id: record.prompt for record in records}, batcher, read.then(kept)
 
 
-def _judge(
-    judge: Judge, completions: Completions, prompts: list[str], first: list[str], second: list[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Preferences [P], ½ where the two completions are the same tokens, and where they differ [P]."""
-    tokens = np.asarray(completions.tokens)
-    different = (tokens[:, 0] != tokens[:, 1]).any(-1)
-    asked = np.flatnonzero(different)
-    preference = np.full(len(prompts), 0.5, np.float32)
-    if len(asked):
-        preference[asked] = ask(judge, *([texts[index] for index in asked] for texts in (prompts, first, second)))
-    return preference, different
-
-
-def _sampling_metrics(
-    completions: Completions, preference: np.ndarray, different: np.ndarray, eos_id: int
-) -> dict[str, float]:
-    lengths = np.asarray(completions.lengths)
-    last = np.take_along_axis(np.asarray(completions.tokens), lengths[:, :, None] - 1, axis=2)
-    policy_logps, ref_logps = np.asarray(completions.policy_logps), np.asarray(completions.ref_logps)
-    return {
-        "objective/kl": float((policy_logps - ref_logps).mean()),
-        "objective/entropy": float(-policy_logps.sum() / lengths.sum()),
-        "preference/mean": float(preference.mean()),
-        "preference/confidence": float(np.abs(preference - 0.5).mean()),
-        "completions/mean_length": float(lengths.mean()),
-        "completions/eos_rate": float((last == eos_id).mean()),
-        "pairs/used": float(different.sum()),
-        "pairs/identical": float((~different).sum()),
-        "tokens/generated": float(lengths.sum()),
-    }
+def _as_judge(judge: Judge | Rewarder | None, config: TrainConfig) -> Judge:
+    if not isinstance(judge, Judge):
+        raise ConfigError(
+            f"eval_every={config.eval_every} needs a judge of pairs, but received {judge!r}. "
+            "Pass eval_judge, or set eval_every=0."
+        )
+    return judge

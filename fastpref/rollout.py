@@ -1,0 +1,209 @@
+"""From a batch of prompts, or of recorded pairs, to what the learner takes: sample, judge, select, score."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from fastpref import learner
+from fastpref.config import TrainConfig, value_at
+from fastpref.generation import decode, generate_jit, num_valid_tokens
+from fastpref.judging import Judge, Rewarder
+from fastpref.models import LanguageModel
+from fastpref.records import CompletionBatch, Completions, PairBatch, PromptBatch
+from fastpref.selection import Jury, Selection, select
+
+
+class Frozen(NamedTuple):
+    """A model that is only read."""
+
+    definition: Any
+    params: Any
+
+
+class Gathered(NamedTuple):
+    """What one step learns from, and what is told of it."""
+
+    pairs: PairBatch
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """Everything that stays the same from step to step.
+
+    Args:
+      config: the settings; its row says who writes, what judges and what is learned from.
+      policy: the model that is trained, for its tokenizer and sizes.
+      definition: its GraphDef.
+      ref: π_ref.
+      partner: the frozen model that the sampler mixes with: π_ref, or μ.
+      judge: of the completions; None where the data has labels.
+      texts: each prompt by its id.
+    """
+
+    config: TrainConfig
+    policy: LanguageModel
+    definition: Any
+    ref: Frozen
+    partner: Frozen
+    judge: Judge | Rewarder | None
+    texts: Mapping[int, str]
+
+    def __call__(self, step: int, batch: PromptBatch | CompletionBatch, params: Any, round_params: Any) -> Gathered:
+        """What is learned from a batch at a step.
+
+        Args:
+          step: steps done.
+          batch: prompts, or recorded pairs for offline algorithms.
+          params: of π.
+          round_params: of π_t, where the algorithm has rounds.
+
+        Raises:
+          JudgeError: the judge failed.
+        """
+        if isinstance(batch, CompletionBatch):
+            return self._recorded(step, batch, round_params)
+        return self._sampled(step, batch, params, round_params)
+
+    def _recorded(self, step: int, batch: CompletionBatch, round_params: Any) -> Gathered:
+        pairs = PairBatch(
+            prompt_tokens=jnp.asarray(batch.prompt_tokens),
+            prompt_lengths=jnp.asarray(batch.prompt_lengths),
+            completion_tokens=jnp.asarray(batch.completion_tokens),
+            completion_lengths=jnp.asarray(batch.completion_lengths),
+            ref_logps=jnp.zeros((len(batch.ids), 2), jnp.float32),
+            preference=jnp.asarray(batch.preference),
+            scores=jnp.zeros((len(batch.ids), 2), jnp.float32),
+            where=jnp.ones(len(batch.ids), bool),
+        )
+        metrics = {
+            "preference/mean": float(batch.preference.mean()),
+            "preference/confidence": float(np.abs(batch.preference - np.float32(0.5)).mean()),
+            "completions/mean_length": float(batch.completion_lengths.mean()),
+            "pairs/used": float(len(batch.ids)),
+        }
+        # Not kept from epoch to epoch: their rounding depends on the batch, and a continued run must not differ.
+        ref_logps = learner.score(self.ref.definition, self.ref.params, pairs)
+        return Gathered(pairs._replace(ref_logps=self._anchor(step, pairs, ref_logps, None, round_params)), metrics, [])
+
+    def _sampled(self, step: int, batch: PromptBatch, params: Any, round_params: Any) -> Gathered:
+        row, config = self.config.row, self.config
+        clock = Clock()
+        drawn = self._draw(step, batch, round_params if "round" in row.writers else params)
+        tokens, lengths = np.asarray(drawn.tokens), np.asarray(drawn.lengths)
+        clock.lap("time/generate")
+        prompts = [self.texts[int(index)] for index in batch.ids]
+        written = decode(self.policy, drawn)
+        jury = Jury(self.judge, prompts, written, tokens)
+        found = select(row.pairs, jury, ids=batch.ids, step=step, seed=config.seed, baseline=config.baseline)
+        clock.lap("time/judge")
+        learned = found.chosen[:, :1] if row.pairs == "first" else found.chosen
+
+        def take(values: Array) -> Float[np.ndarray, "P 2"]:
+            return np.pad(np.take_along_axis(np.asarray(values), learned, 1), ((0, 0), (0, 2 - learned.shape[1])))
+
+        pairs = PairBatch(
+            prompt_tokens=jnp.asarray(batch.tokens),
+            prompt_lengths=jnp.asarray(batch.lengths),
+            completion_tokens=jnp.asarray(np.take_along_axis(tokens, learned[:, :, None], 1)),
+            completion_lengths=jnp.asarray(np.take_along_axis(lengths, learned, 1)),
+            ref_logps=jnp.asarray(take(drawn.ref_logps)),
+            preference=jnp.asarray(found.preference),
+            scores=jnp.asarray(found.scores),
+            where=jnp.asarray(found.where),
+        )
+        # What sampling collected is log π_ref only where π_ref was mixed in, and log π_t only where π_t wrote.
+        if config.rescore_reference or self.partner is not self.ref:
+            pairs = pairs._replace(ref_logps=learner.score(self.ref.definition, self.ref.params, pairs))
+        if self.partner is self.ref:
+            ratios = np.asarray(drawn.policy_logps) - np.asarray(drawn.ref_logps)
+        else:
+            ratios = (take(drawn.policy_logps) - np.asarray(pairs.ref_logps))[:, : learned.shape[1]]
+        round_logps = take(drawn.policy_logps) if "round" in row.writers and not config.rescore_reference else None
+        anchor = self._anchor(step, pairs, pairs.ref_logps, round_logps, round_params)
+        metrics = found.metrics | clock.laps | sampling_metrics(drawn, ratios, self.policy.tokenizer.eos_id)
+        if row.judged_by == "reward":
+            tau, _ = config.strengths(step)
+            metrics["objective/rlhf_reward"] = metrics["objective/scores"] - tau * metrics["objective/kl"]
+        return Gathered(pairs._replace(ref_logps=anchor), metrics, _samples(prompts, written, found, jury))
+
+    def _anchor(
+        self, step: int, pairs: PairBatch, ref_logps: Array, round_logps: np.ndarray | None, round_params: Any
+    ) -> Float[Array, "P 2"]:
+        """What log π is compared with: the frozen models' log-probs by the weights of the row."""
+        of_ref, of_round = self.config.row.anchor_weights(*self.config.strengths(step))
+        if of_round == 0:
+            return ref_logps
+        if round_logps is None:
+            round_logps = learner.score(self.definition, round_params, pairs)
+        if of_ref == 0:
+            return jnp.asarray(round_logps)
+        return jnp.float32(of_ref) * ref_logps + jnp.float32(of_round) * jnp.asarray(round_logps)
+
+    def _draw(self, step: int, batch: PromptBatch, params: Any) -> Completions:
+        config = self.config
+        betas = config.row.mixture_betas(value_at(config.mixture_beta, step), config.completions)
+        rows, completions = len(batch.ids), len(betas)
+        drawn: Completions = generate_jit(
+            self.definition,
+            params,
+            self.partner.definition,
+            self.partner.params,
+            batch.tokens,
+            batch.lengths,
+            np.broadcast_to(np.asarray(betas, np.float32), (rows, completions)),
+            jax.random.fold_in(jax.random.key(config.seed), step),
+            np.arange(completions * rows, dtype=np.int32).reshape(rows, completions),
+            eos_id=self.policy.tokenizer.eos_id,
+            max_new_tokens=config.max_new_tokens,
+            num_valid_tokens=num_valid_tokens(self.policy),
+            temperature=config.temperature,
+        )
+        return drawn
+
+
+class Clock:
+    """Seconds between laps, under metric names."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Name what has passed since the last lap."""
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
+
+
+def sampling_metrics(drawn: Completions, log_ratios: Float[np.ndarray, "P C"], eos_id: int) -> dict[str, float]:
+    """Metrics of what was drawn; `log_ratios` are summed log π − log π_ref of the model that wrote."""
+    lengths = np.asarray(drawn.lengths)
+    last = np.take_along_axis(np.asarray(drawn.tokens), lengths[:, :, None] - 1, axis=2)
+    return {
+        "objective/kl": float(log_ratios.mean()),
+        "objective/entropy": float(-np.asarray(drawn.policy_logps).sum() / lengths.sum()),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/eos_rate": float((last == eos_id).mean()),
+        "tokens/generated": float(lengths.sum()),
+    }
+
+
+def _samples(prompts: list[str], written: list[list[str]], found: Selection, jury: Jury) -> list[dict[str, Any]]:
+    """The first two prompts of a step, for reading."""
+    shown = []
+    for index, prompt in enumerate(prompts[:2]):
+        texts = [written[index][which] for which in found.chosen[index]]
+        if len(texts) == 1:
+            shown.append({"prompt": prompt, "first": texts[0], "reward": float(jury.rewards()[index, 0])})
+        else:
+            told = {"first": texts[0], "second": texts[1], "preference": float(found.judged[index])}
+            shown.append({"prompt": prompt, **told})
+    return shown
