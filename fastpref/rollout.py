@@ -17,7 +17,7 @@ from fastpref.generation import decode, generate_jit, num_valid_tokens
 from fastpref.judging import Judge, Rewarder
 from fastpref.models import LanguageModel
 from fastpref.records import CompletionBatch, Completions, PairBatch, PromptBatch
-from fastpref.selection import Jury, Selection, select
+from fastpref.pairing import Jury, Selection, select
 
 
 class Frozen(NamedTuple):
