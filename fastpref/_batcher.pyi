@@ -1,4 +1,4 @@
-"""Typed face of the native core in csrc/. Only fastpref.data imports it.
+"""Typed face of the native core in csrc/. Only fastpref.data, fastpref.tournament and fastpref.pair_log import it.
 
 Every function raises TypeError or ValueError naming the argument, the rule and what it received, releases the GIL while
 it works, and returns read-only arrays at 64-byte aligned addresses that own their memory. Arrays given to a function
@@ -14,6 +14,7 @@ import numpy.typing as npt
 _Int32 = npt.NDArray[np.int32]
 _Int64 = npt.NDArray[np.int64]
 _Float32 = npt.NDArray[np.float32]
+_Int8 = npt.NDArray[np.int8]
 _Shapes = Sequence[tuple[int, int]]
 
 class Column:
@@ -74,3 +75,70 @@ def decode_state(
     shapes: _Shapes,
 ) -> int:
     """The number of batches handed out; ValueError names what differs or that the bytes are damaged."""
+
+# The online side: tournament and pair log -----------------------------------------------------------------------------
+
+class Tournament:
+    """Knockout tournaments of `k` completions of each prompt, all in step; see csrc/tournament.h.
+
+    `classes` [prompts * k] says which completions of a prompt are identical.
+    """
+
+    def __init__(self, prompt_ids: _Int64, *, k: int, step: int, seed: int, classes: _Int32 | None = None) -> None: ...
+    def questions(self) -> tuple[_Int64, _Int32, _Int32]:
+        """Prompt index, first and second completion of each pair that must be compared now; none at the end."""
+
+    def answer(self, probabilities: _Float32) -> None:
+        """p(first beats second) of each question. After a ValueError the same questions stand."""
+
+    def results(self) -> tuple[_Int32, _Int32, _Float32, _Int8, _Int32]:
+        """Best, worst, p(best beats worst), outcome (an index of `fastpref.tournament.OUTCOMES`), pairs asked about."""
+
+class PairIndex:
+    """Answers of a pair log by what was asked; see csrc/pair_log.h."""
+
+    def __init__(self) -> None: ...
+    def __len__(self) -> int: ...
+    def scan(self, data: bytes, *, judge: bytes, seed: int, first_step: int) -> tuple[int, int]:
+        """Add what a file holds of this judge and seed; its number of records, and the end of what is whole."""
+
+    def add(
+        self,
+        step: int,
+        prompts: _Int64,
+        first_values: _Int32,
+        first_offsets: _Int64,
+        second_values: _Int32,
+        second_offsets: _Int64,
+        preference: _Float32,
+    ) -> None: ...
+    def find(
+        self,
+        step: int,
+        prompts: _Int64,
+        first_values: _Int32,
+        first_offsets: _Int64,
+        second_values: _Int32,
+        second_offsets: _Int64,
+    ) -> _Float32:
+        """The answer to each pair, NaN where there is none."""
+
+    def forget_before(self, step: int) -> None: ...
+
+def pair_header(judge: bytes, seed: int) -> tuple[bytes, int]:
+    """The beginning of a file, and what the checksum of its first record goes on from."""
+
+def encode_pairs(
+    chain: int,
+    step: int,
+    prompts: _Int64,
+    first_values: _Int32,
+    first_offsets: _Int64,
+    second_values: _Int32,
+    second_offsets: _Int64,
+    preference: _Float32,
+) -> tuple[bytes, int]:
+    """Records to append, and what the next one goes on from."""
+
+def decode_pairs(data: bytes) -> tuple[bytes, int, int, _Int64, _Int64, _Float32, _Int64, _Int32]:
+    """Judge, seed, end of what is whole; step, prompt, preference of N records; 2N lengths; their tokens in a row."""
