@@ -8,7 +8,7 @@ Rooms: `fastpref.kernels` (three functions for anybody's JAX trainer), `fastpref
 
 from fastpref.algorithms import ALGORITHMS
 from fastpref.config import ConfigError, Schedule, SupervisedConfig, TrainConfig
-from fastpref.evaluation import WinRate, evaluate, win_rate
+from fastpref.evaluation import compare, evaluate
 from fastpref.generation import write
 from fastpref.judging import Judge, JudgeError
 from fastpref.models import LanguageModel, Policy, load, save
@@ -16,6 +16,7 @@ from fastpref.preference import PreferenceModel, RewardModel
 from fastpref.supervised import FitResult, fit_preference_model, fit_reward_model, sft
 from fastpref.tokenizer import Tokenizer
 from fastpref.training import Step, TrainResult, train
+from fastpref.win_rates import WinRate, WinRates, win_rate
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,8 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "WinRate",
+    "WinRates",
+    "compare",
     "evaluate",
     "fit_preference_model",
     "fit_reward_model",

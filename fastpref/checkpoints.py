@@ -175,6 +175,30 @@ def restore(directory: Path | str, like: Any, *, fingerprint: Mapping[str, Any] 
     return None
 
 
+def read(path: Path | str, like: Any) -> Any:
+    """Read some arrays of one checkpoint: those that `like` has.
+
+    Args:
+      path: the directory of one step, as `save` returned it.
+      like: a tree of `jax.Array`s or `jax.ShapeDtypeStruct`s, part of the tree that was saved, under the same paths.
+
+    Returns:
+      The arrays in the structure of `like`.
+
+    Raises:
+      CheckpointError: the checkpoint is damaged, or `like` is no part of it.
+    """
+    _one_process()
+    path, wanted = Path(path).absolute(), _leaves(like, "like", Leaf)
+    try:
+        saved = _verified(path)["arrays"]
+    except _Damage as damage:
+        raise CheckpointError(f"{path} must be as it was written, but is not: {damage}. Choose another step.") from None
+    _check_arrays(path, {name: saved[name] for name in wanted if name in saved}, wanted)
+    arrays = _read_arrays(path / "arrays", wanted)
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+
+
 class _Damage(Exception):
     """A file of a checkpoint is not what was written."""
 
@@ -415,7 +439,10 @@ def _read_arrays(directory: Path, wanted: Mapping[str, Leaf]) -> dict[str, jax.A
     }
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         read = checkpointer.restore(
-            directory, args=ocp.args.PyTreeRestore(item={name: wanted[name] for name in how}, restore_args=how)
+            directory,
+            args=ocp.args.PyTreeRestore(
+                item={name: wanted[name] for name in how}, restore_args=how, partial_restore=True
+            ),
         )
     return {name: _weakened(read[name], leaf) if name in how else jnp.zeros_like(leaf) for name, leaf in wanted.items()}
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from fastpref import losses, optimizers
 from fastpref.kernels import preference_loss, token_logprobs
+from fastpref.metrics import pair_metrics
 from fastpref.models.policy import Policy
 from fastpref.records import PairBatch
 
@@ -77,27 +78,6 @@ def pair_loss(
         where=batch.where,
     )
     return result.loss, result.policy_logps
-
-
-def pair_metrics(batch: PairBatch, policy_logps: Float[Array, "P 2"], tau: Float[Array, ""]) -> Metrics:
-    """Metrics of judged pairs under their usual names; averages over the pairs that are learned from."""
-    rows = jnp.arange(policy_logps.shape[0])
-    chosen = jnp.where(batch.preference >= 0.5, 0, 1)
-    count = jnp.maximum(batch.where.sum(), 1).astype(jnp.float32)
-
-    def mean(values: Array) -> Array:
-        return jnp.where(batch.where, values, 0.0).sum() / count
-
-    rewards = tau * (policy_logps - batch.ref_logps)
-    margins = rewards[rows, chosen] - rewards[rows, 1 - chosen]
-    return {
-        "rewards/chosen": mean(rewards[rows, chosen]),
-        "rewards/rejected": mean(rewards[rows, 1 - chosen]),
-        "rewards/margins": mean(margins),
-        "rewards/accuracies": mean((margins > 0).astype(jnp.float32)),
-        "logps/chosen": mean(policy_logps[rows, chosen]),
-        "logps/rejected": mean(policy_logps[rows, 1 - chosen]),
-    }
 
 
 @partial(
@@ -168,7 +148,7 @@ def update(
         "loss": value,
         "grad_norm": norm,
         "updates/skipped": (~healthy).astype(jnp.float32),
-        **pair_metrics(batch, policy_logps, tau),
+        **pair_metrics(policy_logps, batch.ref_logps, batch.preference, batch.where, tau),
     }
     return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_opt_state, opt_state), metrics
 

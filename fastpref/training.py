@@ -20,6 +20,7 @@ from fastpref.data import DropReport, PromptBatcher, read_records, tokenize_prom
 from fastpref.generation import decode, generate_jit, num_valid_tokens
 from fastpref.held_out import HeldOut
 from fastpref.judging import Judge, ask
+from fastpref.metrics import sampling_metrics
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
 from fastpref.records import Completions, PairBatch, PromptBatch
 
@@ -195,7 +196,7 @@ def train(
             "mixture_beta": value_at(config.mixture_beta, done),
             "learning_rate": value_at(config.learning_rate, done),
             "epoch": float(batcher.epoch),
-            **_sampling_metrics(completions, preference, different, policy.tokenizer.eos_id),
+            **sampling_metrics(completions, preference, different, policy.tokenizer.eos_id),
             **clock.laps,
         }
         if config.eval_every and ((done + 1) % config.eval_every == 0 or done + 1 == config.steps):
@@ -283,22 +284,3 @@ def _judge(
     if len(asked):
         preference[asked] = ask(judge, *([texts[index] for index in asked] for texts in (prompts, first, second)))
     return preference, different
-
-
-def _sampling_metrics(
-    completions: Completions, preference: np.ndarray, different: np.ndarray, eos_id: int
-) -> dict[str, float]:
-    lengths = np.asarray(completions.lengths)
-    last = np.take_along_axis(np.asarray(completions.tokens), lengths[:, :, None] - 1, axis=2)
-    policy_logps, ref_logps = np.asarray(completions.policy_logps), np.asarray(completions.ref_logps)
-    return {
-        "objective/kl": float((policy_logps - ref_logps).mean()),
-        "objective/entropy": float(-policy_logps.sum() / lengths.sum()),
-        "preference/mean": float(preference.mean()),
-        "preference/confidence": float(np.abs(preference - 0.5).mean()),
-        "completions/mean_length": float(lengths.mean()),
-        "completions/eos_rate": float((last == eos_id).mean()),
-        "pairs/used": float(different.sum()),
-        "pairs/identical": float((~different).sum()),
-        "tokens/generated": float(lengths.sum()),
-    }
