@@ -156,14 +156,12 @@ def name_policies(policies: Policies) -> dict[str, list[Model]]:
             f"a comparison needs at least 2 policies, but received {len(policies)}. "
             "Add a baseline, such as the reference."
         )
-    named = {
-        name: [models] if isinstance(models, LanguageModel | str | Path) else list(models)
-        for name, models in policies.items()
-    }
-    for name, models in named.items():
-        if not models:
+    named: dict[str, list[Model]] = {}
+    for name, models in policies.items():
+        named[name] = [models] if isinstance(models, LanguageModel | str | Path) else list(models)
+        if not named[name]:
             raise ValueError(f"a policy must have at least one model, but {name!r} has none. Leave the name out.")
-        for model in models:
+        for model in named[name]:
             if not isinstance(model, LanguageModel):
                 locate(model)
     return named

@@ -242,15 +242,13 @@ def write(
                 decode(model, batch)[: len(part)],
                 *(
                     np.asarray(x)[: len(part)]
-                    for x in (batch.lengths, batch.policy_logps, batch.ref_logps, batch.tokens)
+                    for x in (batch.lengths, batch.policy_logps, batch.ref_logps, batch.tokens, tokens, lengths)
                 ),
-                tokens[: len(part)],
-                lengths[: len(part)],
             )
         )
     return Written(
         [texts for part in parts for texts in part.texts],
-        *(np.concatenate([part[field] for part in parts]) for field in range(1, 7)),
+        *(np.concatenate([part[field] for part in parts]) for field in (1, 2, 3, 4, 5, 6)),
     )
 
 

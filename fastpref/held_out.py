@@ -95,7 +95,8 @@ def _distances(
     def step(start: Int[Array, ""]) -> Distances:
         index = jax.lax.dynamic_slice_in_dim(rows.order, start, size)
         nothing = jnp.zeros(size, jnp.float32)
-        return jax.lax.cond(start < rows.total, measure, lambda index: Distances(nothing, nothing), index)
+        found: Distances = jax.lax.cond(start < rows.total, measure, lambda index: Distances(nothing, nothing), index)
+        return found
 
     starts = jnp.arange(-(-len(where) // size), dtype=jnp.int32) * size
     found: Distances = jax.lax.map(step, starts)

@@ -184,7 +184,7 @@ def heat_map(
         side.set_visible(False)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, format=PercentFormatter(1, decimals=0))
     bar.ax.tick_params(colors=MUTED, labelsize=8.5, length=0)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return _write(figure, path)
 
 
@@ -202,11 +202,16 @@ class Curve:
 
 
 def plot_curves(
-    path: Path, curves: Sequence[Curve], *, x_label: str, y_label: str, title: str, line: float | None = None
+    path: Path,
+    curves: Sequence[Curve],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+    line: float | None = None,
+    logarithmic: bool | None = None,
 ) -> Path:
     """Draw measured values with error bars against one quantity, a line for each curve.
-
-    The x axis is logarithmic where all its values are positive and span a factor of 8 or more.
 
     Args:
       path: the PNG file.
@@ -215,6 +220,7 @@ def plot_curves(
       y_label: what was measured.
       title: above the plot.
       line: a value to compare with, dashed.
+      logarithmic: the x axis; None for logarithmic where all values are above 0 and span a factor of 8 or more.
 
     Returns:
       The file.
@@ -247,7 +253,7 @@ def plot_curves(
         )
     if not numeric:
         axes.set_xticks(range(len(places)), [str(place) for place in places])
-    elif min(numbers) > 0 and max(numbers) >= 8 * min(numbers):
+    elif min(numbers) > 0 and max(numbers) >= 8 * min(numbers) if logarithmic is None else logarithmic:
         axes.set_xscale("log")
         axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
         axes.minorticks_off()

@@ -55,7 +55,7 @@ class Run:
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write `config.json`, indented and sorted, over what is there."""
         text = orjson.dumps(dict(config), option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE)
-        _replace(self.directory / "config.json", text)
+        replace(self.directory / "config.json", text)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Add one step's metrics to `metrics.jsonl` and TensorBoard.
@@ -166,10 +166,10 @@ def _cut(path: Path, last_step: int | float) -> None:
             if keep:
                 kept.append(line)
     if len(kept) < len(lines):
-        _replace(path, b"".join(kept))
+        replace(path, b"".join(kept))
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or as it was before."""
     temporary = path.with_name(f".tmp-{path.name}")
     with temporary.open("wb") as file:
@@ -333,6 +333,11 @@ def samples_table(
         texts = (_visible(sample[name]) for name in columns)
         shown.add_row(*(Text(text if len(text) <= limit else text[:limit].rstrip() + "…") for text in texts))
     _print(title, shown, console)
+
+
+def say(text: str) -> None:
+    """Print a line, above a progress bar where there is one."""
+    rich.get_console().print(_visible(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _print(title: str, shown: Table, console: Console | None) -> None:
