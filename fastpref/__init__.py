@@ -8,14 +8,19 @@ Rooms: `fastpref.kernels` (three functions for anybody's JAX trainer), `fastpref
 
 from fastpref.algorithms import ALGORITHMS
 from fastpref.config import ConfigError, Schedule, SupervisedConfig, TrainConfig
-from fastpref.evaluation import WinRate, evaluate, win_rate
+from fastpref.evaluation import compare, evaluate
 from fastpref.generation import write
+from fastpref.held_out import exact_kl
 from fastpref.judging import Judge, JudgeError
 from fastpref.models import LanguageModel, Policy, load, save
 from fastpref.preference import PreferenceModel, RewardModel
+from fastpref.runs import read_model
+from fastpref.selection import Ranking, select_checkpoint
 from fastpref.supervised import FitResult, fit_preference_model, fit_reward_model, sft
+from fastpref.sweeps import SweepResult, sweep
 from fastpref.tokenizer import Tokenizer
 from fastpref.training import Step, TrainResult, train
+from fastpref.win_rates import WinRate, WinRates, win_rate
 
 __version__ = "0.1.0"
 
@@ -28,20 +33,28 @@ __all__ = [
     "LanguageModel",
     "Policy",
     "PreferenceModel",
+    "Ranking",
     "RewardModel",
     "Schedule",
     "Step",
     "SupervisedConfig",
+    "SweepResult",
     "Tokenizer",
     "TrainConfig",
     "TrainResult",
     "WinRate",
+    "WinRates",
+    "compare",
     "evaluate",
+    "exact_kl",
     "fit_preference_model",
     "fit_reward_model",
     "load",
+    "read_model",
     "save",
+    "select_checkpoint",
     "sft",
+    "sweep",
     "train",
     "win_rate",
     "write",

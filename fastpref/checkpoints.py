@@ -163,9 +163,7 @@ def restore(directory: Path | str, like: Any, *, fingerprint: Mapping[str, Any] 
             continue
         if fingerprint is not None:
             _check_fingerprint(path, manifest["fingerprint"], _plain_json(fingerprint))
-        _check_arrays(path, manifest["arrays"], wanted)
-        arrays = _read_arrays(path / "arrays", wanted)
-        tree = jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+        tree = _read_tree(path, manifest["arrays"], wanted, like)
         return Checkpoint(step, tree, _decode_extra((path / "extra.json").read_bytes()))
     if found:
         raise CheckpointError(
@@ -173,6 +171,25 @@ def restore(directory: Path | str, like: Any, *, fingerprint: Mapping[str, Any] 
             "files). Bring one back from a copy, or remove the directory to start again."
         )
     return None
+
+
+def read(path: Path | str, like: Any) -> Any:
+    """Read some arrays of one checkpoint: those that `like` has.
+
+    Args:
+      path: the directory of one step, as `save` returned it.
+      like: as for `restore`, but a part of the tree that was saved, under the same paths; the result has its structure.
+
+    Raises:
+      CheckpointError: the checkpoint is damaged, or `like` is no part of it.
+    """
+    _one_process()
+    path, wanted = Path(path).absolute(), _leaves(like, "like", Leaf)
+    try:
+        saved = _verified(path)["arrays"]
+    except _Damage as damage:
+        raise CheckpointError(f"{path} must be as it was written, but is not: {damage}. Choose another step.") from None
+    return _read_tree(path, {name: saved[name] for name in wanted if name in saved}, wanted, like)
 
 
 class _Damage(Exception):
@@ -406,6 +423,12 @@ def _write_arrays(directory: Path, leaves: Mapping[str, jax.Array]) -> None:
         checkpointer.save(directory, args=ocp.args.PyTreeSave(stored))
 
 
+def _read_tree(path: Path, saved: Mapping[str, str], wanted: Mapping[str, Leaf], like: Any) -> Any:
+    _check_arrays(path, saved, wanted)
+    arrays = _read_arrays(path / "arrays", wanted)
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+
+
 def _read_arrays(directory: Path, wanted: Mapping[str, Leaf]) -> dict[str, jax.Array]:
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     how = {
@@ -414,8 +437,9 @@ def _read_arrays(directory: Path, wanted: Mapping[str, Leaf]) -> dict[str, jax.A
         if leaf.size
     }
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        items = {name: wanted[name] for name in how}
         read = checkpointer.restore(
-            directory, args=ocp.args.PyTreeRestore(item={name: wanted[name] for name in how}, restore_args=how)
+            directory, args=ocp.args.PyTreeRestore(item=items, restore_args=how, partial_restore=True)
         )
     return {name: _weakened(read[name], leaf) if name in how else jnp.zeros_like(leaf) for name, leaf in wanted.items()}
 

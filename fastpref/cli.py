@@ -1,4 +1,4 @@
-"""The command line: `fastpref demo | sft | preference | train | evaluate`, each from a TOML file with overrides."""
+"""The command line: `fastpref demo | sft | preference | train | evaluate | sweep`, from a TOML file with overrides."""
 
 import argparse
 import importlib
@@ -14,10 +14,12 @@ from fastpref import demo, reporting
 from fastpref.checkpoints import CheckpointError
 from fastpref.config import ConfigError, SupervisedConfig, TrainConfig, from_mapping
 from fastpref.data import read_records
-from fastpref.evaluation import evaluate
+from fastpref.evaluation import compare, evaluate
 from fastpref.judging import Judge, JudgeError
 from fastpref.preference import PreferenceModel, RewardModel
+from fastpref.runs import locate
 from fastpref.supervised import fit_preference_model, fit_reward_model, sft
+from fastpref.sweeps import sweep
 from fastpref.training import DivergedError, train
 
 USER_ERRORS = (JudgeError, CheckpointError, DivergedError, ValueError, OSError)
@@ -27,15 +29,23 @@ KEYS: dict[str, tuple[str, ...]] = {
     "train": ("policy", "prompts", "judge", "run_dir", "ref", "behaviour", "eval_prompts", "eval_judge", "settings"),
     "sft": ("policy", "data", "run_dir", "held_out", "settings"),
     "preference": ("policy", "data", "run_dir", "held_out", "kind", "settings"),
-    "evaluate": ("policy", "baseline", "prompts", "judge", "output", "settings"),
+    "evaluate": ("policy", "baseline", "policies", "prompts", "judge", "output", "settings"),
+    "sweep": (
+        *("policy", "prompts", "judge", "run_dir", "ref", "eval_prompts", "eval_judge"),
+        *("grid", "metric", "baseline", "settings"),
+    ),
 }
-"""Keys of each command's TOML file; `settings` is a table."""
+"""Keys of each command's TOML file."""
+
+TABLES = ("settings", "policies", "grid")
+"""Keys whose values are tables; the others are text."""
 
 REQUIRED: dict[str, tuple[str, ...]] = {
     "train": ("policy", "prompts", "run_dir"),
     "sft": ("policy", "data", "run_dir"),
     "preference": ("policy", "data", "run_dir"),
-    "evaluate": ("policy", "baseline", "prompts", "judge"),
+    "evaluate": ("prompts", "judge"),
+    "sweep": ("policy", "prompts", "judge", "run_dir", "grid"),
 }
 
 
@@ -97,7 +107,7 @@ def read_file(command: str, path: Path, overrides: Sequence[str]) -> dict[str, A
             f"Known: {', '.join(KEYS[command])}; algorithm settings stand in the table [settings]."
         )
     for key, value in values.items():
-        kind = dict if key == "settings" else str
+        kind = dict if key in TABLES else str
         if not isinstance(value, kind):
             form = "a table" if kind is dict else "text, such as a path or a name"
             raise ConfigError(f"{key} must be {form}, but received {value!r}. Mind the quotes and the table headers.")
@@ -158,20 +168,38 @@ def _preference(values: Mapping[str, Any]) -> None:
 
 
 def _evaluate(values: Mapping[str, Any]) -> None:
-    known = ("max_new_tokens", "max_prompt_tokens", "temperature", "seed", "batch_size")
-    settings = values.get("settings", {})
-    unknown = [key for key in settings if key not in known]
-    if unknown:
+    pair = [key for key in ("policy", "baseline") if key in values]
+    if bool(pair) == ("policies" in values) or len(pair) == 1:
         raise ConfigError(
-            f"evaluate has no setting of that name, but received {unknown[0]!r}. Known: {', '.join(known)}."
+            f"evaluate needs either policy and baseline or a table [policies], but received "
+            f"{', '.join([*pair, *(['policies'] if 'policies' in values else [])]) or 'neither'}. "
+            'Write name = "directory" in [policies] for each of them.'
         )
-    result = evaluate(
-        values["policy"],
-        values["baseline"],
-        [record.prompt for record in read_records(values["prompts"])[0]],
-        load_judge(values["judge"]),
-        **{"max_new_tokens": 64, **settings},
-    )
+    known: dict[str, Any] = {"max_new_tokens": 64, "max_prompt_tokens": 512, "temperature": 1.0, "batch_size": 64}
+    known |= {"seed": 0} if pair else {"seeds": [0, 1, 2]}
+    settings = {"max_new_tokens": 64, **values.get("settings", {})}
+    for key, value in settings.items():
+        if key not in known:
+            raise ConfigError(f"evaluate has no setting of that name, but received {key!r}. Known: {', '.join(known)}.")
+        if type(value) is not type(known[key]) and not (key == "temperature" and isinstance(value, int)):
+            raise ConfigError(
+                f"{key} must be of type {type(known[key]).__name__}, but received {value!r}. "
+                f"Its default is {known[key]!r}."
+            )
+    prompts = [record.prompt for record in read_records(values["prompts"])[0]]
+    judge = load_judge(values["judge"])
+    if not pair:
+        for name, models in values["policies"].items():
+            if not all(isinstance(model, str) for model in (models if isinstance(models, list) else [models])):
+                raise ConfigError(
+                    f"a policy must be a directory or a list of directories, but {name} is {models!r}. Mind the quotes."
+                )
+        found = evaluate(values["policies"], prompts, judge, **settings)
+        found.table()
+        if "output" in values:
+            found.save(values["output"])
+        return
+    result = compare(values["policy"], values["baseline"], prompts, judge, **settings)
     reporting.table(
         "Win rate",
         ["policy", "baseline", "win rate", "95 % interval", "prompts"],
@@ -190,11 +218,55 @@ def _evaluate(values: Mapping[str, Any]) -> None:
         Path(values["output"]).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def _sweep(values: Mapping[str, Any]) -> None:
+    judge = load_judge(values["judge"])
+    eval_judge = load_judge(values["eval_judge"]) if "eval_judge" in values else judge
+    held_out = values.get("eval_prompts", ())
+    metric: str | Callable[[TrainConfig, Path], float] = values.get("metric", "eval/win_rate")
+
+    def run(config: TrainConfig, folder: Path) -> None:
+        train(
+            values["policy"],
+            values["prompts"],
+            judge,
+            config,
+            ref=values.get("ref"),
+            run_dir=folder,
+            eval_prompts=held_out,
+            eval_judge=eval_judge,
+        )
+
+    def win_rate(config: TrainConfig, folder: Path) -> float:
+        return compare(
+            folder,
+            values["baseline"],
+            [record.prompt for record in read_records(held_out)[0]],
+            eval_judge,
+            max_new_tokens=config.max_new_tokens,
+            max_prompt_tokens=config.max_prompt_tokens,
+        ).value
+
+    if "baseline" in values:
+        if "metric" in values or "eval_prompts" not in values:
+            raise ConfigError(
+                "a baseline must come with eval_prompts and without a metric: the win rate over it is the metric, but "
+                f"received {', '.join(key for key in ('metric', 'eval_prompts') if key in values) or 'neither'}. "
+                "Add eval_prompts, or take metric or baseline out."
+            )
+        locate(values["baseline"])
+        metric = win_rate
+    base = from_mapping(TrainConfig, values.get("settings", {}))
+    result = sweep(values["grid"], base, run, run_dir=values["run_dir"], metric=metric)
+    result.table()
+    print(f"The runs and the table are in {values['run_dir']}.")
+
+
 COMMANDS: dict[str, tuple[Callable[[Mapping[str, Any]], None], str]] = {
     "sft": (_sft, "fine-tune a language model on prompt, completion"),
     "preference": (_preference, "train a preference or reward model on prompt, chosen, rejected"),
     "train": (_train, "align a policy: online with a judge, or offline with recorded pairs"),
-    "evaluate": (_evaluate, "compare two policies side by side"),
+    "evaluate": (_evaluate, "compare policies side by side"),
+    "sweep": (_sweep, "train once for each point of a grid of settings"),
 }
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from fastpref import docstrings, reporting
 from fastpref.config import Schedule, SupervisedConfig, TrainConfig
-from fastpref.evaluation import WinRate, evaluate
+from fastpref.evaluation import compare
 from fastpref.generation import write
 from fastpref.gold import GoldJudge
 from fastpref.models import T5, LanguageModel, T5Config
@@ -31,6 +31,7 @@ from fastpref.preference import PreferenceModel
 from fastpref.supervised import fit_preference_model, sft
 from fastpref.tokenizer import Tokenizer
 from fastpref.training import train
+from fastpref.win_rates import WinRate
 
 VOCAB_SIZE = 3072
 MAX_PROMPT_TOKENS = 64
@@ -208,7 +209,7 @@ def run(run_dir: Path | str, *, seed: int = 0, quiet: bool = False) -> DemoResul
 
     with stage("6. Side by side, by the gold judge"):
         prompts = [example.prompt for example in parts.held_out]
-        compared = evaluate(
+        compared = compare(
             aligned,
             reference,
             prompts,

@@ -164,6 +164,11 @@ class Written(NamedTuple):
     """Summed log-probs under the model that wrote them."""
     ref_logps: Float[np.ndarray, "P K"]
     """Summed log-probs under the reference, or under the model itself where there is none."""
+    tokens: Int[np.ndarray, "P K T"]
+    """Token ids, 0 past the length."""
+    prompt_tokens: Int[np.ndarray, "P S"]
+    """What was read, padded on the right."""
+    prompt_lengths: Int[np.ndarray, " P"]
 
 
 def write(
@@ -216,13 +221,14 @@ def write(
         for row, ids in enumerate(rows):
             tokens[row, : len(ids)] = ids
         row_ids = (start + np.arange(len(rows)))[:, None] * completions + np.arange(completions)[None, :]
+        lengths = np.array([len(ids) for ids in rows], np.int32)
         batch = generate_jit(
             definition,
             params,
             ref_definition,
             ref_params,
             tokens,
-            np.array([len(ids) for ids in rows], np.int32),
+            lengths,
             np.zeros((len(rows), completions), np.float32),
             jax.random.key(seed),
             row_ids.astype(np.int32),
@@ -234,12 +240,15 @@ def write(
         parts.append(
             Written(
                 decode(model, batch)[: len(part)],
-                *(np.asarray(x)[: len(part)] for x in (batch.lengths, batch.policy_logps, batch.ref_logps)),
+                *(
+                    np.asarray(x)[: len(part)]
+                    for x in (batch.lengths, batch.policy_logps, batch.ref_logps, batch.tokens, tokens, lengths)
+                ),
             )
         )
     return Written(
         [texts for part in parts for texts in part.texts],
-        *(np.concatenate([part[field] for part in parts]) for field in (1, 2, 3)),
+        *(np.concatenate([part[field] for part in parts]) for field in (1, 2, 3, 4, 5, 6)),
     )
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from fastpref import losses, optimizers
 from fastpref.algorithms import Algorithm
 from fastpref.kernels import preference_loss, token_logprobs
+from fastpref.metrics import pair_metrics
 from fastpref.models.policy import Policy
 from fastpref.records import PairBatch
 
@@ -110,27 +111,6 @@ def batch_loss(
     return jnp.where(batch.where, per_pair, 0.0).sum() / count, policy_logps
 
 
-def pair_metrics(batch: PairBatch, policy_logps: Float[Array, "P 2"], tau: Float[Array, ""]) -> Metrics:
-    """Metrics of judged pairs under their usual names; averages over the pairs that are learned from."""
-    rows = jnp.arange(policy_logps.shape[0])
-    chosen = jnp.where(batch.preference >= 0.5, 0, 1)
-    count = jnp.maximum(batch.where.sum(), 1).astype(jnp.float32)
-
-    def mean(values: Array) -> Array:
-        return jnp.where(batch.where, values, 0.0).sum() / count
-
-    rewards = tau * (policy_logps - batch.ref_logps)
-    margins = rewards[rows, chosen] - rewards[rows, 1 - chosen]
-    return {
-        "rewards/chosen": mean(rewards[rows, chosen]),
-        "rewards/rejected": mean(rewards[rows, 1 - chosen]),
-        "rewards/margins": mean(margins),
-        "rewards/accuracies": mean((margins > 0).astype(jnp.float32)),
-        "logps/chosen": mean(policy_logps[rows, chosen]),
-        "logps/rejected": mean(policy_logps[rows, 1 - chosen]),
-    }
-
-
 @partial(
     jax.jit,
     static_argnames=("definition", "optimizer", "algorithm", "gradient_accumulation", "length_normalize"),
@@ -199,7 +179,11 @@ def update(
         "loss": value,
         "grad_norm": norm,
         "updates/skipped": (~healthy).astype(jnp.float32),
-        **({} if algorithm.pairs == "first" else pair_metrics(batch, policy_logps, tau)),
+        **(
+            {}
+            if algorithm.pairs == "first"
+            else pair_metrics(policy_logps, batch.ref_logps, batch.preference, batch.where, tau)
+        ),
     }
     return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_opt_state, opt_state), metrics
 

@@ -17,6 +17,10 @@ Compare = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """Prompts and two of their completions by number, [M] each, to p(first ≻ second), [M] float32."""
 
 
+DROPPED = {1: "worst_won", 2: "tie", 3: "identical", 4: "cyclic"}
+"""Metrics that count why a tournament's pair is not learned from, by the number of the outcome."""
+
+
 class Selection(NamedTuple):
     """What is learned from the K completions of P prompts."""
 
@@ -41,6 +45,7 @@ class Jury:
       prompts: P texts.
       texts: the K completions of each.
       tokens: their token ids, [P, K, T].
+      lengths: how many of them are real, [P, K].
     """
 
     def __init__(
@@ -49,8 +54,11 @@ class Jury:
         prompts: Sequence[str],
         texts: Sequence[Sequence[str]],
         tokens: Int[np.ndarray, "P K T"],
+        lengths: Int[np.ndarray, "P K"],
     ) -> None:
-        self.judge, self.prompts, self.texts, self.tokens = judge, prompts, texts, tokens
+        self.judge, self.prompts, self.texts = judge, prompts, texts
+        self.classes = tournament.identical(tokens, lengths)
+        """Equal numbers, equal completions, [P, K]."""
         self.asked = 0
         """Comparisons that the judge was asked for."""
         self._rewards: np.ndarray | None = None
@@ -60,7 +68,7 @@ class Jury:
         if not isinstance(self.judge, Rewarder):
             raise TypeError(f"rewards need a judge with scores(prompts, completions), got {self.judge!r}")
         if self._rewards is None:
-            prompts, completions = self.tokens.shape[:2]
+            prompts, completions = self.classes.shape
             flat = rate(
                 self.judge,
                 [prompt for prompt in self.prompts for _ in range(completions)],
@@ -74,7 +82,7 @@ class Jury:
     ) -> Float[np.ndarray, " M"]:
         """p(first ≻ second) of completions of prompts, all by number, in one call of the judge."""
         preference = np.full(len(prompt), 0.5, np.float32)
-        different = (self.tokens[prompt, first] != self.tokens[prompt, second]).any(-1)
+        different = self.classes[prompt, first] != self.classes[prompt, second]
         prompt, first, second = (np.asarray(index)[different] for index in (prompt, first, second))
         self.asked += len(prompt)
         if not len(prompt):
@@ -111,12 +119,12 @@ def select(
     Raises:
       JudgeError: see `judging.ask` and `judging.rate`.
     """
-    prompts, completions = jury.tokens.shape[:2]
+    prompts, completions = jury.classes.shape
     everyone = np.arange(prompts)
     if pairs == "first" and completions == 1:
         return _rewarded(jury, baseline)
     if pairs == "tournament":
-        found = tournament.run(jury.compare, prompts, completions, ids, step, seed)
+        found = tournament.run(jury.compare, prompts, completions, ids, step, seed, classes=jury.classes)
         chosen, preference, kept = np.stack([found.best, found.worst], 1), found.preference, found.kept
         scores, label = np.zeros((prompts, 2), np.float32), np.ones(prompts, np.float32)
     elif pairs == "win rates":
@@ -127,8 +135,8 @@ def select(
         preference = jury.compare(everyone, chosen[:, 0], chosen[:, 1])
         scores = np.stack([preference - np.float32(0.5), np.float32(0.5) - preference], 1)
         label, kept = preference, np.ones(prompts, bool)
-    best, worst = (jury.tokens[everyone, chosen[:, which]] for which in (0, 1))
-    identical = (best == worst).all(-1)
+    best, worst = (jury.classes[everyone, chosen[:, which]] for which in (0, 1))
+    identical = best == worst
     # Alone, y is also pulled back to the reference, whatever its opponent.
     where = np.ones(prompts, bool) if pairs == "first" else kept & ~identical
     metrics = {
@@ -139,13 +147,14 @@ def select(
         "pairs/identical": float(identical.sum()),
     }
     if pairs == "tournament":
-        metrics["pairs/upset"] = float((~kept & ~identical).sum())
+        for code, reason in DROPPED.items():
+            metrics[f"pairs/{reason}"] = float((found.outcomes == code).sum())
     return Selection(chosen, preference, label, scores, where, metrics)
 
 
 def _by_win_rate(jury: Jury) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Best and worst by p(y ≻ π_t), estimated from all K completions, y among them; p(best ≻ worst); both rates − ½."""
-    prompts, completions = jury.tokens.shape[:2]
+    prompts, completions = jury.classes.shape
     first, second = np.triu_indices(completions, 1)
     prompt = np.repeat(np.arange(prompts), len(first))
     asked = jury.compare(prompt, np.tile(first, prompts), np.tile(second, prompts)).reshape(prompts, -1)

@@ -10,6 +10,7 @@ import orjson
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -20,6 +21,11 @@ Columns = dict[str, np.ndarray]
 INK, MUTED, GRID = "#1f2933", "#66727f", "#e4e7eb"
 COLOURS = ("#2563a8", "#d1662b", "#3a8a5f")
 """Blue, orange and green that readers who do not tell red from green can tell apart."""
+
+LINES = ("solid", "dashed", "dotted")
+
+WIN_COLOURS = LinearSegmentedColormap.from_list("win rate", [COLOURS[1], "#ffffff", COLOURS[0]])
+"""Orange for defeat, white for ½, blue for victory."""
 
 MOST_POINTS = 1500
 """Points that a series shows; of longer ones every n-th."""
@@ -56,7 +62,7 @@ RUN_PANELS = (
         "kl",
         "Distance from the reference",
         "KL (nats per completion)",
-        (("objective/kl", "training prompts"), ("eval/kl", "held-out prompts")),
+        (("objective/kl", "training prompts"), ("eval/kl", "held-out prompts"), ("eval/kl_exact", "held out, exact")),
     ),
     Panel(
         "lengths",
@@ -81,11 +87,16 @@ RUN_PANELS = (
         "accuracy",
         "Pairs ranked as the judge ranks them",
         "share of pairs",
-        (("rewards/accuracies", "training pairs"),),
+        (("rewards/accuracies", "training pairs"), ("eval/agreement", "held-out pairs")),
         line=0.5,
         percent=True,
     ),
-    Panel("entropy", "Entropy of the policy", "nats per token", (("objective/entropy", "sampled tokens"),)),
+    Panel(
+        "entropy",
+        "Entropy of the policy",
+        "nats per token",
+        (("objective/entropy", "training prompts"), ("eval/entropy", "held-out prompts")),
+    ),
     Panel("grad_norm", "Gradient norm", "norm", (("grad_norm", "before clipping"),)),
 )
 
@@ -131,6 +142,125 @@ def plot_supervised(run_dir: Path | str) -> list[Path]:
       ValueError: there is no metric to plot; the message names the file.
     """
     return _plot(Path(run_dir), SUPERVISED_PANELS)
+
+
+def heat_map(
+    path: Path, names: Sequence[str], value: Float[np.ndarray, "M M"], deviation: Float[np.ndarray, "M M"]
+) -> Path:
+    """Draw a matrix of win rates, each entry with its number, and its deviation where that is finite and not 0.
+
+    Args:
+      path: the PNG file.
+      names: of the M policies.
+      value: win rate of the row over the column, shape [M, M], in [0, 1].
+      deviation: of each entry, shape [M, M].
+
+    Returns:
+      The file.
+    """
+    count = len(names)
+    longest = max(len(name) for name in names)
+    figure = Figure(figsize=(1.9 + 0.08 * longest + 1.05 * count, 1.6 + 0.85 * count), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(value, cmap=WIN_COLOURS, vmin=0, vmax=1)
+    for row, column in np.ndindex(count, count):
+        spread = deviation[row, column]
+        below = f"\n± {spread:.3f}" if np.isfinite(spread) and row != column else ""
+        dark = abs(value[row, column] - 0.5) > 0.33
+        axes.text(
+            column,
+            row,
+            f"{value[row, column]:.3f}{below}",
+            ha="center",
+            va="center",
+            fontsize=9,
+            color="white" if dark else INK,
+        )
+    axes.set_xticks(range(count), names, rotation=0 if longest < 11 else 30, ha="center" if longest < 11 else "right")
+    axes.set_yticks(range(count), names)
+    axes.tick_params(colors=INK, labelsize=9, length=0)
+    axes.set_title("Win rate of the row over the column", loc="left", fontsize=10.5, color=INK)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, format=PercentFormatter(1, decimals=0))
+    bar.ax.tick_params(colors=MUTED, labelsize=8.5, length=0)
+    bar.outline.set_visible(False)
+    return _write(figure, path)
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One line of a plot of measured values, with their uncertainty."""
+
+    label: str
+    x: Sequence[float | str]
+    """Numbers, or names that are placed side by side."""
+    y: Sequence[float]
+    low: Sequence[float]
+    """Lower ends of the error bars."""
+    high: Sequence[float]
+
+
+def plot_curves(
+    path: Path,
+    curves: Sequence[Curve],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+    line: float | None = None,
+    logarithmic: bool | None = None,
+) -> Path:
+    """Draw measured values with error bars against one quantity, a line for each curve.
+
+    Args:
+      path: the PNG file.
+      curves: the lines; values that are not finite are left out.
+      x_label: the quantity.
+      y_label: what was measured.
+      title: above the plot.
+      line: a value to compare with, dashed.
+      logarithmic: the x axis; None for logarithmic where all values are above 0 and span a factor of 8 or more.
+
+    Returns:
+      The file.
+    """
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    places = list(dict.fromkeys(x for curve in curves for x in curve.x))
+    numbers = [x for x in places if not isinstance(x, str)]
+    numeric = len(numbers) == len(places)
+    if line is not None:
+        axes.axhline(line, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    for number, curve in enumerate(curves):
+        y, low, high = (np.asarray(values, np.float64) for values in (curve.y, curve.low, curve.high))
+        x = np.array([x if numeric else places.index(x) for x in curve.x], np.float64)
+        known = np.isfinite(y)
+        bars = np.nan_to_num(np.stack([y - low, high - y])[:, known])
+        axes.errorbar(
+            x[known],
+            y[known],
+            np.maximum(bars, 0),
+            color=COLOURS[number % len(COLOURS)],
+            linestyle=LINES[number // len(COLOURS) % len(LINES)],
+            marker="o",
+            markersize=4,
+            linewidth=1.8,
+            elinewidth=1.2,
+            capsize=3,
+            label=curve.label,
+            zorder=3,
+        )
+    if not numeric:
+        axes.set_xticks(range(len(places)), [str(place) for place in places])
+    elif min(numbers) > 0 and max(numbers) >= 8 * min(numbers) if logarithmic is None else logarithmic:
+        axes.set_xscale("log")
+        axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
+        axes.minorticks_off()
+    _frame(axes, title, x_label, y_label)
+    if len(curves) > 1:
+        axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+    return _write(figure, path)
 
 
 def _plot(run_dir: Path, panels: Sequence[Panel]) -> list[Path]:
@@ -203,22 +333,26 @@ def _draw(axes: Axes, panel: Panel, columns: Columns) -> None:
         known = np.isfinite(low) & np.isfinite(high)
         steps = columns["step"][known]
         axes.fill_between(steps, low[known], high[known], color=COLOURS[0], alpha=0.18, linewidth=0, zorder=1)
-    axes.set_title(panel.title, loc="left", fontsize=10.5, color=INK)
-    axes.set_xlabel("optimiser steps", fontsize=9, color=MUTED)
-    axes.set_ylabel(panel.y_label, fontsize=9, color=MUTED)
+    _frame(axes, panel.title, "optimiser steps", panel.y_label)
     last = max(columns["step"].max(), 1.0)
     axes.set_xlim(-0.02 * last, 1.02 * last)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    if panel.percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    if len(series) > 1 or panel.band is not None:
+        axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+
+
+def _frame(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10.5, color=INK)
+    axes.set_xlabel(x_label, fontsize=9, color=MUTED)
+    axes.set_ylabel(y_label, fontsize=9, color=MUTED)
     axes.tick_params(colors=MUTED, labelsize=8.5, length=0)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
-    if panel.percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    if len(series) > 1 or panel.band is not None:
-        axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)
 
 
 def _smooth(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:

@@ -1,4 +1,4 @@
-"""What a run writes down and shows: metrics, samples, progress, tables, and what each metric means.
+"""What a run writes down and shows: metrics, samples, progress and tables.
 
     config.json      the settings, sorted
     metrics.jsonl    a JSON object a step, `step` first; floats come back equal; null where a number is not finite
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 import orjson
@@ -28,62 +28,9 @@ from rich.table import Table
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
+from fastpref.metrics import METRICS as METRICS
 from fastpref.plots import plot_run as plot_run
 from fastpref.plots import plot_supervised as plot_supervised
-
-
-class Metric(NamedTuple):
-    """What a metric means."""
-
-    formula: str
-    unit: str
-    better: str
-    """"higher", "lower", or "" where neither is."""
-
-
-METRICS: dict[str, Metric] = {
-    "step": Metric("optimiser steps taken, this one included", "steps", ""),
-    "epoch": Metric("passes over the prompts, begun with the one that this step's prompts are from", "passes", ""),
-    "loss": Metric("mean loss over the pairs used; of supervised training, over tokens or pairs", "", "lower"),
-    "grad_norm": Metric("Euclidean norm of the gradient before clipping", "", ""),
-    "learning_rate": Metric("step size that the schedule gives this step", "", ""),
-    "tau": Metric("τ, strength of the regularisation towards the reference", "", ""),
-    "eta": Metric("η, strength of the regularisation towards π_t", "", ""),
-    "round": Metric("number of the round, from 1: π_t is the policy at its beginning", "", ""),
-    "mixture_beta": Metric("β, weight of the reference in the mixture that completions are drawn from", "", ""),
-    "updates/skipped": Metric("1 if the loss or gradient was not finite and nothing was changed, else 0", "", "lower"),
-    "rewards/chosen": Metric("mean over pairs of τ·(log π − log π_ref) of the preferred completion", "nats", "higher"),
-    "rewards/rejected": Metric("mean over pairs of τ·(log π − log π_ref) of the other completion", "nats", "lower"),
-    "rewards/margins": Metric("rewards/chosen − rewards/rejected", "nats", "higher"),
-    "rewards/accuracies": Metric("share of pairs whose preferred completion has the higher reward", "", "higher"),
-    "logps/chosen": Metric("mean over pairs of the summed log π of the preferred completion", "nats", ""),
-    "logps/rejected": Metric("mean over pairs of the summed log π of the other completion", "nats", ""),
-    "objective/kl": Metric("mean over completions of summed log π − log π_ref", "nats/completion", "lower"),
-    "objective/scores": Metric("mean reward of the completions", "", "higher"),
-    "objective/rlhf_reward": Metric("objective/scores − τ·objective/kl", "", "higher"),
-    "objective/entropy": Metric("−mean log π of the sampled tokens: estimates the entropy", "nats/token", ""),
-    "preference/mean": Metric("mean p(first ≻ second)", "", ""),
-    "preference/confidence": Metric("mean |p(first ≻ second) − ½|", "", ""),
-    "preference/comparisons": Metric("comparisons of different completions that were judged", "comparisons", "lower"),
-    "completions/mean_length": Metric("mean tokens of a completion, EOS included", "tokens", ""),
-    "completions/eos_rate": Metric("share of completions that end with EOS rather than being cut off", "", "higher"),
-    "pairs/used": Metric("pairs of this step that were learned from", "pairs", "higher"),
-    "pairs/identical": Metric("pairs whose completions are the same tokens: counted, not learned from", "pairs", ""),
-    "pairs/upset": Metric("pairs whose worst won the tournament's last comparison: not learned from", "pairs", ""),
-    "tokens/generated": Metric("tokens sampled at this step, EOS included", "tokens", ""),
-    "eval/win_rate": Metric("mean p(policy ≻ reference) on held-out prompts", "", "higher"),
-    "eval/win_rate_low": Metric("lower end of the 95 % interval of eval/win_rate", "", "higher"),
-    "eval/win_rate_high": Metric("upper end of the 95 % interval of eval/win_rate", "", "higher"),
-    "eval/kl": Metric("objective/kl on held-out prompts", "nats/completion", "lower"),
-    "eval/mean_length": Metric("completions/mean_length on held-out prompts", "tokens", ""),
-    "eval/loss": Metric("supervised loss on held-out records", "", "lower"),
-    "eval/accuracy": Metric("share of held-out pairs on which the model agrees with the label", "", "higher"),
-    "time/generate": Metric("sampling both completions", "s", "lower"),
-    "time/judge": Metric("asking the judge", "s", "lower"),
-    "time/learn": Metric("loss, gradient and update", "s", "lower"),
-    "time/step": Metric("the whole step", "s", "lower"),
-}
-"""Every metric by name. Only those under `time/` differ between two runs of one configuration on one machine."""
 
 
 class Run:
@@ -108,7 +55,7 @@ class Run:
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write `config.json`, indented and sorted, over what is there."""
         text = orjson.dumps(dict(config), option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE)
-        _replace(self.directory / "config.json", text)
+        replace(self.directory / "config.json", text)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Add one step's metrics to `metrics.jsonl` and TensorBoard.
@@ -219,10 +166,10 @@ def _cut(path: Path, last_step: int | float) -> None:
             if keep:
                 kept.append(line)
     if len(kept) < len(lines):
-        _replace(path, b"".join(kept))
+        replace(path, b"".join(kept))
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or as it was before."""
     temporary = path.with_name(f".tmp-{path.name}")
     with temporary.open("wb") as file:
@@ -386,6 +333,11 @@ def samples_table(
         texts = (_visible(sample[name]) for name in columns)
         shown.add_row(*(Text(text if len(text) <= limit else text[:limit].rstrip() + "…") for text in texts))
     _print(title, shown, console)
+
+
+def say(text: str) -> None:
+    """Print a line, above a progress bar where there is one."""
+    rich.get_console().print(_visible(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _print(title: str, shown: Table, console: Console | None) -> None:

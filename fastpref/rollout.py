@@ -15,6 +15,7 @@ from fastpref import learner
 from fastpref.config import TrainConfig, value_at
 from fastpref.generation import decode, generate_jit, num_valid_tokens
 from fastpref.judging import Judge, Rewarder
+from fastpref.metrics import sampling_metrics
 from fastpref.models import LanguageModel
 from fastpref.records import CompletionBatch, Completions, PairBatch, PromptBatch
 from fastpref.pairing import Jury, Selection, select
@@ -102,7 +103,7 @@ class Rollout:
         clock.lap("time/generate")
         prompts = [self.texts[int(index)] for index in batch.ids]
         written = decode(self.policy, drawn)
-        jury = Jury(self.judge, prompts, written, tokens)
+        jury = Jury(self.judge, prompts, written, tokens, lengths)
         found = select(row.pairs, jury, ids=batch.ids, step=step, seed=config.seed, baseline=config.baseline)
         clock.lap("time/judge")
         learned = found.chosen[:, :1] if row.pairs == "first" else found.chosen
@@ -123,16 +124,18 @@ class Rollout:
         # What sampling collected is log π_ref only where π_ref was mixed in, and log π_t only where π_t wrote.
         if config.rescore_reference or self.partner is not self.ref:
             pairs = pairs._replace(ref_logps=learner.score(self.ref.definition, self.ref.params, pairs))
-        if self.partner is self.ref:
-            ratios = np.asarray(drawn.policy_logps) - np.asarray(drawn.ref_logps)
-        else:
-            ratios = (take(drawn.policy_logps) - np.asarray(pairs.ref_logps))[:, : learned.shape[1]]
         round_logps = take(drawn.policy_logps) if "round" in row.writers and not config.rescore_reference else None
         anchor = self._anchor(step, pairs, pairs.ref_logps, round_logps, round_params)
-        metrics = found.metrics | clock.laps | sampling_metrics(drawn, ratios, self.policy.tokenizer.eos_id)
+        different = np.ones(len(prompts), bool)
+        metrics = sampling_metrics(drawn, found.judged, different, self.policy.tokenizer.eos_id)
+        if self.partner is not self.ref:
+            ratios = take(drawn.policy_logps) - np.asarray(pairs.ref_logps)
+            metrics["objective/kl"] = float(ratios[:, : learned.shape[1]].mean())
         if row.judged_by == "reward":
             tau, _ = config.strengths(step)
-            metrics["objective/rlhf_reward"] = metrics["objective/scores"] - tau * metrics["objective/kl"]
+            metrics = {name: value for name, value in metrics.items() if not name.startswith(("preference/", "pairs/"))}
+            metrics["objective/rlhf_reward"] = found.metrics["objective/scores"] - tau * metrics["objective/kl"]
+        metrics |= found.metrics | clock.laps
         return Gathered(pairs._replace(ref_logps=anchor), metrics, _samples(prompts, written, found, jury))
 
     def _anchor(
@@ -181,19 +184,6 @@ class Clock:
         """Name what has passed since the last lap."""
         now = time.perf_counter()
         self.laps[name], self._last = now - self._last, now
-
-
-def sampling_metrics(drawn: Completions, log_ratios: Float[np.ndarray, "P C"], eos_id: int) -> dict[str, float]:
-    """Metrics of what was drawn; `log_ratios` are summed log π − log π_ref of the model that wrote."""
-    lengths = np.asarray(drawn.lengths)
-    last = np.take_along_axis(np.asarray(drawn.tokens), lengths[:, :, None] - 1, axis=2)
-    return {
-        "objective/kl": float(log_ratios.mean()),
-        "objective/entropy": float(-np.asarray(drawn.policy_logps).sum() / lengths.sum()),
-        "completions/mean_length": float(lengths.mean()),
-        "completions/eos_rate": float((last == eos_id).mean()),
-        "tokens/generated": float(lengths.sum()),
-    }
 
 
 def _samples(prompts: list[str], written: list[list[str]], found: Selection, jury: Jury) -> list[dict[str, Any]]:
