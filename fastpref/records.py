@@ -84,3 +84,51 @@ class PairBatch(NamedTuple):
     """For losses of single completions: p − ½, the reward, or the win rate − ½ of each; else 0."""
     where: Bool[jax.Array, " P"]
     """False for pairs that teach nothing (identical completions): they are counted, not learned from."""
+
+
+class PackedPairs(NamedTuple):
+    """Judged pairs laid out in R rows of fixed length, several to a row: no place is spent on padding a completion.
+
+    A row has L places for the (decoder) stream and S for the encoder stream, 0 in a decoder-only model. It has M slots:
+    pair number r·M + s of the batch, P = R·M of them, lies in slot s of row r, prompt and both completions. Slots may
+    be empty. The tokens of a sequence lie next to each other, in order.
+
+    A completion of T tokens is scored at T places, whose inputs are the last prompt token and the completion without
+    its last. In a decoder-only model a pair of completions shares the rest of its prompt (stream 0: S − 1 + T + T'
+    places), or each reads the whole prompt by itself (no stream 0: 2S − 2 + T + T' places). In an encoder-decoder the
+    first input is the decoder's start token instead, and the prompt of at least one token is in the encoder stream.
+
+    Place i of a row sees place j if both belong to the same pair, j is not after i, and j is shared or of the same
+    completion: pairs[i] == pairs[j] ≥ 0, j ≤ i, streams[j] ∈ {0, streams[i]}. It sees place j of the encoder stream
+    if prompt_pairs[j] == pairs[i]; places of the encoder stream see each other if their prompt_pairs agree.
+    """
+
+    tokens: Int[jax.Array, "R L"]
+    """Inputs of the decoder stream, int32; 0 where empty."""
+    targets: Int[jax.Array, "R L"]
+    """The completion token that the state at a place predicts, int32; 0 where none."""
+    positions: Int[jax.Array, "R L"]
+    """Position of the token in its own sequence, int32: prompt token 0 is 0, a completion goes on where its prompt ends
+    (from 0 in an encoder-decoder)."""
+    pairs: Int[jax.Array, "R L"]
+    """Slot of the pair within the row, int32, 0 to M − 1; −1 where empty."""
+    streams: Int[jax.Array, "R L"]
+    """0: prompt, read by both completions; 1: belongs to y alone; 2: to y' alone; 0 where empty. int32."""
+    sequences: Int[jax.Array, "R L"]
+    """Segment id for `kernels.preference_loss`, int32: 2·(r·M + s) + k where completion k is scored, else −1."""
+    prompt_tokens: Int[jax.Array, "R S"]
+    """Inputs of the encoder stream, int32; 0 where empty."""
+    prompt_positions: Int[jax.Array, "R S"]
+    """Position of the token in its prompt, int32."""
+    prompt_pairs: Int[jax.Array, "R S"]
+    """Slot of the pair within the row, int32; −1 where empty."""
+    lengths: Int[jax.Array, "P 2"]
+    """Tokens of each completion, int32; 0 in empty slots, and second where only y is learned from."""
+    preference: Float[jax.Array, " P"]
+    """p(y ≻ y' | x), in [0, 1]."""
+    where: Bool[jax.Array, " P"]
+    """False for empty slots and for pairs that teach nothing."""
+    ids: Int[jax.Array, " P"]
+    """Names the pair in its source, int64; −1 in empty slots."""
+    ref_logps: Float[jax.Array, "P 2"]
+    """log π_ref of both completions, float32; zeros until scored."""

@@ -29,6 +29,8 @@ from fastpref.models.layers import (
     padding_bias,
     rms_norm,
 )
+from fastpref.models.packed import bias_of, visibility
+from fastpref.records import PackedPairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,11 +238,30 @@ class Decoder(nnx.Module):
             x = layer.finish(x, attend(queries, shared, shared_bias, as_own(keys, values), own_bias))
         return self._normalise(x)
 
+    def packed_hidden_states(self, batch: PackedPairs) -> Float[Array, "R L D"]:
+        """The states of packed rows; prompts lie in the decoder stream, shared or not.
+
+        Raises:
+          ValueError: the rows have an encoder stream.
+        """
+        if batch.prompt_tokens.shape[1]:
+            raise ValueError(
+                "a decoder-only model reads rows without an encoder stream, but this one has "
+                f"{batch.prompt_tokens.shape[1]} places: pack the pairs for a decoder-only model"
+            )
+        x, _ = self._run(batch.tokens, batch.positions, bias_of(visibility(batch)))
+        return self._normalise(x[:, 0])
+
     def _read(self, tokens: Int[Array, "P S"]) -> tuple[Float[Array, "P 1 S D"], tuple[Shared, ...]]:
         """Run prompts padded on the right; causality keeps padding out of every real token's state."""
+        return self._run(tokens, jnp.arange(tokens.shape[1])[None, :], causal_bias(tokens.shape[1]))
+
+    def _run(
+        self, tokens: Int[Array, "P S"], positions: Int[Array, "#P S"], bias: Float[Array, "#P 1 1 1 S S"]
+    ) -> tuple[Float[Array, "P 1 S D"], tuple[Shared, ...]]:
+        """Run single streams; return their states before the last norm, and the keys and values of each layer."""
         x = self.embedding[...][tokens][:, None]
-        rotation = self._rotation(jnp.arange(tokens.shape[1])[None, :])
-        bias = causal_bias(tokens.shape[1])
+        rotation = self._rotation(positions)
         read = []
         for layer in self.layers:
             queries, keys, values = layer.project(x, rotation)

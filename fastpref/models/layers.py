@@ -83,7 +83,7 @@ def attend(
     shared: Shared | None = None,
     shared_bias: Float[Array, "#P #N 1 1 #T S"] | Float[Array, "#P #N 1 1 #T #S"] | None = None,
     own: Own | None = None,
-    own_bias: Float[Array, "1 #N 1 1 #T U"] | None = None,
+    own_bias: Float[Array, "#P #N 1 1 #T U"] | None = None,
 ) -> Float[Array, "P N K G T H"]:
     """Softmax attention of every query to the prompt's keys, its completion's own keys, or both under one softmax.
 

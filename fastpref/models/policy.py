@@ -6,6 +6,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from fastpref.kernels import Head
+from fastpref.records import PackedPairs
 
 Cache = Any
 """A pytree of keys and values; its layout belongs to the model."""
@@ -44,6 +45,18 @@ class Policy(Protocol):
         """Teacher-forced states: entry t predicts completion token t from the prompt and tokens before t.
 
         The prompt is read once for its K completions, which do not see each other. Differentiable.
+        """
+        ...
+
+    def packed_hidden_states(self, batch: PackedPairs) -> Float[Array, "R L D"]:
+        """The same states for packed rows: entry [r, i] predicts `batch.targets[r, i]` wherever that is scored.
+
+        What is read is the tokens at their `positions`, and place i of a row sees place j if both belong to the same
+        pair, j is not after i, and j is shared by the completions or of the same one: pairs[i] == pairs[j] ≥ 0, j ≤ i,
+        streams[j] ∈ {0, streams[i]} (`models.packed.visibility`). In an encoder-decoder, place i reads place j of the
+        encoder stream if prompt_pairs[j] == pairs[i], and the encoder's places see each other where prompt_pairs agree
+        (`cross_visibility`, `prompt_visibility`). States of places that are not scored may be anything finite.
+        Differentiable.
         """
         ...
 

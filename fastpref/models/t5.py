@@ -35,6 +35,8 @@ from fastpref.models.layers import (
     padding_bias,
     rms_norm,
 )
+from fastpref.models.packed import bias_of, cross_visibility, prompt_visibility, visibility
+from fastpref.records import PackedPairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +222,7 @@ class T5(nnx.Module):
     ) -> tuple[Float[Array, "B D"], T5Cache]:
         """Read each prompt once; return the states that predict the first completion token, and the cache."""
         tokens, lengths = compact(tokens, mask)
-        prompts = self._read(tokens, lengths)
+        prompts = self._read(tokens, padding_bias(lengths, tokens.shape[1]))
         c, p, slots = self.config, tokens.shape[0], max_new_tokens + 1
         later = jnp.full((c.heads, slots - 1), MASKED)
         bias = jnp.concatenate([self.decoder.bias(np.arange(-slots + 1, 1)), later], axis=1)
@@ -243,24 +245,36 @@ class T5(nnx.Module):
     ) -> Float[Array, "P K T D"]:
         """Teacher-forced states: entry t predicts completion token t from the prompt and tokens before t."""
         tokens, lengths = compact(prompt_tokens, prompt_mask)
-        prompts = self._read(tokens, lengths)
+        padding = padding_bias(lengths, tokens.shape[1])
+        prompts = self._read(tokens, padding)
         first = jnp.full_like(completion_tokens[:, :, :1], self.config.start_id)
         inputs = jnp.concatenate([first, completion_tokens[:, :, :-1]], axis=-1)
-        x = self.embedding[...][inputs]
-        padding = padding_bias(lengths, tokens.shape[1])
-        bias = self.decoder.square_bias(inputs.shape[-1]) + causal_bias(inputs.shape[-1])
-        for layer, cross, prompt in zip(self.decoder.layers, self.cross, prompts, strict=True):
-            inner = layer.attention.normalise(x)
-            own = as_own(layer.attention.keys(inner), layer.attention.values(inner))
-            queries = as_queries(layer.attention.queries(inner))
-            x = layer.attention.merge(x, attend(queries, own=own, own_bias=bias))
-            x = layer.feed_forward(read_prompt(cross, x, prompt, padding))
-        return self.decoder.normalise(x)
+        return self._write(inputs, prompts, causal_bias(inputs.shape[-1]), padding)
 
-    def _read(self, tokens: Int[Array, "P S"], lengths: Int[Array, " P"]) -> tuple[Shared, ...]:
-        """Encode prompts padded on the right; return the keys and values that each decoder layer reads of them."""
+    def packed_hidden_states(self, batch: PackedPairs) -> Float[Array, "R L D"]:
+        """The states of packed rows; prompts lie in the encoder stream.
+
+        Relative positions are differences of places in the row, for the tokens of a sequence lie next to each other.
+
+        Raises:
+          ValueError: the rows have no encoder stream.
+        """
+        if not batch.prompt_tokens.shape[1]:
+            raise ValueError(
+                "an encoder-decoder reads prompts from the encoder stream, but these rows have none: "
+                "pack the pairs for an encoder-decoder"
+            )
+        prompts = self._read(batch.prompt_tokens, bias_of(prompt_visibility(batch)))
+        own, across = bias_of(visibility(batch)), bias_of(cross_visibility(batch))
+        return self._write(batch.tokens[:, None], prompts, own, across)[:, 0]
+
+    def _read(self, tokens: Int[Array, "P S"], bias: Float[Array, "P 1 1 1 #S S"]) -> tuple[Shared, ...]:
+        """Encode prompts; return the keys and values that each decoder layer reads of them.
+
+        `bias` is `MASKED` for the keys that a query does not see; relative positions are added here.
+        """
         x = self.embedding[...][tokens][:, None]
-        bias = self.encoder.square_bias(tokens.shape[1]) + padding_bias(lengths, tokens.shape[1])
+        bias = self.encoder.square_bias(tokens.shape[1]) + bias
         for layer in self.encoder.layers:
             inner = layer.attention.normalise(x)
             prompt = as_shared(layer.attention.keys(inner), layer.attention.values(inner))
@@ -268,6 +282,24 @@ class T5(nnx.Module):
             x = layer.feed_forward(layer.attention.merge(x, attend(queries, prompt, bias)))
         x = self.encoder.normalise(x)
         return tuple(as_shared(cross.keys(x), cross.values(x)) for cross in self.cross)
+
+    def _write(
+        self,
+        inputs: Int[Array, "P K T"],
+        prompts: tuple[Shared, ...],
+        own_bias: Float[Array, "#P 1 1 1 T T"],
+        prompt_bias: Float[Array, "P 1 1 1 #T S"],
+    ) -> Float[Array, "P K T D"]:
+        """Run the decoder on whole completions; the two biases are `MASKED` for the keys that a query does not see."""
+        x = self.embedding[...][inputs]
+        bias = self.decoder.square_bias(inputs.shape[-1]) + own_bias
+        for layer, cross, prompt in zip(self.decoder.layers, self.cross, prompts, strict=True):
+            inner = layer.attention.normalise(x)
+            own = as_own(layer.attention.keys(inner), layer.attention.values(inner))
+            queries = as_queries(layer.attention.queries(inner))
+            x = layer.attention.merge(x, attend(queries, own=own, own_bias=bias))
+            x = layer.feed_forward(read_prompt(cross, x, prompt, prompt_bias))
+        return self.decoder.normalise(x)
 
     def _append(
         self, cache: T5Cache, tokens: Int[Array, " B"], slot: Int[Array, ""] | int
@@ -290,7 +322,7 @@ class T5(nnx.Module):
 
 
 def read_prompt(
-    cross: Attention, x: Float[Array, "P K T D"], prompt: Shared, padding: Float[Array, "P 1 1 1 1 S"]
+    cross: Attention, x: Float[Array, "P K T D"], prompt: Shared, bias: Float[Array, "P 1 1 1 #T S"]
 ) -> Float[Array, "P K T D"]:
     """`x` plus what its cross-attention reads of the prompt."""
-    return cross.merge(x, attend(as_queries(cross.queries(cross.normalise(x))), prompt, padding))
+    return cross.merge(x, attend(as_queries(cross.queries(cross.normalise(x))), prompt, bias))

@@ -1,0 +1,283 @@
+"""Packed rows give every model the states, losses and gradients that padded pairs give it, and no pair sees another."""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fastpref.kernels import preference_loss, token_logprobs
+from flax import nnx
+from slow_packing import LAYOUTS, pack, scored
+from test_models import compiled, make
+
+from fastpref import losses
+from fastpref.models import packed as rules
+from fastpref.models.layers import MASKED
+from fastpref.records import PackedPairs, PairBatch
+
+P, S, T, V = 6, 11, 6, 61
+PROMPTS = np.array([11, 4, 1, 7, 3, 9], np.int32)
+COMPLETIONS = np.array([[6, 3], [1, 1], [2, 6], [4, 1], [5, 5], [3, 2]], np.int32)
+ROWS: dict[str, dict[str, int]] = {
+    "shared": {"rows": 4, "length": 32, "slots": 4},
+    "separate": {"rows": 5, "length": 32, "slots": 3},
+    "encoder-decoder": {"rows": 4, "length": 20, "slots": 4, "prompt_length": 16},
+}
+"""Wide enough for every order tried here, with full rows, rows of one pair, empty slots and an empty row."""
+CASES = [
+    (name, layout)
+    for name, layouts in {
+        "decoder": ("shared", "separate"),
+        "decoder-tied-biased": ("shared", "separate"),
+        "t5-v1.1": ("encoder-decoder",),
+        "t5-original": ("encoder-decoder",),
+    }.items()
+    for layout in layouts
+]
+each_case = pytest.mark.parametrize(("name", "layout"), CASES)
+TAU = 0.1
+
+
+@functools.cache
+def pairs() -> PairBatch:
+    random = np.random.default_rng(3)
+    preference = np.array([1, 0, 0.25, 0.5, 1, 0.75], np.float32)
+    batch: Any = PairBatch(
+        prompt_tokens=random.integers(0, V, (P, S), np.int32),
+        prompt_lengths=PROMPTS,
+        completion_tokens=random.integers(0, V, (P, 2, T), np.int32),
+        completion_lengths=COMPLETIONS,
+        ref_logps=random.normal(size=(P, 2)).astype(np.float32),
+        preference=preference,
+        where=np.ones(P, bool),
+    )
+    return batch
+
+
+def packed_pairs(layout: str, batch: Any = None, order: Any = None) -> PackedPairs:
+    return pack(pairs() if batch is None else batch, layout=layout, order=order, **ROWS[layout])
+
+
+def padded_arguments() -> tuple[Any, ...]:
+    batch = pairs()
+    return batch.prompt_tokens, np.arange(S)[None, :] < batch.prompt_lengths[:, None], batch.completion_tokens
+
+
+@compiled
+def run(graph: Any, state: Any, batch: Any, targets: Any, weights: Any) -> Any:
+    """States; sum of weighted log-probs of the targets; its gradient. For packed rows and for padded pairs."""
+
+    def loss(state: Any) -> tuple[jax.Array, jax.Array]:
+        policy = nnx.merge(graph, state)
+        packed = isinstance(batch, PackedPairs)
+        states = policy.packed_hidden_states(batch) if packed else policy.hidden_states(*batch)
+        logps = jax.nn.log_softmax(policy.head().logits(states.reshape(-1, states.shape[-1])))
+        return (jnp.take_along_axis(logps, targets.reshape(-1, 1), axis=1)[:, 0] * weights.reshape(-1)).sum(), states
+
+    (value, states), gradient = jax.value_and_grad(loss, has_aux=True)(state)
+    return states, value, gradient
+
+
+WEIGHTS = np.random.default_rng(4).normal(size=(P, 2)).astype(np.float32)
+"""Of each completion in the sum of log-probs: nothing cancels."""
+
+
+def run_packed(name: str, packed: PackedPairs) -> Any:
+    weights = np.zeros(packed.tokens.shape, np.float32)
+    for completion, places in scored(packed).items():
+        weights[places] = WEIGHTS[completion]
+    return run(*nnx.split(make(name)), packed, packed.targets, weights)
+
+
+@functools.cache
+def packed_result(name: str, layout: str) -> Any:
+    return run_packed(name, packed_pairs(layout))
+
+
+@functools.cache
+def padded_result(name: str) -> Any:
+    real = np.arange(T)[None, None, :] < COMPLETIONS[:, :, None]
+    weights = np.where(real, WEIGHTS[:, :, None], np.float32(0))
+    return run(*nnx.split(make(name)), padded_arguments(), pairs().completion_tokens, weights)
+
+
+def by_completion(states: Any, packed: PackedPairs) -> dict[tuple[int, int], np.ndarray]:
+    return {completion: np.asarray(states)[places] for completion, places in scored(packed).items()}
+
+
+def test_the_rows_of_this_module_hold_what_they_should() -> None:
+    for layout in LAYOUTS:
+        packed = packed_pairs(layout)
+        counts = (packed.ids.reshape(ROWS[layout]["rows"], -1) >= 0).sum(1)
+        assert {0, 1} < set(counts.tolist()), layout
+        assert max(counts) > 1
+        filled = (packed.pairs >= 0).sum(1)
+        assert (packed.lengths.sum(), len(scored(packed))) == (COMPLETIONS.sum(), 2 * P)
+        expected = COMPLETIONS.sum(1)
+        if layout == "shared":
+            expected = PROMPTS - 1 + expected
+        elif layout == "separate":
+            expected = 2 * PROMPTS - 2 + expected
+        assert filled.sum() == expected.sum(), layout
+    assert (packed_pairs("shared").pairs[0] >= 0).all()
+    assert (packed_pairs("encoder-decoder").prompt_pairs[0] >= 0).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_who_sees_whom_follows_from_the_rule(layout: str) -> None:
+    packed = packed_pairs(layout)
+    rows, length = packed.tokens.shape
+    size = packed.prompt_tokens.shape[1]
+    expected = np.zeros((rows, length, length), bool)
+    across, prompts = np.zeros((rows, length, size), bool), np.zeros((rows, size, size), bool)
+    for r, i in itertools.product(range(rows), range(length)):
+        for j in range(length):
+            same = packed.pairs[r, i] == packed.pairs[r, j] and packed.pairs[r, j] >= 0
+            expected[r, i, j] = same and j <= i and packed.streams[r, j] in (0, packed.streams[r, i])
+        for j in range(size):
+            across[r, i, j] = packed.prompt_pairs[r, j] == packed.pairs[r, i] >= 0
+    for r, i, j in itertools.product(range(rows), range(size), range(size)):
+        prompts[r, i, j] = packed.prompt_pairs[r, i] == packed.prompt_pairs[r, j] >= 0
+    np.testing.assert_array_equal(rules.visibility(packed), expected)
+    np.testing.assert_array_equal(rules.cross_visibility(packed), across)
+    np.testing.assert_array_equal(rules.prompt_visibility(packed), prompts)
+    bias = np.asarray(rules.bias_of(rules.visibility(packed)))
+    np.testing.assert_array_equal(bias[:, 0, 0, 0], np.where(expected, 0, np.float32(MASKED)))
+
+
+@each_case
+def test_scored_states_are_those_of_padded_pairs(name: str, layout: str) -> None:
+    packed = packed_pairs(layout)
+    states, expected = packed_result(name, layout)[0], np.asarray(padded_result(name)[0])
+    assert states.shape == (*packed.tokens.shape, 24)
+    assert np.isfinite(states).all()
+    found = by_completion(states, packed)
+    assert len(found) == 2 * P
+    for (pair, k), values in found.items():
+        np.testing.assert_allclose(values, expected[pair, k, : COMPLETIONS[pair, k]], rtol=0, atol=2e-5)
+
+
+@each_case
+def test_losses_and_gradients_are_those_of_padded_pairs(name: str, layout: str) -> None:
+    _, value, gradient = packed_result(name, layout)
+    _, padded, expected = padded_result(name)
+    np.testing.assert_allclose(value, padded, rtol=1e-5)
+    scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    assert scale > 1
+    for (path, leaf), other in zip(
+        jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=2e-6 * scale, err_msg=str(path))
+
+
+@each_case
+def test_a_pair_leaves_all_others_bitwise_alone(name: str, layout: str) -> None:
+    packed, before = packed_pairs(layout), np.asarray(packed_result(name, layout)[0])
+    batch = pairs()
+    prompts, completions = batch.prompt_tokens.copy(), batch.completion_tokens.copy()
+    prompts[1], completions[1] = (prompts[1] + 1) % V, (completions[1] + 1) % V
+    changed: Any = batch._replace(prompt_tokens=prompts, completion_tokens=completions)
+    after = run_packed(name, packed_pairs(layout, changed))[0]
+    for (pair, _), places in scored(packed).items():
+        if pair == 1:
+            assert np.abs(np.asarray(after)[places] - before[places]).max(-1).min() > 1e-3
+        else:
+            np.testing.assert_array_equal(np.asarray(after)[places], before[places])
+
+
+@each_case
+def test_a_completion_leaves_its_partner_bitwise_alone(name: str, layout: str) -> None:
+    packed, before = packed_pairs(layout), np.asarray(packed_result(name, layout)[0])
+    for k in (0, 1):
+        completions = pairs().completion_tokens.copy()
+        completions[4, k, 1] = (completions[4, k, 1] + 1) % V
+        changed: Any = pairs()._replace(completion_tokens=completions)
+        after = np.asarray(run_packed(name, packed_pairs(layout, changed))[0])
+        differs = np.zeros(packed.tokens.shape, bool)
+        rows, columns = scored(packed)[4, k]
+        differs[rows[2:], columns[2:]] = True
+        np.testing.assert_array_equal((after != before).any(-1) & (packed.pairs >= 0), differs)
+
+
+@each_case
+def test_what_lies_in_empty_places_does_not_matter(name: str, layout: str) -> None:
+    packed, before = packed_pairs(layout), np.asarray(packed_result(name, layout)[0])
+    filled = packed._replace(
+        tokens=np.where(packed.pairs < 0, 60, packed.tokens),
+        positions=np.where(packed.pairs < 0, 17, packed.positions),
+        prompt_tokens=np.where(packed.prompt_pairs < 0, 60, packed.prompt_tokens),
+    )
+    after = np.asarray(run_packed(name, filled)[0])
+    np.testing.assert_array_equal(after[packed.pairs >= 0], before[packed.pairs >= 0])
+    assert np.isfinite(after).all()
+
+
+@each_case
+def test_the_order_of_pairs_does_not_matter(name: str, layout: str) -> None:
+    packed = packed_pairs(layout)
+    expected, total = by_completion(packed_result(name, layout)[0], packed), packed_result(name, layout)[1]
+    moved = packed_pairs(layout, order=(5, 0, 4, 2, 1, 3))
+    assert (moved.ids != packed.ids).any()
+    states, value, _ = run_packed(name, moved)
+    for completion, values in by_completion(states, moved).items():
+        np.testing.assert_allclose(values, expected[completion], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(value, total, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "layout"), [CASES[0], CASES[4]])
+def test_bfloat16_stays_near_float32(name: str, layout: str) -> None:
+    packed = packed_pairs(layout)
+    graph, state = nnx.split(make(name))
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow)
+    nothing = np.zeros(packed.tokens.shape, np.float32)
+    states = run(graph, narrow, packed, packed.targets, nothing)[0]
+    assert states.dtype == jnp.bfloat16
+    real = packed.sequences >= 0
+    expected = np.asarray(run(graph, wide, packed, packed.targets, nothing)[0])[real]
+    error = np.asarray(states.astype(jnp.float32))[real] - expected
+    assert 0 < np.sqrt((error**2).mean()) < 0.06 * expected.std()
+
+
+@compiled
+def loss_of(graph: Any, state: Any, batch: PackedPairs) -> Any:
+    policy = nnx.merge(graph, state)
+    states = policy.packed_hidden_states(batch)
+    flat = states.reshape(-1, states.shape[-1]), policy.head(), batch.targets.reshape(-1)
+    sequences = batch.sequences.reshape(-1)
+    result = preference_loss(
+        *flat,
+        sequences,
+        batch.ref_logps,
+        batch.preference,
+        loss=losses.bind(losses.ipo, tau=TAU),
+        where=batch.where,
+    )
+    logps = token_logprobs(*flat, where=sequences >= 0)
+    sums = jax.ops.segment_sum(logps, jnp.where(sequences < 0, 2 * len(batch.where), sequences), 2 * len(batch.where))
+    return result, sums.reshape(-1, 2)
+
+
+@pytest.mark.parametrize(("name", "layout"), [CASES[0], CASES[1], CASES[4]])
+def test_where_policy_is_reference_the_loss_is_the_closed_form(name: str, layout: str) -> None:
+    model = nnx.split(make(name))
+    packed = packed_pairs(layout)
+    first, sums = loss_of(*model, packed)
+    filled = packed.ids >= 0
+    np.testing.assert_allclose(first.policy_logps[filled], sums[filled], rtol=1e-5)
+    np.testing.assert_array_equal(np.asarray(first.policy_logps)[~filled], 0)
+    again, _ = loss_of(*model, packed._replace(ref_logps=first.policy_logps))
+    np.testing.assert_array_equal(again.log_ratio, 0)
+    # p(ρ − 1/2τ)² + (1 − p)(ρ + 1/2τ)² at ρ = 0, whatever p is.
+    np.testing.assert_array_equal(np.asarray(again.per_pair)[filled], np.float32(25))
+    assert again.loss == 25
+
+
+def test_each_family_refuses_rows_for_the_other() -> None:
+    with pytest.raises(ValueError, match=r"a decoder-only model reads rows without an encoder stream, .* 16 places"):
+        make("decoder").packed_hidden_states(packed_pairs("encoder-decoder"))
+    with pytest.raises(ValueError, match="reads prompts from the encoder stream, but these rows have none"):
+        make("t5-v1.1").packed_hidden_states(packed_pairs("shared"))
