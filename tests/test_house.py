@@ -66,7 +66,7 @@ def test_kernels_import_nothing_of_the_trainer() -> None:
 @pytest.mark.parametrize(
     ("target", "allowed"),
     [
-        ("fastpref._batcher", {"fastpref.data"}),
+        ("fastpref._batcher", {"fastpref.batchers", "fastpref.columns", "fastpref.packing"}),
         ("matplotlib", {"fastpref.plots", "fastpref.reporting"}),
         ("tensorboardX", {"fastpref.plots", "fastpref.reporting"}),
         ("rich", {"fastpref.plots", "fastpref.reporting", "fastpref.demo"}),
