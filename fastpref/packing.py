@@ -130,7 +130,9 @@ class PairBatcher:
             threads=threads,
             prefetch=prefetch,
             fingerprint=fingerprint(tables, names, chances, logps),
-            tokenizer=xxhash.xxh3_128(tokenizer_hash).digest(),
+            tokenizer=xxhash.xxh3_128(
+                tokenizer_hash.encode() if isinstance(tokenizer_hash, str) else tokenizer_hash
+            ).digest(),
         )
         self.dropped_ids: Int64[np.ndarray, " D"] = names[dropped]
         """Names of the records that fit no shape."""
