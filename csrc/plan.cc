@@ -7,51 +7,12 @@
 #include <string>
 #include <utility>
 
+#include "random.h"
+
 namespace fastpref {
 namespace {
 
-__extension__ using Uint128 = unsigned __int128;
-
-constexpr std::uint64_t kGolden = 0x9E3779B97F4A7C15;
 constexpr std::size_t kSideCandidates = 32;
-
-// The finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
-std::uint64_t mix(std::uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
-  return x ^ (x >> 31);
-}
-
-// SplitMix64 keyed by (seed, epoch, purpose). The standard library's shuffle and distributions are not used because
-// their results differ between implementations.
-class Random {
- public:
-  Random(std::uint64_t seed, std::uint64_t epoch, std::uint64_t purpose)
-      : state_(mix(mix(mix(seed + kGolden) + epoch + kGolden) + purpose + kGolden)) {}
-
-  // In [0, bound), each value as likely as the next up to bound / 2^64.
-  std::uint64_t below(std::uint64_t bound) {
-    return static_cast<std::uint64_t>(static_cast<Uint128>(next()) * bound >> 64);
-  }
-
- private:
-  std::uint64_t next() { return mix(state_ += kGolden); }
-
-  std::uint64_t state_;
-};
-
-enum Purpose : std::uint64_t { kRecords = 0, kBatches = 1 };
-
-// The first `head` entries of a random permutation of [0, size): the forward Fisher-Yates shuffle, stopped early.
-std::vector<std::int64_t> permutation_head(std::int64_t size, std::int64_t head, Random random) {
-  std::vector<std::int64_t> order(static_cast<std::size_t>(size));
-  std::iota(order.begin(), order.end(), std::int64_t{0});
-  for (std::int64_t i = 0; i < head; ++i) {
-    std::swap(order[i], order[i + static_cast<std::int64_t>(random.below(static_cast<std::uint64_t>(size - i)))]);
-  }
-  order.resize(static_cast<std::size_t>(head));
-  return order;
-}
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return a / b + (a % b != 0); }
 

@@ -3,65 +3,12 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "codec.h"
+
 namespace fastpref {
 namespace {
 
 constexpr std::string_view kMagic("FPBATCH\0", 8);
-
-std::uint64_t fnv1a(std::string_view bytes) {
-  std::uint64_t hash = 0xCBF29CE484222325;
-  for (const char byte : bytes) hash = (hash ^ static_cast<unsigned char>(byte)) * 0x100000001B3;
-  return hash;
-}
-
-template <class T>
-void put(std::string& bytes, T value) {
-  for (std::size_t i = 0; i < sizeof(T); ++i) {
-    bytes.push_back(static_cast<char>(static_cast<std::uint64_t>(value) >> (8 * i) & 0xFF));
-  }
-}
-
-[[noreturn]] void damaged(const std::string& what) {
-  throw std::invalid_argument("state must be the bytes of state(), got " + what +
-                              "; start from an undamaged copy or anew");
-}
-
-class Reader {
- public:
-  explicit Reader(std::string_view bytes) : rest_(bytes) {}
-
-  std::string_view take(std::size_t count) {
-    if (count > rest_.size()) damaged("bytes that end early");
-    const std::string_view head = rest_.substr(0, count);
-    rest_.remove_prefix(count);
-    return head;
-  }
-
-  template <class T>
-  T number() {
-    std::uint64_t value = 0;
-    const std::string_view bytes = take(sizeof(T));
-    for (std::size_t i = 0; i < sizeof(T); ++i) {
-      value |= static_cast<std::uint64_t>(static_cast<unsigned char>(bytes[i])) << (8 * i);
-    }
-    return static_cast<T>(value);
-  }
-
-  bool done() const { return rest_.empty(); }
-
- private:
-  std::string_view rest_;
-};
-
-std::string hex(std::string_view bytes) {
-  constexpr char kDigits[] = "0123456789abcdef";
-  std::string text;
-  for (const char byte : bytes) {
-    text += kDigits[static_cast<unsigned char>(byte) >> 4];
-    text += kDigits[static_cast<unsigned char>(byte) & 15];
-  }
-  return text;
-}
 
 std::string text(const std::vector<Shape>& shapes) {
   std::string joined;
@@ -70,13 +17,6 @@ std::string text(const std::vector<Shape>& shapes) {
               ")";
   }
   return joined;
-}
-
-void require_equal(const char* field, const std::string& saved, const std::string& own) {
-  if (saved != own) {
-    throw std::invalid_argument(std::string("state is of another ") + field + ": saved " + saved +
-                                ", this batcher has " + own + "; restore with what it was saved with, or start anew");
-  }
 }
 
 std::string_view view(const std::array<unsigned char, kFingerprintBytes>& fingerprint) {
@@ -105,15 +45,7 @@ std::string encode_state(const Identity& identity, std::uint64_t batches) {
 }
 
 std::uint64_t decode_state(std::string_view bytes, const Identity& expected) {
-  if (!bytes.starts_with(kMagic)) damaged("bytes that begin otherwise");
-  constexpr std::size_t kHash = sizeof(std::uint64_t);
-  if (bytes.size() < kMagic.size() + sizeof(kStateFormat) + kHash) damaged("bytes that end early");
-  const std::string_view content = bytes.substr(0, bytes.size() - kHash);
-  if (Reader(bytes.substr(content.size())).number<std::uint64_t>() != fnv1a(content)) {
-    damaged("bytes whose checksum does not match");
-  }
-  Reader reader(content);
-  reader.take(kMagic.size());
+  Reader reader = open_state(bytes, kMagic);
   require_equal("format", std::to_string(reader.number<std::uint32_t>()), std::to_string(kStateFormat));
   require_equal("plan version", std::to_string(reader.number<std::uint32_t>()), std::to_string(kPlanVersion));
   const std::string_view fingerprint = reader.take(kFingerprintBytes);

@@ -2,7 +2,7 @@
 //
 // Layout, little-endian: magic "FPBATCH\0", u32 format, u32 plan version, 16-byte data fingerprint, u64 records,
 // u64 seed, u64 batch size, u32 completions, u32 number of shapes, two i32 for each shape, u64 batches handed out,
-// u64 FNV-1a of all bytes before it. Each step of FNV-1a is a bijection, so any one changed byte is found.
+// u64 FNV-1a of all bytes before it.
 #pragma once
 
 #include <array>

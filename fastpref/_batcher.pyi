@@ -1,4 +1,4 @@
-"""Typed face of the native core in csrc/. Only fastpref.data, fastpref.tournament and fastpref.pair_log import it.
+"""Typed face of the native core in csrc/. Columns, batchers, packing, tournament and pair_log alone import it.
 
 Every function raises TypeError or ValueError naming the argument, the rule and what it received, releases the GIL while
 it works, and returns read-only arrays at 64-byte aligned addresses that own their memory. Arrays given to a function
@@ -6,7 +6,7 @@ must not be written to while it runs.
 """
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ _Int64 = npt.NDArray[np.int64]
 _Float32 = npt.NDArray[np.float32]
 _Int8 = npt.NDArray[np.int8]
 _Shapes = Sequence[tuple[int, int]]
+_RowShapes = Sequence[tuple[int, int, int]]
 
 class Column:
     """Ragged rows of token ids: row i is values[offsets[i]:offsets[i + 1]]. Keeps `values`, copies `offsets`."""
@@ -142,3 +143,88 @@ def encode_pairs(
 
 def decode_pairs(data: bytes) -> tuple[bytes, int, int, _Int64, _Int64, _Float32, _Int64, _Int32]:
     """Judge, seed, end of what is whole; step, prompt, preference of N records; 2N lengths; their tokens in a row."""
+
+# Packed pairs.
+
+def pair_sizes(prompts: Column, first: Column, second: Column, *, layout: str) -> _Int32:
+    """Decoder and encoder places that each pair takes, [records, 2]."""
+
+def plan_pairs(
+    tokens: _Int32,
+    prompt_tokens: _Int32,
+    *,
+    shapes: _RowShapes,
+    max_pairs_per_row: int,
+    window: int,
+    seed: int,
+    epoch: int,
+) -> tuple[_Int32, _Int64, _Int64, int]:
+    """Rows and batches of one epoch of pairs that take `tokens` and `prompt_tokens` (or none); see csrc/pair_plan.h.
+
+    Returns the pairs row after row [pairs], where each row ends among them [rows], for each batch its first row, its
+    rows with pairs and its shape [batches, 3], and the hash of all that.
+    """
+
+def pack_step(
+    prompt_tokens: _Int32,
+    prompt_lengths: _Int32,
+    completion_tokens: _Int32,
+    completion_lengths: _Int32,
+    preference: _Float32,
+    ref_logps: _Float32,
+    where: npt.NDArray[np.bool_],
+    ids: _Int64,
+    *,
+    layout: str,
+    decoder_start: int,
+    row_tokens: int,
+    prompt_row_tokens: int,
+    max_pairs_per_row: int,
+    row_counts: Sequence[int],
+) -> tuple[tuple[Any, ...], _Int32]:
+    """The fields of PackedPairs in order, and the slot of each pair, -1 for those left out."""
+
+class PairLoader:
+    """Packed batches in the order of the plan, assembled ahead by native threads. The arrays given must not change."""
+
+    def __init__(
+        self,
+        prompts: Column,
+        first: Column,
+        second: Column,
+        preference: _Float32,
+        ref_logps: _Float32,
+        ids: _Int64,
+        *,
+        layout: str,
+        decoder_start: int,
+        shapes: _RowShapes,
+        max_pairs_per_row: int,
+        window: int,
+        seed: int,
+        records: _Int32,
+        host: int,
+        hosts: int,
+        threads: int,
+        prefetch: int,
+        fingerprint: bytes,
+        tokenizer: bytes,
+        poison: bool = False,
+    ) -> None:
+        """`ref_logps` is flat or empty; `records` are those to pack, all where it is empty.
+
+        With `poison`, memory that came back is overwritten.
+        """
+
+    def next(self) -> tuple[Any, ...]:
+        """The fields of PackedPairs in order."""
+
+    def position(self) -> tuple[int, int, int]:
+        """Epoch, batches handed over in it, batches in it."""
+
+    def measure(self, epoch: int) -> tuple[int, int, int, int]:
+        """Batches and rows of an epoch, decoder places in them, and how many of those hold a token."""
+
+    def state(self) -> bytes: ...
+    def restore(self, state: bytes) -> None: ...
+    def close(self) -> None: ...

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+Array = jax.Array | np.ndarray
+
 
 @dataclass(frozen=True, slots=True)
 class PromptBatch:
@@ -101,34 +103,37 @@ class PackedPairs(NamedTuple):
     Place i of a row sees place j if both belong to the same pair, j is not after i, and j is shared or of the same
     completion: pairs[i] == pairs[j] ≥ 0, j ≤ i, streams[j] ∈ {0, streams[i]}. It sees place j of the encoder stream
     if prompt_pairs[j] == pairs[i]; places of the encoder stream see each other if their prompt_pairs agree.
+
+    The packer gives host arrays, which the learner traces. On one of several hosts R counts its own rows, and
+    `sequences` numbers pairs over all hosts, so that the parts put together are the batch of one host.
     """
 
-    tokens: Int[jax.Array, "R L"]
+    tokens: Int[Array, "R L"]
     """Inputs of the decoder stream, int32; 0 where empty."""
-    targets: Int[jax.Array, "R L"]
+    targets: Int[Array, "R L"]
     """The completion token that the state at a place predicts, int32; 0 where none."""
-    positions: Int[jax.Array, "R L"]
+    positions: Int[Array, "R L"]
     """Position of the token in its own sequence, int32: prompt token 0 is 0, a completion goes on where its prompt ends
     (from 0 in an encoder-decoder)."""
-    pairs: Int[jax.Array, "R L"]
+    pairs: Int[Array, "R L"]
     """Slot of the pair within the row, int32, 0 to M − 1; −1 where empty."""
-    streams: Int[jax.Array, "R L"]
+    streams: Int[Array, "R L"]
     """0: prompt, read by both completions; 1: belongs to y alone; 2: to y' alone; 0 where empty. int32."""
-    sequences: Int[jax.Array, "R L"]
+    sequences: Int[Array, "R L"]
     """Segment id for `kernels.preference_loss`, int32: 2·(r·M + s) + k where completion k is scored, else −1."""
-    prompt_tokens: Int[jax.Array, "R S"]
+    prompt_tokens: Int[Array, "R S"]
     """Inputs of the encoder stream, int32; 0 where empty."""
-    prompt_positions: Int[jax.Array, "R S"]
+    prompt_positions: Int[Array, "R S"]
     """Position of the token in its prompt, int32."""
-    prompt_pairs: Int[jax.Array, "R S"]
+    prompt_pairs: Int[Array, "R S"]
     """Slot of the pair within the row, int32; −1 where empty."""
-    lengths: Int[jax.Array, "P 2"]
+    lengths: Int[Array, "P 2"]
     """Tokens of each completion, int32; 0 in empty slots, and second where only y is learned from."""
-    preference: Float[jax.Array, " P"]
+    preference: Float[Array, " P"]
     """p(y ≻ y' | x), in [0, 1]."""
-    where: Bool[jax.Array, " P"]
+    where: Bool[Array, " P"]
     """False for empty slots and for pairs that teach nothing."""
-    ids: Int[jax.Array, " P"]
+    ids: Int[Array, " P"]
     """Names the pair in its source, int64; −1 in empty slots."""
-    ref_logps: Float[jax.Array, "P 2"]
+    ref_logps: Float[Array, "P 2"]
     """log π_ref of both completions, float32; zeros until scored."""

@@ -19,7 +19,7 @@ from fastpref.config import SupervisedConfig, to_json, value_at
 from fastpref.data import (
     CompletionBatcher,
     DropReport,
-    PairBatcher,
+    PaddedPairBatcher,
     TokenRecords,
     read_records,
     tokenize_completions,
@@ -335,7 +335,7 @@ def fit_preference_model(
     opened, forward = judge.readings(prompts, chosen, rejected)
     _, backward = judge.readings(prompts, rejected, chosen)
     constants = {"answers": judge.answer_ids(), "symmetric": np.asarray(symmetric)}
-    with PairBatcher(
+    with PaddedPairBatcher(
         opened,
         forward,
         backward,
@@ -404,7 +404,7 @@ def fit_reward_model(
     tokens, report = _tokens(data, judge.model, PAIR_COLUMNS, config)
     checks, _ = read_records(held_out, columns=PAIR_COLUMNS)
     chosen, rejected = tokens.completions
-    with PairBatcher(
+    with PaddedPairBatcher(
         tokens.prompts,
         chosen,
         rejected,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpref.data import CompletionBatcher, DataError, PairBatcher, PromptBatcher, Ragged
+from fastpref.data import CompletionBatcher, DataError, PaddedPairBatcher, PromptBatcher, Ragged
 from fastpref.records import CompletionBatch, PromptBatch
 
 SEEDED = settings(derandomize=True, deadline=None, max_examples=50)
@@ -27,10 +27,10 @@ def prompts(count: int = 23, **options: Any) -> PromptBatcher:
     return PromptBatcher(rows_of(count, 40), **({"batch_size": 5, "max_tokens": 40} | options))
 
 
-def pairs(count: int = 23, **options: Any) -> PairBatcher:
+def pairs(count: int = 23, **options: Any) -> PaddedPairBatcher:
     prompt, chosen, rejected = (rows_of(count, longest, seed) for longest, seed in ((40, 0), (20, 1), (20, 2)))
     limits = {"batch_size": 5, "max_prompt_tokens": 40, "max_completion_tokens": 20}
-    return PairBatcher(prompt, chosen, rejected, np.linspace(0, 1, count), **(limits | options))
+    return PaddedPairBatcher(prompt, chosen, rejected, np.linspace(0, 1, count), **(limits | options))
 
 
 def same(left: PromptBatch | CompletionBatch, right: PromptBatch | CompletionBatch) -> bool:
@@ -77,7 +77,7 @@ def test_over_many_epochs_no_record_is_preferred() -> None:
 def test_pairs_keep_their_sides_together(seed: int) -> None:
     columns = [rows_of(17, longest, part) for part, longest in enumerate((40, 20, 20))]
     limits: dict[str, Any] = {"batch_size": 4, "max_prompt_tokens": 40, "max_completion_tokens": 20}
-    batcher = PairBatcher(columns[0], columns[1], columns[2], np.linspace(0, 1, 17), **limits, seed=seed)
+    batcher = PaddedPairBatcher(columns[0], columns[1], columns[2], np.linspace(0, 1, 17), **limits, seed=seed)
     for batch in itertools.islice(batcher, 9):
         assert (batch.prompt_tokens.shape[1], batch.completion_tokens.shape[2]) in batcher.shapes
         for i, name in enumerate(batch.ids):
@@ -199,13 +199,13 @@ def test_the_state_of_another_batcher_is_refused(options: dict[str, Any], messag
 def test_one_changed_token_or_label_is_other_data() -> None:
     rows = rows_of(9, 12)
     options: dict[str, Any] = {"batch_size": 3, "max_prompt_tokens": 12, "max_completion_tokens": 12}
-    state = PairBatcher(rows, rows[::-1], rows, [0.5] * 9, **options).state()
+    state = PaddedPairBatcher(rows, rows[::-1], rows, [0.5] * 9, **options).state()
     changed = [[*rows[0][:-1], rows[0][-1] ^ 1], *rows[1:]]
     for other in (
-        PairBatcher(changed, rows[::-1], rows, [0.5] * 9, **options),
-        PairBatcher(rows, rows[::-1], changed, [0.5] * 9, **options),
-        PairBatcher(rows, rows, rows[::-1], [0.5] * 9, **options),
-        PairBatcher(rows, rows[::-1], rows, [*[0.5] * 8, 0.75], **options),
+        PaddedPairBatcher(changed, rows[::-1], rows, [0.5] * 9, **options),
+        PaddedPairBatcher(rows, rows[::-1], changed, [0.5] * 9, **options),
+        PaddedPairBatcher(rows, rows, rows[::-1], [0.5] * 9, **options),
+        PaddedPairBatcher(rows, rows[::-1], rows, [*[0.5] * 8, 0.75], **options),
     ):
         with pytest.raises(DataError, match="another data fingerprint"):
             other.restore(state)
@@ -304,16 +304,16 @@ WRONG: list[tuple[Any, str]] = [
      r"prompts must have 1 to 4 tokens \(max_tokens\), got 0 at record 1"),
     (lambda: PromptBatcher([[1], [1] * 5], batch_size=1, max_tokens=4),
      r"prompts must have 1 to 4 tokens \(max_tokens\), got 5 at record 1. Drop or truncate"),
-    (lambda: PairBatcher([[1] * 5], [[1]], [[2]], **PAIR_LIMITS),
+    (lambda: PaddedPairBatcher([[1] * 5], [[1]], [[2]], **PAIR_LIMITS),
      r"prompts must have 1 to 4 tokens .max_prompt_tokens."),
-    (lambda: PairBatcher([[1]], [[1]], [[2] * 4], **PAIR_LIMITS),
+    (lambda: PaddedPairBatcher([[1]], [[1]], [[2] * 4], **PAIR_LIMITS),
      r"rejected must have 1 to 3 tokens \(max_completion_tokens\), got 4 at record 0"),
-    (lambda: PairBatcher([[1]], [[1]], [[2], [3]], **PAIR_LIMITS),
+    (lambda: PaddedPairBatcher([[1]], [[1]], [[2], [3]], **PAIR_LIMITS),
      r"rejected must have one entry for each of the 1 prompts, got 2"),
-    (lambda: PairBatcher([[1]], [[1]], [[2]], [1.5], **PAIR_LIMITS),
+    (lambda: PaddedPairBatcher([[1]], [[1]], [[2]], [1.5], **PAIR_LIMITS),
      r"preference must be in \[0, 1\], got 1.5 at record 0"),
-    (lambda: PairBatcher([[1]], [[1]], [[2]], [float("nan")], **PAIR_LIMITS), r"preference must be .* got nan"),
-    (lambda: PairBatcher([[1]], [[1]], [[2]], [0.5, 0.5], **PAIR_LIMITS),
+    (lambda: PaddedPairBatcher([[1]], [[1]], [[2]], [float("nan")], **PAIR_LIMITS), r"preference must be .* got nan"),
+    (lambda: PaddedPairBatcher([[1]], [[1]], [[2]], [0.5, 0.5], **PAIR_LIMITS),
      r"preference must have one number \(float32\) for each of the 1 prompts, got float64 of shape \(2,\)"),
     (lambda: PromptBatcher([[1]], batch_size=1, max_tokens=4, ids=[0.5]), r"ids must have one number \(int64\)"),
     (lambda: PromptBatcher([[1], [9]], batch_size=1, max_tokens=4, vocab_size=9),

@@ -66,7 +66,10 @@ def test_kernels_import_nothing_of_the_trainer() -> None:
 @pytest.mark.parametrize(
     ("target", "allowed"),
     [
-        ("fastpref._batcher", {"fastpref.data", "fastpref.pair_log", "fastpref.tournament"}),
+        (
+            "fastpref._batcher",
+            {f"fastpref.{name}" for name in ("batchers", "columns", "packing", "pair_log", "tournament")},
+        ),
         ("matplotlib", {"fastpref.plots", "fastpref.reporting"}),
         ("tensorboardX", {"fastpref.plots", "fastpref.reporting"}),
         ("rich", {"fastpref.plots", "fastpref.reporting", "fastpref.demo"}),

@@ -1,0 +1,246 @@
+#include "loader.h"
+
+#include <stdexcept>
+#include <utility>
+
+#include "random.h"
+
+namespace fastpref {
+
+Pair PairSource::pair(std::int64_t record) const {
+  const auto at = static_cast<std::size_t>(record);
+  Pair pair{prompts->row(record), {first->row(record), second->row(record)}, {}, preference[at], ids[at]};
+  if (!ref_logps.empty()) pair.ref_logps = {ref_logps[2 * at], ref_logps[2 * at + 1]};
+  return pair;
+}
+
+Loader::Loader(const PairSource& source, std::vector<std::int32_t> records, std::vector<Size> sizes,
+               const LoaderConfig& config)
+    : source_(source),
+      records_(std::move(records)),
+      sizes_(std::move(sizes)),
+      config_(config),
+      pool_(std::make_shared<SlabPool>(static_cast<std::size_t>(config.prefetch) + 2, config.poison)),
+      process_(getpid()) {
+  for (const Size& size : sizes_) tokens_ += size.tokens;
+  if (config_.prefetch == 0) return;
+  try {
+    threads_.emplace_back([this](const std::stop_token& stop) { plan_ahead(stop); });
+    for (std::int32_t i = 0; i < std::min(config_.threads, config_.prefetch); ++i) {
+      threads_.emplace_back([this](const std::stop_token& stop) { work(stop); });
+    }
+  } catch (...) {
+    close();
+    throw;
+  }
+}
+
+Loader::~Loader() { close(); }
+
+void Loader::close() {
+  if (forked()) return;
+  std::vector<std::jthread> threads;
+  {
+    const std::lock_guard lock(mutex_);
+    closed_ = true;
+    std::swap(threads, threads_);
+  }
+  for (std::jthread& thread : threads) thread.request_stop();
+  ready_.notify_all();
+  threads.clear();
+  const std::lock_guard lock(mutex_);
+  queue_.clear();
+  plans_.clear();
+  pool_->close();
+}
+
+bool Loader::forked() const noexcept { return getpid() != process_; }
+
+void Loader::check_process() const {
+  if (forked()) {
+    throw std::logic_error("a batcher must be used in the process that made it, got a child of fork; make one there");
+  }
+}
+
+Standing Loader::standing() {
+  check_process();
+  {
+    const std::lock_guard lock(mutex_);
+    if (standing_) return *standing_;
+  }
+  const Plan first = plan(0);
+  const std::lock_guard lock(mutex_);
+  if (!standing_) stand({{0, 0}, static_cast<std::int64_t>(first->batches.size()), first->hash});
+  return *standing_;
+}
+
+void Loader::stand(const Standing& standing) {
+  standing_ = standing;
+  epoch_ = standing.position.epoch;
+}
+
+std::shared_ptr<const PairPlan> Loader::plan(std::uint64_t epoch) {
+  check_process();
+  check(&closed_);
+  std::promise<Plan> promise;
+  std::shared_future<Plan> made;
+  bool mine = false;
+  {
+    const std::lock_guard lock(mutex_);
+    const auto found = plans_.find(epoch);
+    if (found != plans_.end()) {
+      made = found->second;
+    } else {
+      mine = true;
+      made = promise.get_future().share();
+      // Those of epochs that were handed over are not asked for again, except by name.
+      std::erase_if(plans_, [&](const auto& entry) {
+        return entry.first < epoch_ || entry.first > issued_.epoch + 1;
+      });
+      plans_.emplace(epoch, made);
+    }
+  }
+  if (mine) {
+    try {
+      promise.set_value(std::make_shared<const PairPlan>(plan_pairs(sizes_, config_.pack, epoch, &closed_)));
+    } catch (...) {
+      promise.set_exception(std::current_exception());
+      const std::lock_guard lock(mutex_);
+      plans_.erase(epoch);
+    }
+  }
+  return made.get();
+}
+
+PackedBatch Loader::assemble(const PairPlan& plan, std::int64_t number) const {
+  const PairBatchPlan& batch = plan.batches[static_cast<std::size_t>(number)];
+  const RowShape& shape = config_.pack.shapes[static_cast<std::size_t>(batch.shape)];
+  const std::int32_t rows = shape.rows / config_.hosts;
+  const std::int32_t first = rows * config_.host;
+  const PackedShape packed{rows, shape.capacity.tokens, shape.capacity.prompt, config_.pack.max_pairs};
+  PackedBatch made{packed, std::make_unique<Lease>(pool_, offsets_of(packed).bytes)};
+  PackedWriter writer(config_.layout, packed, first, made.memory->data());
+  std::vector<Pair> pairs;
+  for (std::int32_t row = first; row < first + rows; ++row) {
+    pairs.clear();
+    if (row < batch.rows) {
+      const std::int64_t at = batch.first_row + row;
+      for (std::int64_t i = plan.row_begin(at); i < plan.rows.ends[at]; ++i) {
+        const std::int32_t pair = plan.rows.pairs[i];
+        pairs.push_back(source_.pair(records_.empty() ? pair : records_[pair]));
+      }
+    }
+    writer.write(pairs);
+  }
+  return made;
+}
+
+void Loader::fail(std::exception_ptr error) {
+  const std::lock_guard lock(mutex_);
+  auto slot = std::make_shared<Slot>();
+  slot->ready = true;
+  slot->error = std::move(error);
+  queue_.push_back(std::move(slot));
+  ready_.notify_all();
+}
+
+void Loader::plan_ahead(const std::stop_token& stop) {
+  std::uint64_t done = 0;
+  for (bool first = true;; first = false) {
+    std::uint64_t wanted = 0;
+    {
+      std::unique_lock lock(mutex_);
+      advance_.wait(lock, stop, [&] { return first || issued_.epoch + 1 != done; });
+      if (stop.stop_requested()) return;
+      wanted = first ? issued_.epoch : issued_.epoch + 1;
+      done = wanted;
+    }
+    try {
+      plan(wanted);
+    } catch (...) {
+      // Whoever needs the plan makes it, and tells.
+    }
+  }
+}
+
+void Loader::work(const std::stop_token& stop) {
+  while (true) {
+    std::unique_lock lock(mutex_);
+    room_.wait(lock, stop, [&] { return queue_.size() < static_cast<std::size_t>(config_.prefetch); });
+    if (stop.stop_requested()) return;
+    const std::uint64_t epoch = issued_.epoch;
+    lock.unlock();
+    std::shared_ptr<Slot> slot;
+    try {
+      const Plan made = plan(epoch);
+      lock.lock();
+      if (issued_.epoch != epoch || queue_.size() >= static_cast<std::size_t>(config_.prefetch)) continue;
+      if (issued_.batch >= static_cast<std::int64_t>(made->batches.size())) {
+        issued_ = {epoch + 1, 0};
+        advance_.notify_all();
+        continue;
+      }
+      slot = std::make_shared<Slot>();
+      const std::int64_t number = issued_.batch++;
+      slot->after = {issued_, static_cast<std::int64_t>(made->batches.size()), made->hash};
+      queue_.push_back(slot);
+      lock.unlock();
+      PackedBatch batch = assemble(*made, number);
+      lock.lock();
+      slot->batch = std::move(batch);
+    } catch (...) {
+      if (stop.stop_requested()) return;
+      if (!slot) {
+        fail(std::current_exception());
+        continue;
+      }
+      if (!lock.owns_lock()) lock.lock();
+      slot->error = std::current_exception();
+    }
+    slot->ready = true;
+    ready_.notify_all();
+  }
+}
+
+std::optional<PackedBatch> Loader::next(std::chrono::milliseconds patience) {
+  check_process();
+  if (config_.prefetch == 0) {
+    const std::lock_guard turn(one_at_a_time_);
+    check(&closed_);
+    const Standing now = standing();
+    const bool over = now.position.batch >= now.batches;
+    const Position at = over ? Position{now.position.epoch + 1, 0} : now.position;
+    const Plan made = plan(at.epoch);
+    PackedBatch batch = assemble(*made, at.batch);
+    const std::lock_guard lock(mutex_);
+    issued_ = {at.epoch, at.batch + 1};
+    stand({issued_, static_cast<std::int64_t>(made->batches.size()), made->hash});
+    return batch;
+  }
+  std::unique_lock lock(mutex_);
+  const bool there = ready_.wait_for(lock, patience, [&] {
+    return closed_ || (!queue_.empty() && queue_.front()->ready);
+  });
+  check(&closed_);
+  if (!there) return std::nullopt;
+  const std::shared_ptr<Slot> slot = queue_.front();
+  if (slot->error) std::rethrow_exception(slot->error);
+  queue_.pop_front();
+  stand(slot->after);
+  room_.notify_one();
+  return std::move(*slot->batch);
+}
+
+void Loader::seek(const Standing& standing) {
+  check_process();
+  check(&closed_);
+  const std::lock_guard turn(one_at_a_time_);
+  const std::lock_guard lock(mutex_);
+  stand(standing);
+  issued_ = standing.position;
+  queue_.clear();
+  room_.notify_all();
+  advance_.notify_all();
+}
+
+}  // namespace fastpref

@@ -1,0 +1,74 @@
+"""What batchers are given, checked: columns of token ids and one number for each record."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import xxhash
+from jaxtyping import Int32
+
+from fastpref import _batcher
+from fastpref.readers import DataError
+from fastpref.tokenization import Ragged
+
+Rows = Ragged | Sequence[Sequence[int]] | Sequence[np.ndarray]
+"""Token ids of N records."""
+Numbers = Sequence[int] | Sequence[float] | np.ndarray
+"""One number for each of N records."""
+
+
+def ragged(rows: Rows) -> Ragged:
+    """Rows in two arrays, copied only where they are not."""
+    return rows if isinstance(rows, Ragged) else Ragged.from_rows(rows)
+
+
+def column(name: str, rows: Ragged, records: int, vocab_size: int | None) -> _batcher.Column:
+    """Rows with their ids and number checked, for the native core."""
+    if len(rows) != records:
+        raise DataError(f"{name} must have one entry for each of the {records} prompts, got {len(rows)}. Align them.")
+    try:
+        return _batcher.Column(rows.values, rows.offsets, vocab_size=vocab_size)
+    except ValueError as error:
+        raise DataError(f"{name}: {error}. Repair the data or use the tokenizer that belongs to it.") from None
+
+
+def check_lengths(name: str, lengths: Int32[np.ndarray, " N"], limit_name: str, limit: int) -> None:
+    """Raise DataError for a length outside 1 to `limit`."""
+    wrong = (lengths < 1) | (lengths > limit)
+    if wrong.any():
+        at = int(wrong.argmax())
+        raise DataError(
+            f"{name} must have 1 to {limit} tokens ({limit_name}), got {lengths[at]} at record {at}. "
+            "Drop or truncate such records as tokenize_prompts does, or raise the limit."
+        )
+
+
+def per_record(name: str, numbers: Numbers, dtype: type[np.generic], records: int) -> np.ndarray:
+    """One number for each record, contiguous; raise DataError where that is not what it is."""
+    array = np.asarray(numbers)
+    if array.shape != (records,) or not np.can_cast(array.dtype, dtype, "same_kind"):
+        raise DataError(
+            f"{name} must have one number ({np.dtype(dtype)}) for each of the {records} prompts, "
+            f"got {array.dtype} of shape {array.shape}. Align them."
+        )
+    return np.ascontiguousarray(array, dtype)
+
+
+def preferences(preference: Numbers | None, records: int) -> np.ndarray:
+    """Probabilities, 1 where none are given; raise DataError for one outside [0, 1]."""
+    array = per_record("preference", np.ones(records) if preference is None else preference, np.float32, records)
+    wrong = ~((array >= 0) & (array <= 1))
+    if wrong.any():
+        at = int(wrong.argmax())
+        raise DataError(f"preference must be in [0, 1], got {array[at]} at record {at}. Repair or drop such records.")
+    return array
+
+
+def fingerprint(tables: Mapping[str, Ragged], *numbers: np.ndarray) -> bytes:
+    """XXH3-128 of all that a batch may hold: rows of token ids, and contiguous arrays."""
+    digest = xxhash.xxh3_128()
+    for rows in tables.values():
+        digest.update(np.diff(rows.offsets).data)
+        digest.update(rows.values[rows.offsets[0] : rows.offsets[-1]].data)
+    for array in numbers:
+        digest.update(array.data)
+    return bytes(digest.digest())
