@@ -144,7 +144,7 @@ def test_who_sees_whom_follows_from_the_rule(layout: str) -> None:
     np.testing.assert_array_equal(rules.visibility(packed), expected)
     np.testing.assert_array_equal(rules.cross_visibility(packed), across)
     np.testing.assert_array_equal(rules.prompt_visibility(packed), prompts)
-    bias = np.asarray(rules.bias_of(rules.visibility(packed)))
+    bias = np.asarray(rules.sight(rules.visibility(packed)).bias)
     np.testing.assert_array_equal(bias[:, 0, 0, 0], np.where(expected, 0, np.float32(MASKED)))
 
 

@@ -1,7 +1,9 @@
 """Decoder-only language models in Llama's layout: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -29,7 +31,7 @@ from fastpref.models.layers import (
     padding_bias,
     rms_norm,
 )
-from fastpref.models.packed import bias_of, visibility
+from fastpref.models.packed import attend_rows, sight, visibility
 from fastpref.records import PackedPairs
 
 
@@ -249,15 +251,16 @@ class Decoder(nnx.Module):
                 "a decoder-only model reads rows without an encoder stream, but this one has "
                 f"{batch.prompt_tokens.shape[1]} places: pack the pairs for a decoder-only model"
             )
-        x, _ = self._run(batch.tokens, batch.positions, bias_of(visibility(batch)))
+        x, _ = self._run(batch.tokens, batch.positions, partial(attend_rows, sight=sight(visibility(batch))))
         return self._normalise(x[:, 0])
 
     def _read(self, tokens: Int[Array, "P S"]) -> tuple[Float[Array, "P 1 S D"], tuple[Shared, ...]]:
         """Run prompts padded on the right; causality keeps padding out of every real token's state."""
-        return self._run(tokens, jnp.arange(tokens.shape[1])[None, :], causal_bias(tokens.shape[1]))
+        positions, bias = jnp.arange(tokens.shape[1])[None, :], causal_bias(tokens.shape[1])
+        return self._run(tokens, positions, partial(attend, shared_bias=bias))
 
     def _run(
-        self, tokens: Int[Array, "P S"], positions: Int[Array, "#P S"], bias: Float[Array, "#P 1 1 1 S S"]
+        self, tokens: Int[Array, "P S"], positions: Int[Array, "#P S"], attend: Callable[[Array, Shared], Array]
     ) -> tuple[Float[Array, "P 1 S D"], tuple[Shared, ...]]:
         """Run single streams; return their states before the last norm, and the keys and values of each layer."""
         x = self.embedding[...][tokens][:, None]
@@ -266,7 +269,7 @@ class Decoder(nnx.Module):
         for layer in self.layers:
             queries, keys, values = layer.project(x, rotation)
             read.append(as_shared(keys, values))
-            x = layer.finish(x, attend(queries, read[-1], bias))
+            x = layer.finish(x, attend(queries, read[-1]))
         return x, tuple(read)
 
     def _rotation(self, positions: Int[Array, "P T"]) -> Rotation:

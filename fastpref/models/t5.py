@@ -5,7 +5,9 @@ predicts completion token t. Attention scores are not scaled; a bias by relative
 stack, is added instead (Raffel et al., 2020).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -35,7 +37,7 @@ from fastpref.models.layers import (
     padding_bias,
     rms_norm,
 )
-from fastpref.models.packed import bias_of, cross_visibility, prompt_visibility, visibility
+from fastpref.models.packed import attend_rows, cross_visibility, prompt_visibility, sight, visibility
 from fastpref.records import PackedPairs
 
 
@@ -222,7 +224,7 @@ class T5(nnx.Module):
     ) -> tuple[Float[Array, "B D"], T5Cache]:
         """Read each prompt once; return the states that predict the first completion token, and the cache."""
         tokens, lengths = compact(tokens, mask)
-        prompts = self._read(tokens, padding_bias(lengths, tokens.shape[1]))
+        prompts = self._read(tokens, padded(padding_bias(lengths, tokens.shape[1])))
         c, p, slots = self.config, tokens.shape[0], max_new_tokens + 1
         later = jnp.full((c.heads, slots - 1), MASKED)
         bias = jnp.concatenate([self.decoder.bias(np.arange(-slots + 1, 1)), later], axis=1)
@@ -246,10 +248,15 @@ class T5(nnx.Module):
         """Teacher-forced states: entry t predicts completion token t from the prompt and tokens before t."""
         tokens, lengths = compact(prompt_tokens, prompt_mask)
         padding = padding_bias(lengths, tokens.shape[1])
-        prompts = self._read(tokens, padding)
+        prompts = self._read(tokens, padded(padding))
         first = jnp.full_like(completion_tokens[:, :, :1], self.config.start_id)
         inputs = jnp.concatenate([first, completion_tokens[:, :, :-1]], axis=-1)
-        return self._write(inputs, prompts, causal_bias(inputs.shape[-1]), padding)
+        bias = self.decoder.square_bias(inputs.shape[-1]) + causal_bias(inputs.shape[-1])
+
+        def own(queries: Array, keys: Array, values: Array) -> Array:
+            return attend(queries, own=as_own(keys, values), own_bias=bias)
+
+        return self._write(inputs, prompts, own, partial(attend, shared_bias=padding))
 
     def packed_hidden_states(self, batch: PackedPairs) -> Float[Array, "R L D"]:
         """The states of packed rows; prompts lie in the encoder stream.
@@ -264,22 +271,27 @@ class T5(nnx.Module):
                 "an encoder-decoder reads prompts from the encoder stream, but these rows have none: "
                 "pack the pairs for an encoder-decoder"
             )
-        prompts = self._read(batch.prompt_tokens, bias_of(prompt_visibility(batch)))
-        own, across = bias_of(visibility(batch)), bias_of(cross_visibility(batch))
+        prompts = self._read(batch.prompt_tokens, partial(attend_rows, sight=sight(prompt_visibility(batch))))
+        seen, bias = sight(visibility(batch)), self.decoder.square_bias(batch.tokens.shape[1])
+
+        def own(queries: Array, keys: Array, values: Array) -> Array:
+            return attend_rows(queries, as_shared(keys, values), seen, bias)
+
+        across = partial(attend_rows, sight=sight(cross_visibility(batch)))
         return self._write(batch.tokens[:, None], prompts, own, across)[:, 0]
 
-    def _read(self, tokens: Int[Array, "P S"], bias: Float[Array, "P 1 1 1 #S S"]) -> tuple[Shared, ...]:
+    def _read(self, tokens: Int[Array, "P S"], attend: Callable[..., Array]) -> tuple[Shared, ...]:
         """Encode prompts; return the keys and values that each decoder layer reads of them.
 
-        `bias` is `MASKED` for the keys that a query does not see; relative positions are added here.
+        `attend` takes queries, keys with their values, and as `position_bias` what relative positions add to scores.
         """
         x = self.embedding[...][tokens][:, None]
-        bias = self.encoder.square_bias(tokens.shape[1]) + bias
+        bias = self.encoder.square_bias(tokens.shape[1])
         for layer in self.encoder.layers:
             inner = layer.attention.normalise(x)
             prompt = as_shared(layer.attention.keys(inner), layer.attention.values(inner))
             queries = as_queries(layer.attention.queries(inner))
-            x = layer.feed_forward(layer.attention.merge(x, attend(queries, prompt, bias)))
+            x = layer.feed_forward(layer.attention.merge(x, attend(queries, prompt, position_bias=bias)))
         x = self.encoder.normalise(x)
         return tuple(as_shared(cross.keys(x), cross.values(x)) for cross in self.cross)
 
@@ -287,18 +299,17 @@ class T5(nnx.Module):
         self,
         inputs: Int[Array, "P K T"],
         prompts: tuple[Shared, ...],
-        own_bias: Float[Array, "#P 1 1 1 T T"],
-        prompt_bias: Float[Array, "P 1 1 1 #T S"],
+        attend_own: Callable[[Array, Array, Array], Array],
+        attend_prompt: Callable[[Array, Shared], Array],
     ) -> Float[Array, "P K T D"]:
-        """Run the decoder on whole completions; the two biases are `MASKED` for the keys that a query does not see."""
+        """Run the decoder on whole completions; the two functions attend to those that a query may see."""
         x = self.embedding[...][inputs]
-        bias = self.decoder.square_bias(inputs.shape[-1]) + own_bias
         for layer, cross, prompt in zip(self.decoder.layers, self.cross, prompts, strict=True):
             inner = layer.attention.normalise(x)
-            own = as_own(layer.attention.keys(inner), layer.attention.values(inner))
             queries = as_queries(layer.attention.queries(inner))
-            x = layer.attention.merge(x, attend(queries, own=own, own_bias=bias))
-            x = layer.feed_forward(read_prompt(cross, x, prompt, prompt_bias))
+            attended = attend_own(queries, layer.attention.keys(inner), layer.attention.values(inner))
+            x = read_prompt(cross, layer.attention.merge(x, attended), prompt, attend_prompt)
+            x = layer.feed_forward(x)
         return self.decoder.normalise(x)
 
     def _append(
@@ -307,7 +318,7 @@ class T5(nnx.Module):
         """Run the decoder on one token of every row, stored in `slot` of the cache."""
         p, heads, k, slots, _ = cache.completions[0].keys.shape
         x = self.embedding[...][tokens].reshape(p, k, 1, -1)
-        padding = padding_bias(cache.lengths, cache.prompts[0].keys.shape[-1])
+        read = partial(attend, shared_bias=padding_bias(cache.lengths, cache.prompts[0].keys.shape[-1]))
         bias = jax.lax.dynamic_slice(cache.bias, (0, slots - 1 - slot), (heads, slots))[None, :, None, None, None]
         written = []
         stack = zip(self.decoder.layers, self.cross, cache.prompts, cache.completions, strict=True)
@@ -316,13 +327,22 @@ class T5(nnx.Module):
             own = own.write(as_own(layer.attention.keys(inner), layer.attention.values(inner)), slot)
             queries = as_queries(layer.attention.queries(inner))
             x = layer.attention.merge(x, attend(queries, own=own, own_bias=bias))
-            x = layer.feed_forward(read_prompt(cross, x, prompt, padding))
+            x = layer.feed_forward(read_prompt(cross, x, prompt, read))
             written.append(own)
         return self.decoder.normalise(x.reshape(p * k, -1)), cache._replace(completions=tuple(written))
 
 
 def read_prompt(
-    cross: Attention, x: Float[Array, "P K T D"], prompt: Shared, bias: Float[Array, "P 1 1 1 #T S"]
+    cross: Attention, x: Float[Array, "P K T D"], prompt: Shared, attend: Callable[[Array, Shared], Array]
 ) -> Float[Array, "P K T D"]:
     """`x` plus what its cross-attention reads of the prompt."""
-    return cross.merge(x, attend(as_queries(cross.queries(cross.normalise(x))), prompt, bias))
+    return cross.merge(x, attend(as_queries(cross.queries(cross.normalise(x))), prompt))
+
+
+def padded(padding: Float[Array, "P 1 1 1 1 S"]) -> Callable[..., Array]:
+    """Attention to prompts of their own rows, padded on the right."""
+
+    def attend_padded(queries: Array, prompt: Shared, *, position_bias: Array) -> Array:
+        return attend(queries, prompt, position_bias + padding)
+
+    return attend_padded
