@@ -70,6 +70,8 @@ class TrainConfig:
       max_prompt_tokens: longer prompts are handled as `overlong` says.
       overlong: "drop" (counted), "truncate" (keeps the first tokens) or "raise".
       max_shapes: at most so many padded prompt widths, each of which is compiled once.
+      row_tokens: places of a row, in which the learner packs whole pairs; None for one that holds the longest.
+      prompt_row_tokens: the same of the encoder's rows, for encoder-decoder models.
       max_new_tokens: T, longest completion, EOS included; longer recorded ones are handled as `overlong` says.
       temperature: of the draw; the losses assume 1.
       optimizer: "adafactor" (decay 0.8) or "adamw".
@@ -103,6 +105,8 @@ class TrainConfig:
     max_prompt_tokens: int = 512
     overlong: str = "drop"
     max_shapes: int = 4
+    row_tokens: int | None = None
+    prompt_row_tokens: int | None = None
     max_new_tokens: int = 64
     temperature: float = 1.0
     optimizer: str = "adafactor"
@@ -145,6 +149,9 @@ class TrainConfig:
             "keep_checkpoints",
             "sample_every",
             "eval_prompts",
+        )
+        _check_positive(
+            self, *(name for name in ("row_tokens", "prompt_row_tokens") if getattr(self, name) is not None)
         )
         _require(
             self.batch_size % self.gradient_accumulation == 0,

@@ -15,19 +15,9 @@ from fastpref.algorithms import Algorithm
 from fastpref.kernels import preference_loss, token_logprobs
 from fastpref.metrics import pair_metrics
 from fastpref.models.policy import Policy
-from fastpref.records import PairBatch
+from fastpref.records import PackedPairs
 
 Metrics = dict[str, Array]
-
-
-def prompt_mask(batch: PairBatch) -> Array:
-    """True where a prompt token is real, [P, S]."""
-    return jnp.arange(batch.prompt_tokens.shape[1])[None, :] < batch.prompt_lengths[:, None]
-
-
-def completion_mask(batch: PairBatch) -> Array:
-    """True where a completion token is real, [P, K, T]."""
-    return jnp.arange(batch.completion_tokens.shape[2])[None, None, :] < batch.completion_lengths[:, :, None]
 
 
 class Scored(NamedTuple):
@@ -40,17 +30,11 @@ class Scored(NamedTuple):
     """2i at a token of y of pair i, 2i + 1 at one of y', −1 where nothing is scored."""
 
 
-def scored(policy: Policy, batch: PairBatch) -> Scored:
-    """Teacher-forced states of the completion tokens of a batch. Every loss goes through here. Differentiable."""
-    hidden = policy.hidden_states(batch.prompt_tokens, prompt_mask(batch), batch.completion_tokens)
-    real = completion_mask(batch)
-    pairs, completions, _ = real.shape
-    segments = 2 * jnp.arange(pairs, dtype=jnp.int32)[:, None] + jnp.arange(completions, dtype=jnp.int32)[None, :]
-    return Scored(
-        hidden.reshape(-1, hidden.shape[-1]),
-        batch.completion_tokens.reshape(-1),
-        jnp.where(real, segments[:, :, None], -1).reshape(-1),
-    )
+def scored(policy: Policy, batch: PackedPairs) -> Scored:
+    """Teacher-forced states of the places of a batch. Every loss goes through here. Differentiable."""
+    hidden = policy.packed_hidden_states(batch)
+    targets, segments = (jnp.asarray(places).reshape(-1) for places in (batch.targets, batch.sequences))
+    return Scored(hidden.reshape(-1, hidden.shape[-1]), targets, segments)
 
 
 def segment_sums(values: Float[Array, " N"], segments: Int[Array, " N"], pairs: int) -> Float[Array, "P 2"]:
@@ -60,7 +44,7 @@ def segment_sums(values: Float[Array, " N"], segments: Int[Array, " N"], pairs: 
     return jnp.zeros(2 * pairs, values.dtype).at[at].add(values, mode="drop").reshape(pairs, 2)
 
 
-def sequence_logps(policy: Policy, batch: PairBatch) -> Float[Array, "P 2"]:
+def sequence_logps(policy: Policy, batch: PackedPairs) -> Float[Array, "P 2"]:
     """Teacher-forced log π(y | x) of both completions, sums over tokens, shape [P, 2]. Differentiable."""
     hidden, targets, segments = scored(policy, batch)
     logps = token_logprobs(hidden, policy.head(), targets, where=segments >= 0)
@@ -68,14 +52,14 @@ def sequence_logps(policy: Policy, batch: PairBatch) -> Float[Array, "P 2"]:
 
 
 def batch_loss(
-    policy: Policy, batch: PairBatch, *, algorithm: Algorithm, tau: Float[Array, ""], length_normalize: bool = False
+    policy: Policy, batch: PackedPairs, *, algorithm: Algorithm, tau: Float[Array, ""], length_normalize: bool = False
 ) -> tuple[Float[Array, ""], Float[Array, "P 2"]]:
     """Mean loss of a batch of judged pairs, and the policy's sequence log-probs.
 
     Args:
       policy: π.
-      batch: P judged pairs; those with `where` False have no part in the mean. A loss of single completions is
-        averaged over the completions of a pair first.
+      batch: P judged pairs in rows; those with `where` False have no part in the mean. A loss of single completions
+        is averaged over the completions of a pair first.
       algorithm: its loss is what is computed.
       tau: the loss's strength, τ or η, a scalar; may be traced.
       length_normalize: ρ from averages of token log-probs instead of sums.
@@ -84,6 +68,7 @@ def batch_loss(
       The loss, a scalar, and log π(y), log π(y') as sums, shape [P, 2].
     """
     bound = losses.bind(algorithm.loss, tau=tau)
+    ref_logps, preference, where = map(jnp.asarray, (batch.ref_logps, batch.preference, batch.where))
     hidden, targets, segments = scored(policy, batch)
     if algorithm.contrastive and not length_normalize:
         result = preference_loss(
@@ -91,24 +76,24 @@ def batch_loss(
             policy.head(),
             targets,
             segments,
-            batch.ref_logps,
-            batch.preference,
+            ref_logps,
+            preference,
             loss=bound,
-            where=batch.where,
+            where=where,
         )
         return result.loss, result.policy_logps
-    pairs = batch.where.shape[0]
+    pairs = where.shape[0]
     logps = token_logprobs(hidden, policy.head(), targets, where=segments >= 0)
     policy_logps = segment_sums(logps, segments, pairs)
-    lengths = segment_sums(jnp.ones_like(logps), segments, pairs)
+    lengths = jnp.asarray(batch.lengths, jnp.float32)
     if algorithm.contrastive:
-        margins = (policy_logps - batch.ref_logps) / jnp.maximum(lengths, 1.0)
-        per_pair = bound(margins[:, 0] - margins[:, 1], batch.preference)
+        margins = (policy_logps - ref_logps) / jnp.maximum(lengths, 1.0)
+        per_pair = bound(margins[:, 0] - margins[:, 1], preference)
     else:
-        each = jnp.where(lengths > 0, bound(policy_logps, batch.ref_logps, batch.scores), 0.0)
+        each = jnp.where(lengths > 0, bound(policy_logps, ref_logps, batch.scores), 0.0)
         per_pair = each.sum(1) / jnp.maximum((lengths > 0).sum(1), 1).astype(jnp.float32)
-    count = jnp.maximum(batch.where.sum(), 1).astype(jnp.float32)
-    return jnp.where(batch.where, per_pair, 0.0).sum() / count, policy_logps
+    count = jnp.maximum(where.sum(), 1).astype(jnp.float32)
+    return jnp.where(where, per_pair, 0.0).sum() / count, policy_logps
 
 
 @partial(
@@ -120,7 +105,7 @@ def update(
     definition: Any,
     params: Any,
     opt_state: Any,
-    batch: PairBatch,
+    batch: PackedPairs,
     tau: Float[Array, ""],
     *,
     optimizer: optax.GradientTransformation,
@@ -137,11 +122,11 @@ def update(
       definition: GraphDef of the policy.
       params: its parameters; donated.
       opt_state: state of the optimiser; donated.
-      batch: P judged pairs.
+      batch: P judged pairs in R rows.
       tau: the loss's strength, τ or η, a scalar.
       optimizer: an optax transformation.
       algorithm: its loss is what is learned from.
-      gradient_accumulation: parts of the batch; divides P.
+      gradient_accumulation: parts of the batch; divides R.
       length_normalize: ρ from averages of token log-probs instead of sums.
 
     Returns:
@@ -149,7 +134,7 @@ def update(
     """
     total = jnp.maximum(batch.where.sum(), 1).astype(jnp.float32)
 
-    def part_loss(parameters: Any, part: PairBatch) -> tuple[Array, Array]:
+    def part_loss(parameters: Any, part: PackedPairs) -> tuple[Array, Array]:
         value, logps = batch_loss(
             nnx.merge(definition, parameters), part, algorithm=algorithm, tau=tau, length_normalize=length_normalize
         )
@@ -159,9 +144,9 @@ def update(
     if gradient_accumulation == 1:
         (value, policy_logps), gradients = value_and_grad(params, batch)
     else:
-        parts = jax.tree.map(lambda x: x.reshape(gradient_accumulation, -1, *x.shape[1:]), batch)
+        parts = _cut(batch, gradient_accumulation)
 
-        def add(carry: tuple[Array, Any], part: PairBatch) -> tuple[tuple[Array, Any], Array]:
+        def add(carry: tuple[Array, Any], part: PackedPairs) -> tuple[tuple[Array, Any], Array]:
             (value, logps), gradients = value_and_grad(params, part)
             return (carry[0] + value, jax.tree.map(jnp.add, carry[1], gradients)), logps
 
@@ -179,16 +164,22 @@ def update(
         "loss": value,
         "grad_norm": norm,
         "updates/skipped": (~healthy).astype(jnp.float32),
-        **(
-            {}
-            if algorithm.pairs == "first"
-            else pair_metrics(policy_logps, batch.ref_logps, batch.preference, batch.where, tau)
-        ),
     }
+    if algorithm.pairs != "first":
+        ref_logps, preference, where = map(jnp.asarray, (batch.ref_logps, batch.preference, batch.where))
+        metrics |= pair_metrics(policy_logps, ref_logps, preference, where, tau)
     return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_opt_state, opt_state), metrics
 
 
+def _cut(batch: PackedPairs, number: int) -> PackedPairs:
+    """Equal parts of a batch, one after another on a new first axis, each numbering its own pairs."""
+    parts: PackedPairs = jax.tree.map(lambda x: x.reshape(number, x.shape[0] // number, *x.shape[1:]), batch)
+    first = 2 * jnp.arange(number, dtype=jnp.int32) * parts.where.shape[1]
+    sequences = jnp.where(parts.sequences < 0, -1, parts.sequences - first[:, None, None])
+    return parts._replace(sequences=sequences)
+
+
 @partial(jax.jit, static_argnames=("definition",))
-def score(definition: Any, params: Any, batch: PairBatch) -> Float[Array, "P 2"]:
+def score(definition: Any, params: Any, batch: PackedPairs) -> Float[Array, "P 2"]:
     """`sequence_logps` of a split NNX module, compiled."""
     return sequence_logps(nnx.merge(definition, params), batch)

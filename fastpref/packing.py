@@ -6,7 +6,7 @@ window of pairs that come one after another in a seeded order: a larger window w
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
@@ -109,12 +109,14 @@ class PairBatcher:
         self.shapes: tuple[RowShape, ...] = ((rows, row_tokens, encoder), *(_shape(one, encoder) for one in tail))
         """Rows, places and encoder places of a batch, from small to large."""
         sizes = _sizes(columns, layout)
-        fitting = (sizes <= np.asarray(self.shapes[-1][1:])).all(1)
+        fitting: np.ndarray = (sizes <= np.asarray(self.shapes[-1][1:])).all(1)
         if not fitting.all() and (overlong == "raise" or not fitting.any()):
             _refuse(sizes, fitting, self.shapes[-1])
         dropped = np.flatnonzero(~fitting)
         self._loader = _batcher.PairLoader(
-            *columns,
+            columns[0],
+            columns[1],
+            columns[2],
             chances,
             logps,
             names,
@@ -160,7 +162,7 @@ class PairBatcher:
         return self
 
     def __next__(self) -> PackedPairs:
-        return PackedPairs(*self._loader.next())
+        return _unscored(self._loader.next())
 
     def state(self) -> bytes:
         """Where the next batch is taken from, in less than 1 KB: what `restore` continues at.
@@ -236,6 +238,7 @@ def pack_pairs(
     prompt_row_tokens: int | None = None,
     preference: Float[np.ndarray, " P"] | None = None,
     ref_logps: Float[np.ndarray, "P 2"] | None = None,
+    scores: Float[np.ndarray, "P 2"] | None = None,
     where: Bool[np.ndarray, " P"] | None = None,
     ids: Int[np.ndarray, " P"] | None = None,
     layout: Layout = "shared",
@@ -254,6 +257,7 @@ def pack_pairs(
       prompt_row_tokens: S, places of a row in the encoder's stream; for the "encoder-decoder" layout alone.
       preference: p(y ≻ y' | x) in [0, 1]; None for 1.
       ref_logps: sums of log π_ref; None for 0.
+      scores: what a loss of single completions takes; None for 0.
       where: False for pairs that teach nothing: they are left out of the rows, and their other fields may be anything.
         None for True.
       ids: name of each pair; None for its position.
@@ -286,7 +290,17 @@ def pack_pairs(
         max_pairs_per_row=max(min(MAX_PAIRS, count), 1) if max_pairs_per_row is None else max_pairs_per_row,
         row_counts=row_counts(max(count, 1)) if counts is None else counts,
     )
-    return Packing(PackedPairs(*fields), slots)
+    pairs = _unscored(fields)
+    if scores is not None:
+        placed = pairs.scores.copy()
+        placed[slots[slots >= 0]] = _as(scores, np.float32)[slots >= 0]
+        pairs = pairs._replace(scores=placed)
+    return Packing(pairs, slots)
+
+
+def _unscored(fields: Iterable[np.ndarray]) -> PackedPairs:
+    *rest, ref_logps = fields
+    return PackedPairs._make((*rest, ref_logps, np.zeros_like(ref_logps)))
 
 
 def _as(array: Any, dtype: type[np.generic]) -> np.ndarray:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from fastpref import tournament
 from fastpref.judging import Judge, Rewarder, ask, rate
+from fastpref.pair_log import PairLog
 from fastpref.preference import RewardModel, probability
 
 Compare = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -46,6 +47,9 @@ class Jury:
       texts: the K completions of each.
       tokens: their token ids, [P, K, T].
       lengths: how many of them are real, [P, K].
+      ids: names of the prompts, for the log.
+      step: number of the step, for the log.
+      log: answers what it holds, and writes down what it does not before it is used; None to ask about everything.
     """
 
     def __init__(
@@ -55,8 +59,14 @@ class Jury:
         texts: Sequence[Sequence[str]],
         tokens: Int[np.ndarray, "P K T"],
         lengths: Int[np.ndarray, "P K"],
+        *,
+        ids: Int[np.ndarray, " P"],
+        step: int,
+        log: PairLog | None = None,
     ) -> None:
         self.judge, self.prompts, self.texts = judge, prompts, texts
+        self._tokens, self._lengths = tokens, lengths
+        self._ids, self._step, self._log = ids, step, log
         self.classes = tournament.identical(tokens, lengths)
         """Equal numbers, equal completions, [P, K]."""
         self.asked = 0
@@ -87,17 +97,32 @@ class Jury:
         self.asked += len(prompt)
         if not len(prompt):
             return preference
+
+        def answer(missing: Int[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+            return self._ask(prompt[missing], first[missing], second[missing])
+
+        if self._log is None:
+            preference[different] = answer(np.arange(len(prompt)))
+        else:
+            one, other = self._rows(prompt, first), self._rows(prompt, second)
+            preference[different] = self._log.judge(self._step, self._ids[prompt], one, other, answer)
+        return preference
+
+    def _ask(
+        self, prompt: Int[np.ndarray, " M"], first: Int[np.ndarray, " M"], second: Int[np.ndarray, " M"]
+    ) -> Float[np.ndarray, " M"]:
         if callable(self.judge) and not isinstance(self.judge, RewardModel):
-            preference[different] = ask(
+            return ask(
                 self.judge,
                 [self.prompts[at] for at in prompt],
                 [self.texts[at][which] for at, which in zip(prompt, first, strict=True)],
                 [self.texts[at][which] for at, which in zip(prompt, second, strict=True)],
             )
-        else:
-            rewards = self.rewards()
-            preference[different] = probability(rewards[prompt, first] - rewards[prompt, second])
-        return preference
+        rewards = self.rewards()
+        return probability(rewards[prompt, first] - rewards[prompt, second])
+
+    def _rows(self, prompt: Int[np.ndarray, " M"], which: Int[np.ndarray, " M"]) -> list[np.ndarray]:
+        return [self._tokens[at, k, : self._lengths[at, k]] for at, k in zip(prompt, which, strict=True)]
 
 
 def select(

@@ -68,26 +68,6 @@ class Completions(NamedTuple):
         return jnp.arange(self.tokens.shape[-1])[None, None, :] < self.lengths[:, :, None]
 
 
-class PairBatch(NamedTuple):
-    """Judged pairs, ready for the learner: prompt, completions in the order y, y', and what is known of them.
-
-    K is 2, or 1 for algorithms that learn from y alone; what stands at y' in arrays of two is then 0.
-    """
-
-    prompt_tokens: Int[jax.Array, "P S"]
-    prompt_lengths: Int[jax.Array, " P"]
-    completion_tokens: Int[jax.Array, "P K T"]
-    completion_lengths: Int[jax.Array, "P K"]
-    ref_logps: Float[jax.Array, "P 2"]
-    """What log π is compared with: log π_ref, log π_t or their weighted combination, as the algorithm's row says."""
-    preference: Float[jax.Array, " P"]
-    """p(y ≻ y' | x), in [0, 1]."""
-    scores: Float[jax.Array, "P 2"]
-    """For losses of single completions: p − ½, the reward, or the win rate − ½ of each; else 0."""
-    where: Bool[jax.Array, " P"]
-    """False for pairs that teach nothing (identical completions): they are counted, not learned from."""
-
-
 class PackedPairs(NamedTuple):
     """Judged pairs laid out in R rows of fixed length, several to a row: no place is spent on padding a completion.
 
@@ -136,4 +116,6 @@ class PackedPairs(NamedTuple):
     ids: Int[Array, " P"]
     """Names the pair in its source, int64; −1 in empty slots."""
     ref_logps: Float[Array, "P 2"]
-    """log π_ref of both completions, float32; zeros until scored."""
+    """What log π is compared with, float32: log π_ref, log π_t or their weighted sum; zeros until scored."""
+    scores: Float[Array, "P 2"]
+    """For losses of single completions, float32: p − ½, the reward, or the win rate − ½ of each; else 0."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Float
@@ -17,8 +16,11 @@ from fastpref.generation import decode, generate_jit, num_valid_tokens
 from fastpref.judging import Judge, Rewarder
 from fastpref.metrics import sampling_metrics
 from fastpref.models import LanguageModel
-from fastpref.records import CompletionBatch, Completions, PairBatch, PromptBatch
+from fastpref.packing import pack_pairs
+from fastpref.pair_log import PairLog
 from fastpref.pairing import Jury, Selection, select
+from fastpref.records import Completions, PackedPairs, PromptBatch
+from fastpref.rows import RowPlan
 
 
 class Frozen(NamedTuple):
@@ -31,7 +33,7 @@ class Frozen(NamedTuple):
 class Gathered(NamedTuple):
     """What one step learns from, and what is told of it."""
 
-    pairs: PairBatch
+    pairs: PackedPairs
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
 
@@ -48,6 +50,8 @@ class Rollout:
       partner: the frozen model that the sampler mixes with: π_ref, or μ.
       judge: of the completions; None where the data has labels.
       texts: each prompt by its id.
+      rows: how pairs are laid out.
+      log: where judged pairs are written before they are used; None for nowhere.
     """
 
     config: TrainConfig
@@ -57,8 +61,10 @@ class Rollout:
     partner: Frozen
     judge: Judge | Rewarder | None
     texts: Mapping[int, str]
+    rows: RowPlan
+    log: PairLog | None = None
 
-    def __call__(self, step: int, batch: PromptBatch | CompletionBatch, params: Any, round_params: Any) -> Gathered:
+    def __call__(self, step: int, batch: PromptBatch | PackedPairs, params: Any, round_params: Any) -> Gathered:
         """What is learned from a batch at a step.
 
         Args:
@@ -70,30 +76,21 @@ class Rollout:
         Raises:
           JudgeError: the judge failed.
         """
-        if isinstance(batch, CompletionBatch):
+        if isinstance(batch, PackedPairs):
             return self._recorded(step, batch, round_params)
         return self._sampled(step, batch, params, round_params)
 
-    def _recorded(self, step: int, batch: CompletionBatch, round_params: Any) -> Gathered:
-        pairs = PairBatch(
-            prompt_tokens=jnp.asarray(batch.prompt_tokens),
-            prompt_lengths=jnp.asarray(batch.prompt_lengths),
-            completion_tokens=jnp.asarray(batch.completion_tokens),
-            completion_lengths=jnp.asarray(batch.completion_lengths),
-            ref_logps=jnp.zeros((len(batch.ids), 2), jnp.float32),
-            preference=jnp.asarray(batch.preference),
-            scores=jnp.zeros((len(batch.ids), 2), jnp.float32),
-            where=jnp.ones(len(batch.ids), bool),
-        )
+    def _recorded(self, step: int, pairs: PackedPairs, round_params: Any) -> Gathered:
+        preference, lengths = pairs.preference[pairs.where], pairs.lengths[pairs.where]
         metrics = {
-            "preference/mean": float(batch.preference.mean()),
-            "preference/confidence": float(np.abs(batch.preference - np.float32(0.5)).mean()),
-            "completions/mean_length": float(batch.completion_lengths.mean()),
-            "pairs/used": float(len(batch.ids)),
+            "preference/mean": float(preference.mean()),
+            "preference/confidence": float(np.abs(preference - np.float32(0.5)).mean()),
+            "completions/mean_length": float(lengths.mean()),
+            "pairs/used": float(pairs.where.sum()),
         }
         # Not kept from epoch to epoch: their rounding depends on the batch, and a continued run must not differ.
-        ref_logps = learner.score(self.ref.definition, self.ref.params, pairs)
-        return Gathered(pairs._replace(ref_logps=self._anchor(step, pairs, ref_logps, None, round_params)), metrics, [])
+        pairs = pairs._replace(ref_logps=learner.score(self.ref.definition, self.ref.params, pairs))
+        return Gathered(self._anchored(step, pairs, None, round_params), metrics, [])
 
     def _sampled(self, step: int, batch: PromptBatch, params: Any, round_params: Any) -> Gathered:
         row, config = self.config.row, self.config
@@ -103,7 +100,7 @@ class Rollout:
         clock.lap("time/generate")
         prompts = [self.texts[int(index)] for index in batch.ids]
         written = decode(self.policy, drawn)
-        jury = Jury(self.judge, prompts, written, tokens, lengths)
+        jury = Jury(self.judge, prompts, written, tokens, lengths, ids=batch.ids, step=step, log=self.log)
         found = select(row.pairs, jury, ids=batch.ids, step=step, seed=config.seed, baseline=config.baseline)
         clock.lap("time/judge")
         learned = found.chosen[:, :1] if row.pairs == "first" else found.chosen
@@ -111,45 +108,55 @@ class Rollout:
         def take(values: Array) -> Float[np.ndarray, "P 2"]:
             return np.pad(np.take_along_axis(np.asarray(values), learned, 1), ((0, 0), (0, 2 - learned.shape[1])))
 
-        pairs = PairBatch(
-            prompt_tokens=jnp.asarray(batch.tokens),
-            prompt_lengths=jnp.asarray(batch.lengths),
-            completion_tokens=jnp.asarray(np.take_along_axis(tokens, learned[:, :, None], 1)),
-            completion_lengths=jnp.asarray(np.take_along_axis(lengths, learned, 1)),
-            ref_logps=jnp.asarray(take(drawn.ref_logps)),
-            preference=jnp.asarray(found.preference),
-            scores=jnp.asarray(found.scores),
-            where=jnp.asarray(found.where),
+        ref_logps = take(drawn.ref_logps)
+        pairs, slots = pack_pairs(
+            batch.tokens,
+            batch.lengths,
+            np.take_along_axis(tokens, learned[:, :, None], 1),
+            np.take_along_axis(lengths, learned, 1),
+            ref_logps=ref_logps,
+            preference=found.preference,
+            scores=found.scores,
+            where=found.where,
+            ids=batch.ids,
+            counts=self.rows.counts,
+            **self.rows.shape,
         )
+        used = slots >= 0
         # What sampling collected is log π_ref only where π_ref was mixed in, and log π_t only where π_t wrote.
         if config.rescore_reference or self.partner is not self.ref:
             pairs = pairs._replace(ref_logps=learner.score(self.ref.definition, self.ref.params, pairs))
-        round_logps = take(drawn.policy_logps) if "round" in row.writers and not config.rescore_reference else None
-        anchor = self._anchor(step, pairs, pairs.ref_logps, round_logps, round_params)
+            ref_logps[used] = np.asarray(pairs.ref_logps)[slots[used]]
+        round_logps = None
+        if "round" in row.writers and not config.rescore_reference:
+            round_logps = np.zeros(pairs.lengths.shape, np.float32)
+            round_logps[slots[used]] = take(drawn.policy_logps)[used]
         different = np.ones(len(prompts), bool)
         metrics = sampling_metrics(drawn, found.judged, different, self.policy.tokenizer.eos_id)
         if self.partner is not self.ref:
-            ratios = take(drawn.policy_logps) - np.asarray(pairs.ref_logps)
-            metrics["objective/kl"] = float(ratios[:, : learned.shape[1]].mean())
+            ratios = (take(drawn.policy_logps) - ref_logps)[used]
+            metrics["objective/kl"] = float(ratios[:, : learned.shape[1]].mean()) if used.any() else 0.0
         if row.judged_by == "reward":
             tau, _ = config.strengths(step)
             metrics = {name: value for name, value in metrics.items() if not name.startswith(("preference/", "pairs/"))}
             metrics["objective/rlhf_reward"] = found.metrics["objective/scores"] - tau * metrics["objective/kl"]
         metrics |= found.metrics | clock.laps
-        return Gathered(pairs._replace(ref_logps=anchor), metrics, _samples(prompts, written, found, jury))
+        pairs = self._anchored(step, pairs, round_logps, round_params)
+        return Gathered(pairs, metrics, _samples(prompts, written, found, jury))
 
-    def _anchor(
-        self, step: int, pairs: PairBatch, ref_logps: Array, round_logps: np.ndarray | None, round_params: Any
-    ) -> Float[Array, "P 2"]:
-        """What log π is compared with: the frozen models' log-probs by the weights of the row."""
+    def _anchored(
+        self, step: int, pairs: PackedPairs, round_logps: np.ndarray | None, round_params: Any
+    ) -> PackedPairs:
+        """The pairs with what log π is compared with: the frozen models' log-probs by the weights of the row."""
         of_ref, of_round = self.config.row.anchor_weights(*self.config.strengths(step))
         if of_round == 0:
-            return ref_logps
+            return pairs
         if round_logps is None:
-            round_logps = learner.score(self.definition, round_params, pairs)
+            round_logps = np.asarray(learner.score(self.definition, round_params, pairs))
         if of_ref == 0:
-            return jnp.asarray(round_logps)
-        return jnp.float32(of_ref) * ref_logps + jnp.float32(of_round) * jnp.asarray(round_logps)
+            return pairs._replace(ref_logps=round_logps)
+        both = np.float32(of_ref) * np.asarray(pairs.ref_logps) + np.float32(of_round) * round_logps
+        return pairs._replace(ref_logps=both)
 
     def _draw(self, step: int, batch: PromptBatch, params: Any) -> Completions:
         config = self.config

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from fastpref.data import (
 from fastpref.held_out import HeldOut
 from fastpref.judging import Judge, Rewarder
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
+from fastpref.pair_log import PairLog
+from fastpref.preference import PreferenceModel, RewardModel
+from fastpref.rows import RowPlan, pair_sizes, plan_rows
 from fastpref.schedules import require
 
 Prompts = str | Path | Iterable[str | Mapping[str, Any]]
@@ -115,6 +119,7 @@ def train(
       ConfigError: a setting breaks its rule.
       DataError: the prompts cannot be read, or none is left.
       JudgeError: the judge failed; the steps before are saved.
+      PairLogError: what the judge said before is damaged, or cannot be written.
       CheckpointError: the run directory holds another run.
       DivergedError: five updates in a row were not finite.
     """
@@ -125,12 +130,9 @@ def train(
     ref = policy if ref is None else as_model(ref)
     frozen = rollout.Frozen(*nnx.split(ref.module))
     partner = frozen if behaviour is None else rollout.Frozen(*nnx.split(as_model(behaviour).module))
-    texts, source, report = _source(prompts, policy, config)
+    texts, source, rows, report = _source(prompts, policy, config)
     chain = optimizers.build(config) if optimizer is None else optimizer
     definition, start = nnx.split(policy.module)
-    gather = rollout.Rollout(
-        config=config, policy=policy, definition=definition, ref=frozen, partner=partner, judge=judge, texts=texts
-    )
 
     def copy(parameters: Any) -> Any:
         # The learner donates its buffers, and these are still the caller's, or π_t's.
@@ -204,7 +206,22 @@ def train(
         **({"steps of a round": config.round_steps} if row.in_rounds else {}),
     }
     params = copy(start)
-    with source:
+    with ExitStack() as stack:
+        stack.enter_context(source)
+        log = None
+        if folder is not None and row.judged_by == "preference":
+            log = stack.enter_context(PairLog(folder / "pairs", judge=_name(judge), seed=config.seed))
+        gather = rollout.Rollout(
+            config=config,
+            policy=policy,
+            definition=definition,
+            ref=frozen,
+            partner=partner,
+            judge=judge,
+            texts=texts,
+            rows=rows,
+            log=log,
+        )
         (params, _, _), history = loop.drive(
             advance,
             (params, optimizers.initial_state(chain, params), copy(start) if row.in_rounds else ()),
@@ -264,10 +281,10 @@ def _check_sources(config: TrainConfig, judge: Judge | Rewarder | None, behaviou
 
 def _source(
     prompts: Prompts, policy: LanguageModel, config: TrainConfig
-) -> tuple[dict[int, str], PromptBatcher | PairBatcher, DropReport]:
-    """The prompts by id, the batcher of what is learned from, and what became of the records."""
+) -> tuple[dict[int, str], PromptBatcher | PairBatcher, RowPlan, DropReport]:
+    """The prompts by id, the batcher of what is learned from, how it is packed, and what became of the records."""
     limits: dict[str, Any] = {"vocab_size": policy.module.vocab_size, "overlong": config.overlong}
-    shared: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed, "max_shapes": config.max_shapes}
+    start = policy.module.decoder_start
     if config.row.offline:
         try:
             records, read = read_records(prompts, columns=("prompt", "chosen", "rejected"))
@@ -275,13 +292,42 @@ def _source(
             raise DataError(f"{config.algorithm} learns from recorded pairs: {error}") from error
         both = {"max_prompt_tokens": config.max_prompt_tokens, "max_completion_tokens": config.max_new_tokens}
         tokens, kept = tokenize_completions(records, policy.tokenizer, **both, **limits, on_bad_record="skip")
-        report = read.then(kept)
-        pairs = PairBatcher(tokens.prompts, *tokens.completions, tokens.preference, ids=tokens.ids, **both, **shared)
-        return {}, pairs, report
+        rows = plan_rows(config, decoder_start=start, prompts=tokens.prompts)
+        chosen, rejected = tokens.completions
+        sizes = pair_sizes(tokens.prompts, chosen, rejected, layout=rows.layout)
+        pairs = PairBatcher(
+            tokens.prompts,
+            chosen,
+            rejected,
+            tokens.preference,
+            ids=tokens.ids,
+            rows=rows.rows_for(sizes, config.batch_size),
+            seed=config.seed,
+            **rows.shape,
+        )
+        return {}, pairs, rows, read.then(kept)
     records, read = read_records(prompts)
     encoded, kept = tokenize_prompts(records, policy.tokenizer, max_tokens=config.max_prompt_tokens, **limits)
-    batcher = PromptBatcher(encoded.prompts, ids=encoded.ids, max_tokens=config.max_prompt_tokens, **shared)
-    return {record.id: record.prompt for record in records}, batcher, read.then(kept)
+    batcher = PromptBatcher(
+        encoded.prompts,
+        ids=encoded.ids,
+        batch_size=config.batch_size,
+        max_tokens=config.max_prompt_tokens,
+        max_shapes=config.max_shapes,
+        seed=config.seed,
+    )
+    rows = plan_rows(config, decoder_start=start, prompts=encoded.prompts)
+    return {record.id: record.prompt for record in records}, batcher, rows, read.then(kept)
+
+
+def _name(judge: Judge | Rewarder | None) -> str:
+    """Names a judge in the log of pairs: answers of another are not used again."""
+    kind: Any = judge if hasattr(judge, "__qualname__") else type(judge)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(judge, PreferenceModel | RewardModel):
+        module = judge.model.module if isinstance(judge, PreferenceModel) else judge.module
+        name += f" {loop.digest(nnx.state(module))}"
+    return name
 
 
 def _as_judge(judge: Judge | Rewarder | None, config: TrainConfig) -> Judge:

@@ -178,6 +178,7 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         self.vocab_size = config.vocab_size
+        self.decoder_start: int | None = None
         self.embedding = normal(rngs, (config.vocab_size, config.width), config.initial_std, dtype)
         self.layers = nnx.List([DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.layers)])
         self.norm = nnx.Param(jnp.ones(config.width, dtype))
@@ -251,7 +252,8 @@ class Decoder(nnx.Module):
                 "a decoder-only model reads rows without an encoder stream, but this one has "
                 f"{batch.prompt_tokens.shape[1]} places: pack the pairs for a decoder-only model"
             )
-        x, _ = self._run(batch.tokens, batch.positions, partial(attend_rows, sight=sight(visibility(batch))))
+        tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
+        x, _ = self._run(tokens, positions, partial(attend_rows, sight=sight(visibility(batch))))
         return self._normalise(x[:, 0])
 
     def _read(self, tokens: Int[Array, "P S"]) -> tuple[Float[Array, "P 1 S D"], tuple[Shared, ...]]:

@@ -22,6 +22,8 @@ class Policy(Protocol):
 
     vocab_size: int
     """Rows of the head, V. The tokenizer may use fewer."""
+    decoder_start: int | None
+    """First input of the decoder of an encoder-decoder, None in other models: decides the layout of packed rows."""
 
     def prefill(
         self, tokens: Int[Array, "P S"], mask: Bool[Array, "P S"], *, completions: int, max_new_tokens: int

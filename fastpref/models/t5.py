@@ -204,6 +204,7 @@ class T5(nnx.Module):
     def __init__(self, config: T5Config, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config = config
         self.vocab_size = config.vocab_size
+        self.decoder_start: int | None = config.start_id
         self.embedding = normal(rngs, (config.vocab_size, config.width), config.initial_factor, dtype)
         self.encoder = Stack(config, decoder=False, dtype=dtype, rngs=rngs)
         self.decoder = Stack(config, decoder=True, dtype=dtype, rngs=rngs)
@@ -271,14 +272,16 @@ class T5(nnx.Module):
                 "an encoder-decoder reads prompts from the encoder stream, but these rows have none: "
                 "pack the pairs for an encoder-decoder"
             )
-        prompts = self._read(batch.prompt_tokens, partial(attend_rows, sight=sight(prompt_visibility(batch))))
+        prompts = self._read(
+            jnp.asarray(batch.prompt_tokens), partial(attend_rows, sight=sight(prompt_visibility(batch)))
+        )
         seen, bias = sight(visibility(batch)), self.decoder.square_bias(batch.tokens.shape[1])
 
         def own(queries: Array, keys: Array, values: Array) -> Array:
             return attend_rows(queries, as_shared(keys, values), seen, bias)
 
         across = partial(attend_rows, sight=sight(cross_visibility(batch)))
-        return self._write(batch.tokens[:, None], prompts, own, across)[:, 0]
+        return self._write(jnp.asarray(batch.tokens)[:, None], prompts, own, across)[:, 0]
 
     def _read(self, tokens: Int[Array, "P S"], attend: Callable[..., Array]) -> tuple[Shared, ...]:
         """Encode prompts; return the keys and values that each decoder layer reads of them.
