@@ -11,7 +11,6 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from fastpref import losses, optimizers
-from fastpref.algorithms import Algorithm
 from fastpref.kernels import preference_loss, token_logprobs
 from fastpref.metrics import pair_metrics
 from fastpref.models.policy import Policy
@@ -68,7 +67,12 @@ def sequence_logps(policy: Policy, batch: PairBatch) -> Float[Array, "P 2"]:
 
 
 def batch_loss(
-    policy: Policy, batch: PairBatch, *, algorithm: Algorithm, tau: Float[Array, ""], length_normalize: bool = False
+    policy: Policy,
+    batch: PairBatch,
+    *,
+    objective: losses.Objective,
+    tau: Float[Array, ""],
+    length_normalize: bool = False,
 ) -> tuple[Float[Array, ""], Float[Array, "P 2"]]:
     """Mean loss of a batch of judged pairs, and the policy's sequence log-probs.
 
@@ -76,16 +80,16 @@ def batch_loss(
       policy: π.
       batch: P judged pairs; those with `where` False have no part in the mean. A loss of single completions is
         averaged over the completions of a pair first.
-      algorithm: its loss is what is computed.
+      objective: the loss, and how it reads the batch.
       tau: the loss's strength, τ or η, a scalar; may be traced.
       length_normalize: ρ from averages of token log-probs instead of sums.
 
     Returns:
       The loss, a scalar, and log π(y), log π(y') as sums, shape [P, 2].
     """
-    bound = losses.bind(algorithm.loss, tau=tau)
+    bound = losses.bind(objective.loss, tau=tau)
     hidden, targets, segments = scored(policy, batch)
-    if algorithm.contrastive and not length_normalize:
+    if objective.contrastive and not length_normalize:
         result = preference_loss(
             hidden,
             policy.head(),
@@ -101,11 +105,13 @@ def batch_loss(
     logps = token_logprobs(hidden, policy.head(), targets, where=segments >= 0)
     policy_logps = segment_sums(logps, segments, pairs)
     lengths = segment_sums(jnp.ones_like(logps), segments, pairs)
-    if algorithm.contrastive:
-        margins = (policy_logps - batch.ref_logps) / jnp.maximum(lengths, 1.0)
+    # Selecting on both sides of the loss keeps a pair that does not count, NaN included, out of its gradient.
+    counted = jnp.where(batch.where[:, None], policy_logps, 0.0)
+    if objective.contrastive:
+        margins = (counted - batch.ref_logps) / jnp.maximum(lengths, 1.0)
         per_pair = bound(margins[:, 0] - margins[:, 1], batch.preference)
     else:
-        each = jnp.where(lengths > 0, bound(policy_logps, batch.ref_logps, batch.scores), 0.0)
+        each = jnp.where(lengths > 0, bound(counted, batch.ref_logps, batch.scores), 0.0)
         per_pair = each.sum(1) / jnp.maximum((lengths > 0).sum(1), 1).astype(jnp.float32)
     count = jnp.maximum(batch.where.sum(), 1).astype(jnp.float32)
     return jnp.where(batch.where, per_pair, 0.0).sum() / count, policy_logps
@@ -113,7 +119,7 @@ def batch_loss(
 
 @partial(
     jax.jit,
-    static_argnames=("definition", "optimizer", "algorithm", "gradient_accumulation", "length_normalize"),
+    static_argnames=("definition", "optimizer", "objective", "gradient_accumulation", "length_normalize"),
     donate_argnames=("params", "opt_state"),
 )
 def update(
@@ -124,7 +130,7 @@ def update(
     tau: Float[Array, ""],
     *,
     optimizer: optax.GradientTransformation,
-    algorithm: Algorithm,
+    objective: losses.Objective,
     gradient_accumulation: int = 1,
     length_normalize: bool = False,
 ) -> tuple[Any, Any, Metrics]:
@@ -140,7 +146,7 @@ def update(
       batch: P judged pairs.
       tau: the loss's strength, τ or η, a scalar.
       optimizer: an optax transformation.
-      algorithm: its loss is what is learned from.
+      objective: the loss, and how it reads the batch.
       gradient_accumulation: parts of the batch; divides P.
       length_normalize: ρ from averages of token log-probs instead of sums.
 
@@ -151,7 +157,7 @@ def update(
 
     def part_loss(parameters: Any, part: PairBatch) -> tuple[Array, Array]:
         value, logps = batch_loss(
-            nnx.merge(definition, parameters), part, algorithm=algorithm, tau=tau, length_normalize=length_normalize
+            nnx.merge(definition, parameters), part, objective=objective, tau=tau, length_normalize=length_normalize
         )
         return value * part.where.sum().astype(jnp.float32) / total, logps
 
@@ -179,11 +185,7 @@ def update(
         "loss": value,
         "grad_norm": norm,
         "updates/skipped": (~healthy).astype(jnp.float32),
-        **(
-            {}
-            if algorithm.pairs == "first"
-            else pair_metrics(policy_logps, batch.ref_logps, batch.preference, batch.where, tau)
-        ),
+        **({} if objective.alone else pair_metrics(policy_logps, batch.ref_logps, batch.preference, batch.where, tau)),
     }
     return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_opt_state, opt_state), metrics
 

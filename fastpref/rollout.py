@@ -17,8 +17,8 @@ from fastpref.generation import decode, generate_jit, num_valid_tokens
 from fastpref.judging import Judge, Rewarder
 from fastpref.metrics import sampling_metrics
 from fastpref.models import LanguageModel
-from fastpref.records import CompletionBatch, Completions, PairBatch, PromptBatch
 from fastpref.pairing import Jury, Selection, select
+from fastpref.records import CompletionBatch, Completions, PairBatch, PromptBatch
 
 
 class Frozen(NamedTuple):

@@ -71,7 +71,7 @@ def update(
         batch,
         np.float32(tau),
         optimizer=optimizer,
-        algorithm=ALGORITHMS[algorithm],
+        objective=ALGORITHMS[algorithm].objective,
         **options,
     )
 
