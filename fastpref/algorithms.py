@@ -199,7 +199,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         loss=losses.ipo,
         anchor="both",
         strength="eta",
-        fixed_point=f"{NASH}, as rounds go on",
+        fixed_point=f"{NASH}, as rounds go on, for pairs as they are drawn",
         source="INPO algorithm 1, eq. 8, and section 4.1",
     ),
     "iterative-dpo": Algorithm(

@@ -135,7 +135,7 @@ def test_the_behaviour_model_is_what_the_mixture_mixes_with(tmp_path: Path) -> N
 
 def test_a_reward_model_is_a_preference_oracle_too() -> None:
     reward = RewardModel.from_model(language_model())
-    result = go("inpo", steps=1, judge=reward)
+    result = go("inpo", steps=1, rounds=1, judge=reward)
     assert result.metrics[0]["pairs/used"] == 0
     assert result.metrics[0]["pairs/tie"] + result.metrics[0]["pairs/identical"] == 4
     (scored,) = go("rl", steps=1, judge=reward, baseline="batch").metrics
@@ -153,7 +153,7 @@ def test_a_reward_model_is_a_preference_oracle_too() -> None:
             "rl",
             {"judge": prefers_w1},
             ConfigError,
-            r"judged by rewards.*scores.*received <function.*Pass a RewardModel",
+            r"judged by rewards.*scores.*<function.*Pass a RewardModel",
         ),
         ("ipo-md", {"mixture_partner": "behaviour"}, ConfigError, r"behaviour must be a model .*received None"),
         ("offline-ipo", {"eval_every": 1}, ConfigError, r"eval_every=1 needs a judge of pairs, but received None"),
