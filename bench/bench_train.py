@@ -96,7 +96,7 @@ def stepper(model: LanguageModel, config: TrainConfig, chain: Any, compiling: di
         "num_valid_tokens": num_valid_tokens(model),
         "temperature": config.temperature,
     }
-    learning = {"optimizer": chain, "algorithm": algorithm}
+    learning = {"optimizer": chain, "objective": algorithm.objective}
 
     def take() -> Any:
         return next(batcher)

@@ -115,6 +115,11 @@ class Algorithm:
         """Whether π_t, frozen within a round, has a part."""
         return "round" in self.writers or self.anchor != "ref"
 
+    @property
+    def objective(self) -> losses.Objective:
+        """What the learner computes."""
+        return losses.Objective(self.loss, self.contrastive, self.pairs == "first")
+
     def mixture_betas(self, mixture_beta: float, completions: int | None = None) -> tuple[float, ...]:
         """Weight of the partner in the sampler of each of the K completions."""
         own = completions is None or completions == len(self.writers)
@@ -194,7 +199,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         loss=losses.ipo,
         anchor="both",
         strength="eta",
-        fixed_point=f"{NASH}, as rounds go on",
+        fixed_point=f"{NASH}, as rounds go on, for pairs as they are drawn",
         source="INPO algorithm 1, eq. 8, and section 4.1",
     ),
     "iterative-dpo": Algorithm(

@@ -11,7 +11,6 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from fastpref import losses, optimizers
-from fastpref.algorithms import Algorithm
 from fastpref.kernels import preference_loss, token_logprobs
 from fastpref.metrics import pair_metrics
 from fastpref.models.policy import Policy
@@ -52,7 +51,12 @@ def sequence_logps(policy: Policy, batch: PackedPairs) -> Float[Array, "P 2"]:
 
 
 def batch_loss(
-    policy: Policy, batch: PackedPairs, *, algorithm: Algorithm, tau: Float[Array, ""], length_normalize: bool = False
+    policy: Policy,
+    batch: PackedPairs,
+    *,
+    objective: losses.Objective,
+    tau: Float[Array, ""],
+    length_normalize: bool = False,
 ) -> tuple[Float[Array, ""], Float[Array, "P 2"]]:
     """Mean loss of a batch of judged pairs, and the policy's sequence log-probs.
 
@@ -60,17 +64,17 @@ def batch_loss(
       policy: π.
       batch: P judged pairs in rows; those with `where` False have no part in the mean. A loss of single completions
         is averaged over the completions of a pair first.
-      algorithm: its loss is what is computed.
+      objective: the loss, and how it reads the batch.
       tau: the loss's strength, τ or η, a scalar; may be traced.
       length_normalize: ρ from averages of token log-probs instead of sums.
 
     Returns:
       The loss, a scalar, and log π(y), log π(y') as sums, shape [P, 2].
     """
-    bound = losses.bind(algorithm.loss, tau=tau)
+    bound = losses.bind(objective.loss, tau=tau)
     ref_logps, preference, where = map(jnp.asarray, (batch.ref_logps, batch.preference, batch.where))
     hidden, targets, segments = scored(policy, batch)
-    if algorithm.contrastive and not length_normalize:
+    if objective.contrastive and not length_normalize:
         result = preference_loss(
             hidden,
             policy.head(),
@@ -86,11 +90,13 @@ def batch_loss(
     logps = token_logprobs(hidden, policy.head(), targets, where=segments >= 0)
     policy_logps = segment_sums(logps, segments, pairs)
     lengths = jnp.asarray(batch.lengths, jnp.float32)
-    if algorithm.contrastive:
-        margins = (policy_logps - ref_logps) / jnp.maximum(lengths, 1.0)
+    # Selecting on both sides of the loss keeps a pair that does not count, NaN included, out of its gradient.
+    counted = jnp.where(where[:, None], policy_logps, 0.0)
+    if objective.contrastive:
+        margins = (counted - ref_logps) / jnp.maximum(lengths, 1.0)
         per_pair = bound(margins[:, 0] - margins[:, 1], preference)
     else:
-        each = jnp.where(lengths > 0, bound(policy_logps, ref_logps, batch.scores), 0.0)
+        each = jnp.where(lengths > 0, bound(counted, ref_logps, batch.scores), 0.0)
         per_pair = each.sum(1) / jnp.maximum((lengths > 0).sum(1), 1).astype(jnp.float32)
     count = jnp.maximum(where.sum(), 1).astype(jnp.float32)
     return jnp.where(where, per_pair, 0.0).sum() / count, policy_logps
@@ -98,7 +104,7 @@ def batch_loss(
 
 @partial(
     jax.jit,
-    static_argnames=("definition", "optimizer", "algorithm", "gradient_accumulation", "length_normalize"),
+    static_argnames=("definition", "optimizer", "objective", "gradient_accumulation", "length_normalize"),
     donate_argnames=("params", "opt_state"),
 )
 def update(
@@ -109,7 +115,7 @@ def update(
     tau: Float[Array, ""],
     *,
     optimizer: optax.GradientTransformation,
-    algorithm: Algorithm,
+    objective: losses.Objective,
     gradient_accumulation: int = 1,
     length_normalize: bool = False,
 ) -> tuple[Any, Any, Metrics]:
@@ -125,7 +131,7 @@ def update(
       batch: P judged pairs in R rows.
       tau: the loss's strength, τ or η, a scalar.
       optimizer: an optax transformation.
-      algorithm: its loss is what is learned from.
+      objective: the loss, and how it reads the batch.
       gradient_accumulation: parts of the batch; divides R.
       length_normalize: ρ from averages of token log-probs instead of sums.
 
@@ -136,7 +142,7 @@ def update(
 
     def part_loss(parameters: Any, part: PackedPairs) -> tuple[Array, Array]:
         value, logps = batch_loss(
-            nnx.merge(definition, parameters), part, algorithm=algorithm, tau=tau, length_normalize=length_normalize
+            nnx.merge(definition, parameters), part, objective=objective, tau=tau, length_normalize=length_normalize
         )
         return value * part.where.sum().astype(jnp.float32) / total, logps
 
@@ -165,7 +171,7 @@ def update(
         "grad_norm": norm,
         "updates/skipped": (~healthy).astype(jnp.float32),
     }
-    if algorithm.pairs != "first":
+    if not objective.alone:
         ref_logps, preference, where = map(jnp.asarray, (batch.ref_logps, batch.preference, batch.where))
         metrics |= pair_metrics(policy_logps, ref_logps, preference, where, tau)
     return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_opt_state, opt_state), metrics

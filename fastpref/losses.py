@@ -10,6 +10,7 @@ without a new compilation.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,16 @@ from jax.tree_util import Partial
 from jaxtyping import Float
 
 Loss = Callable[..., Array]
+
+
+class Objective(NamedTuple):
+    """What the learner computes of a batch: a loss, and how it reads it."""
+
+    loss: Loss
+    contrastive: bool = True
+    """Whether `loss` is elementwise in ρ; else it is of single completions."""
+    alone: bool = False
+    """Whether y is learned from without y'."""
 
 
 def ipo(log_ratio: Float[Array, " P"], preference: Float[Array, " P"], *, tau: float | Float[Array, ""]) -> Array:

@@ -161,7 +161,7 @@ def train(
             gathered.pairs,
             np.float32(eta if row.strength == "eta" else tau),
             optimizer=chain,
-            algorithm=row,
+            objective=row.objective,
             gradient_accumulation=config.gradient_accumulation,
             length_normalize=config.length_normalize,
         )

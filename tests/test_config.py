@@ -33,6 +33,27 @@ def test_the_defaults_are_the_papers() -> None:
         ({"temperature": 0.0}, r"temperature must be above 0"),
         ({"overlong": "cut"}, r"overlong must be 'drop', 'truncate' or 'raise', but received 'cut'"),
         ({"eval_every": -1}, r"eval_every must not be negative"),
+        (
+            {"algorithm": "inpo", "completions": 1},
+            r"inpo chooses a pair, so completions must be at least 2",
+        ),
+        ({"algorithm": "sppo", "completions": 0}, r"sppo chooses a pair, so completions must be at least 2"),
+        ({"completions": 8}, r"ipo-md draws 2 completions a prompt, but received 8. Leave completions out"),
+        ({"algorithm": "inpo", "eta": 0.5}, r"eta must not be below tau \(1.0\).*received 0.5. Raise eta or lower tau"),
+        ({"algorithm": "inpo", "tau": 0.0}, r"eta must be above 0, but received None. Set it where tau is 0"),
+        ({"algorithm": "inpo", "tau": -0.1, "eta": 1.0}, r"tau must not be negative, but received -0.1"),
+        ({"algorithm": "iterative-dpo", "tau": 0.0}, r"tau must be above 0, but received 0.0"),
+        ({"algorithm": "inpo", "rounds": 4, "steps": 3}, r"rounds must not exceed steps \(3\), but received 4"),
+        ({"rounds": 0}, r"rounds must be a whole number of at least 1"),
+        ({"mixture_partner": "mu"}, r"mixture_partner must be 'ref' or 'behaviour', but received 'mu'"),
+        ({"algorithm": "rl", "mixture_partner": "behaviour"}, r"must be 'ref' for rl, which samples from no mixture"),
+        ({"baseline": "mean"}, r"baseline must be 'none' or 'batch', but received 'mean'"),
+        ({"baseline": "batch"}, r"baseline must be 'none' for ipo-md, which has no reward, but received 'batch'"),
+        ({"algorithm": "rl", "baseline": "batch", "batch_size": 1}, r"batch_size must be at least 2 for a baseline"),
+        (
+            {"algorithm": "rl", "length_normalize": True},
+            r"length_normalize must be False for rl, whose loss is",
+        ),
     ],
 )
 def test_a_broken_rule_is_refused_with_rule_value_and_remedy(settings: dict[str, Any], text: str) -> None:
@@ -45,6 +66,9 @@ def test_a_broken_rule_is_refused_with_rule_value_and_remedy(settings: dict[str,
     [
         ({"lerning_rate": 1.0}, r"no setting of that name, but received 'lerning_rate'. Did you mean 'learning_rate'"),
         ({"steps": "10"}, r"steps must be of type int, but received '10'. Its default is 1000"),
+        ({"completions": "8"}, r"completions must be of type int, but received '8'. Its default is None"),
+        ({"eta": True}, r"eta must be of type float, but received True"),
+        ({"steps": {"start": 1.0, "end": 2.0, "steps": 5}}, r"steps must be of type int, but received {'start'"),
         ({"tau": {"start": 1.0}}, r"tau as a table must have start, end and steps"),
         ({"tau": {"start": 1.0, "end": 2.0, "steps": 5, "shape": "cosine"}}, r"tau as a table must have"),
     ],
@@ -77,3 +101,24 @@ def test_a_schedule_checks_itself() -> None:
         Schedule(start=0.0, end=1.0, steps=0)
     with pytest.raises(ConfigError, match=r"kind must be 'linear' or 'cosine', but received 'step'"):
         Schedule(start=0.0, end=1.0, steps=1, kind="step")
+    with pytest.raises(ConfigError, match=r"warmup must lie in \[0, 1\), but received 1.0. It is a share of steps"):
+        Schedule(start=0.0, end=1.0, steps=1, warmup=1.0)
+
+
+def test_a_schedule_warms_up_and_begins_again() -> None:
+    """INPO's, appendix B: cosine from the peak to 0 after a warm-up, in every round."""
+    schedule = Schedule(start=2.0, end=0.0, steps=200, kind="cosine", warmup=0.03, repeat=True)
+    assert [value_at(schedule, step) for step in (0, 3, 6, 103, 200, 203)] == pytest.approx(
+        [0.0, 1.0, 2.0, 1.0, 0.0, 1.0], abs=1e-5
+    )
+    assert schedule.bounds == (0.0, 2.0)
+    once = Schedule(start=2.0, end=0.5, steps=100, warmup=0.5)
+    assert [value_at(once, step) for step in (25, 75, 100, 300)] == pytest.approx([1.0, 1.25, 0.5, 0.5])
+    assert from_mapping(TrainConfig, to_json(TrainConfig(learning_rate=schedule))).learning_rate == schedule
+
+
+def test_eta_is_three_tau_unless_set() -> None:
+    assert TrainConfig(algorithm="inpo", tau=0.1).strengths(0) == pytest.approx((0.1, 0.3))
+    config = TrainConfig(algorithm="inpo", tau=0.0, eta=Schedule(start=1.0, end=2.0, steps=2))
+    assert config.strengths(1) == (0.0, 1.5)
+    assert (config.num_completions, config.round_steps) == (8, 334)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastpref.judging import JudgeError, ask
+from fastpref.judging import JudgeError, ask, rate
 
 
 def shortest(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
@@ -42,3 +42,30 @@ def test_a_judge_that_raises_is_named() -> None:
     with pytest.raises(JudgeError, match=r"raised TimeoutError: no answer.*goes on from the last checkpoint") as caught:
         ask(broken, ["x"], ["a"], ["b"])
     assert isinstance(caught.value.__cause__, TimeoutError)
+
+
+class Fixed:
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> Any:
+        return self.answer
+
+
+def test_rewards_are_any_finite_numbers() -> None:
+    answer = rate(Fixed([-3.5, 12]), ["x", "y"], ["a", "b"])
+    assert answer.dtype == np.float32
+    assert answer.tolist() == [-3.5, 12.0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ([1.0], r"one reward for each of 2 prompts, but returned an array of shape \(1,\)"),
+        ([1.0, float("inf")], r"finite rewards, but returned inf for completion 1 \(1 of 2 answers are wrong\)"),
+        (["good", "bad"], r"must return numbers, but returned list. Return one reward"),
+    ],
+)
+def test_other_rewards_are_refused(answer: Any, text: str) -> None:
+    with pytest.raises(JudgeError, match=text):
+        rate(Fixed(answer), ["x", "y"], ["a", "b"])

@@ -1,5 +1,7 @@
 """Losses against the papers' equations, and against each other where the papers say so."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,3 +69,47 @@ def test_a_bound_loss_follows_a_traced_tau_without_compiling_again() -> None:
     values = [float(total(jnp.float32(tau))) for tau in (0.5, 1.0)]
     assert values == [pytest.approx(0.0), pytest.approx(0.25)]
     assert len(traces) == 1
+
+
+@given(RATIOS, PROBABILITIES, TAUS)
+def test_slopes_are_those_of_the_papers_formulas(ratio: float, preference: float, tau: float) -> None:
+    ratio, preference, tau = (float(np.float32(value)) for value in (ratio, preference, tau))
+    sigmoid = 1 / (1 + np.exp(-tau * ratio))
+    expected = {
+        "ipo": 2 * (ratio - (preference - 0.5) / tau),
+        "dpo": tau * (sigmoid - preference),
+        "slic": tau * ((1 - preference) * (tau * ratio > -1) - preference * (tau * ratio < 1)),
+    }
+    for name, slope in expected.items():
+        if name == "slic" and abs(abs(tau * ratio) - 1) < 1e-5:
+            continue
+        found = jax.grad(lambda value, name=name: BY_NAME[name](value[None], jnp.float32([preference]), tau=tau)[0])
+        assert float(found(jnp.float32(ratio))) == pytest.approx(slope, rel=1e-4, abs=1e-4 / tau), name
+
+
+@given(RATIOS, RATIOS, st.floats(-1, 1), TAUS)
+def test_losses_of_single_completions_pull_as_printed(policy: float, anchor: float, score: float, tau: float) -> None:
+    policy, anchor, score, tau = (float(np.float32(value)) for value in (policy, anchor, score, tau))
+    weight = score - tau * (policy - anchor)
+    expected = {
+        losses.policy_gradient: (-weight * policy, -weight),
+        losses.sppo: ((policy - anchor - score / tau) ** 2, 2 * (policy - anchor - score / tau)),
+    }
+    for loss, (value, slope) in expected.items():
+        found = jax.value_and_grad(lambda logp, loss=loss: loss(logp, jnp.float32(anchor), jnp.float32(score), tau=tau))
+        assert [float(x) for x in found(jnp.float32(policy))] == pytest.approx([value, slope], rel=1e-4, abs=2e-3)
+
+
+def test_the_policy_gradient_is_zero_on_average_at_its_fixed_point() -> None:
+    """π ∝ π_ref·exp(r/τ), IPO-MD eq. 3: the mean of slope times score function vanishes; 1 % of τ more does not."""
+    rng = np.random.default_rng(3)
+    reward, ref = rng.normal(size=5), rng.dirichlet(np.ones(5))
+    policy = ref * np.exp(reward / 0.7)
+    policy /= policy.sum()
+    for tau, vanishes in ((0.7, True), (0.707, False)):
+        slopes = jax.vmap(jax.grad(partial(losses.policy_gradient, tau=tau)))(
+            *(jnp.float32(values) for values in (np.log(policy), np.log(ref), reward))
+        )
+        weighted = policy * np.asarray(slopes, np.float64)
+        gradient = weighted - policy * weighted.sum()
+        assert (np.abs(gradient).max() < 1e-6) == vanishes

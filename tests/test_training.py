@@ -71,7 +71,7 @@ def update(
         batch,
         np.float32(tau),
         optimizer=optimizer,
-        algorithm=ALGORITHMS[algorithm],
+        objective=ALGORITHMS[algorithm].objective,
         **options,
     )
 
@@ -133,6 +133,73 @@ def test_length_normalisation_divides_by_each_length() -> None:
     logps = scored(batch).ref_logps / batch.completion_lengths
     expected = ((logps[:, 0] - logps[:, 1] - 1.0) ** 2).mean()
     assert float(update(batch, length_normalize=True)[2]["loss"]) == pytest.approx(expected, rel=1e-4)
+
+
+LOGPS = np.random.default_rng(7).normal(-20, 2, (2, 4, 2)).astype(np.float32)
+"""Log-probs of two frozen models for four pairs."""
+WHERE = [True, True, False, True]
+
+
+def inpo_slopes(policy: np.ndarray, tau: float, eta: float) -> tuple[np.ndarray, float]:
+    """INPO eq. 8, written out: the mean of (h_t(π, y_w, y_l) − 1/2η)² and its slopes in log π."""
+    ref, at_round = LOGPS.astype(np.float64)
+    ratios = [logps[:, 0] - logps[:, 1] for logps in (policy, ref, at_round)]
+    apart = ratios[0] - tau / eta * ratios[1] - (eta - tau) / eta * ratios[2] - 1 / (2 * eta)
+    return np.stack([2 * apart, -2 * apart], 1), float((apart**2)[WHERE].mean())
+
+
+def gradient_slopes(policy: np.ndarray, tau: float, scores: np.ndarray) -> tuple[np.ndarray, float]:
+    """IPO-MD section 2.6, written out, averaged over both completions."""
+    slopes = -(scores - tau * (policy - LOGPS[0].astype(np.float64)))
+    return slopes / 2, float((slopes * policy)[WHERE].mean())
+
+
+def sppo_slopes(policy: np.ndarray, eta: float, scores: np.ndarray) -> tuple[np.ndarray, float]:
+    """The square of log π/π_t − (p − ½)/η, averaged over both completions."""
+    apart = policy - LOGPS[1].astype(np.float64) - scores / eta
+    return apart, float((apart**2)[WHERE].mean())
+
+
+def test_gradients_are_those_of_the_papers_formulas() -> None:
+    tau, eta = 0.3, 0.8
+    scores = np.random.default_rng(8).uniform(-0.5, 0.5, (4, 2))
+    # INPO's anchor is the weighted combination of two frozen models: with it, IPO's loss at η is eq. 8.
+    shares = ALGORITHMS["inpo"].anchor_weights(tau, eta)
+    combined = (shares[0] * LOGPS[0] + shares[1] * LOGPS[1]).astype(np.float32)
+    plain = pairs(where=WHERE, scores=scores)
+    definition, params = nnx.split(language_model().module)
+    params = jax.tree.map(np.array, params)
+
+    @jax.jit
+    def pull(slopes: jax.Array) -> Any:
+        return jax.vjp(lambda weights: learner.sequence_logps(nnx.merge(definition, weights), plain), params)[1](slopes)
+
+    policy = np.asarray(learner.score(definition, params, plain)).astype(np.float64)
+    cases = {
+        "inpo": (combined, eta, inpo_slopes(policy, tau, eta)),
+        "nash-md-pg": (LOGPS[0], tau, gradient_slopes(policy, tau, scores)),
+        "sppo": (LOGPS[1], eta, sppo_slopes(policy, eta, scores)),
+    }
+    for name, (anchor, strength, (slopes, value)) in cases.items():
+        after, _, metrics = update(plain._replace(ref_logps=anchor), algorithm=name, tau=strength)
+        assert float(metrics["loss"]) == pytest.approx(value, rel=1e-4), name
+        expected = pull((slopes * np.asarray(WHERE)[:, None] / sum(WHERE)).astype(np.float32))[0]
+        for new, old, wanted in zip(*map(jax.tree.leaves, (after, params, expected)), strict=True):
+            scale = np.abs(wanted).max() + 1e-3
+            np.testing.assert_allclose((old - np.asarray(new)) / scale, wanted / scale, atol=2e-4, err_msg=name)
+
+
+def test_a_completion_that_is_not_learned_from_has_no_part() -> None:
+    alone = pairs(scores=0.3)
+    alone = alone._replace(
+        completion_tokens=alone.completion_tokens[:, :1], completion_lengths=alone.completion_lengths[:, :1]
+    )
+    logps = np.asarray(scored(alone).ref_logps)
+    assert (logps[:, 1] == 0).all()
+    assert (logps[:, 0] < 0).all()
+    _, _, metrics = update(scored(alone), algorithm="rl")
+    assert float(metrics["loss"]) == pytest.approx(-0.3 * logps[:, 0].mean(), rel=1e-4)
+    assert not any(name.startswith("rewards/") for name in metrics)
 
 
 def test_an_update_that_is_not_finite_changes_nothing_and_is_counted() -> None:
