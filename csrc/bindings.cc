@@ -710,7 +710,10 @@ class PairLoader {
     check_count("first", static_cast<std::size_t>(source.first->rows()), count);
     check_count("second", static_cast<std::size_t>(source.second->rows()), count);
     check_count("preference", source.preference.size(), count);
-    if (!source.ref_logps.empty()) check_count("half of ref_logps", source.ref_logps.size() / 2, count);
+    if (!source.ref_logps.empty() && source.ref_logps.size() != 2 * count) {
+      throw py::value_error("ref_logps must have no entry, or two for each of the " + std::to_string(count) +
+                            " records, got " + std::to_string(source.ref_logps.size()));
+    }
     LoaderConfig config{};
     config.layout = layout_from(layout, start_token);
     config.pack = pack_config_from(shapes, max_pairs, window, seed, config.layout.style == Style::kEncoderDecoder);

@@ -307,7 +307,7 @@ def _as(array: Any, dtype: type[np.generic]) -> np.ndarray:
     return np.ascontiguousarray(array, dtype)
 
 
-def _encoder(layout: Layout, prompt_row_tokens: int | None, decoder_start: int | None) -> tuple[int, int]:
+def _encoder(layout: str, prompt_row_tokens: int | None, decoder_start: int | None) -> tuple[int, int]:
     """Encoder places of a row and the start token, 0 where there is no encoder."""
     for name, value in (("prompt_row_tokens", prompt_row_tokens), ("decoder_start", decoder_start)):
         if (value is not None) != (layout == "encoder-decoder"):
@@ -318,7 +318,7 @@ def _encoder(layout: Layout, prompt_row_tokens: int | None, decoder_start: int |
     return prompt_row_tokens or 0, decoder_start or 0
 
 
-def _sizes(columns: list[_batcher.Column], layout: Layout) -> Int32[np.ndarray, "N 2"]:
+def _sizes(columns: list[_batcher.Column], layout: str) -> Int32[np.ndarray, "N 2"]:
     try:
         return _batcher.pair_sizes(*columns, layout=layout)
     except ValueError as error:
