@@ -23,6 +23,8 @@ CONFIG = TrainConfig(
     keep_checkpoints=9,
     eval_every=2,
 )
+OPTIMIZER = optax.sgd(0.002)
+"""One object, so that all runs with it share their compiled update."""
 HELD_OUT = PROMPTS[:11]
 
 
@@ -37,7 +39,7 @@ def short_run() -> tuple[Path, TrainResult, dict[int, LanguageModel]]:
         prefers_w1,
         CONFIG,
         run_dir=folder,
-        optimizer=optax.sgd(0.002),
+        optimizer=OPTIMIZER,
         eval_prompts=HELD_OUT,
         callbacks=[lambda step: policies.update({step.step: step.policy()})],
         quiet=True,
