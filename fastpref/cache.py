@@ -205,6 +205,8 @@ def _write(path: Path, key: str, encoded: TokenStream, completions: int, read: R
                     writer.write_batch(batch)
                 file.flush()
                 os.fsync(file.fileno())
+        # A mapped file that shrinks kills the process, so nobody should write to it in place.
+        finished.chmod(0o444)
         finished.replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -71,7 +71,8 @@ class ChatTemplate:
                 "tokenizer_config.json), got one without. Make a ChatTemplate from text, or use plain text records."
             )
         named = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
-        return ChatTemplate(text, {name: value for name, value in named.items() if value is not None})
+        tokens = {name: value for name, value in named.items() if value is not None}
+        return ChatTemplate(text, {"eos_token": tokenizer.backend.id_to_token(tokenizer.eos_id)} | tokens)
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text that the assistant's next message follows.
