@@ -1,8 +1,8 @@
 """Records of text to records of token ids, within limits: each one delivered, or counted with its reason."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -12,6 +12,9 @@ from fastpref.readers import BadRecord, DataError, DropReport, Ledger, OnBadReco
 
 Overlong = str
 """"drop", "raise" or "truncate"."""
+
+CHUNK = 8192
+"""Records that are encoded together."""
 
 
 @runtime_checkable
@@ -27,6 +30,14 @@ class Encoder(Protocol):
 
     def encode_completions(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, ending with EOS."""
+
+
+@runtime_checkable
+class RenderedEncoder(Protocol):
+    """What a tokenizer must be able to do besides, for prompts that a chat template wrote."""
+
+    def encode_rendered(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without adding special tokens."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +71,13 @@ class Ragged:
             )
         return cls(values.astype(np.int32), offsets)
 
+    @classmethod
+    def joined(cls, parts: Sequence["Ragged"]) -> "Ragged":
+        """The rows of all parts, one after the other."""
+        lengths = [np.zeros(1, np.int64), *(np.diff(part.offsets) for part in parts)]
+        values = [part.values[part.offsets[0] : part.offsets[-1]] for part in parts]
+        return cls(np.concatenate([np.zeros(0, np.int32), *values]), np.cumsum(np.concatenate(lengths)))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -85,6 +103,17 @@ class TokenRecords:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @classmethod
+    def joined(cls, parts: Sequence["TokenRecords"]) -> "TokenRecords":
+        """The records of all parts, one after the other; no completions where there is no part."""
+        columns = zip(*(part.completions for part in parts), strict=True)
+        return cls(
+            Ragged.joined([part.prompts for part in parts]),
+            tuple(Ragged.joined(column) for column in columns),
+            np.concatenate([np.zeros(0, np.float32), *(part.preference for part in parts)]),
+            np.concatenate([np.zeros(0, np.int64), *(part.ids for part in parts)]),
+        )
+
 
 def tokenize_prompts(
     prompts: Sequence[Record | str],
@@ -97,7 +126,7 @@ def tokenize_prompts(
 ) -> tuple[TokenRecords, DropReport]:
     """Encode prompts; completions are left out. The arguments are those of `tokenize_completions`."""
     bare = [
-        Record(index, record) if isinstance(record, str) else Record(record.id, record.prompt)
+        Record(index, record) if isinstance(record, str) else replace(record, completions=(), preference=1.0)
         for index, record in enumerate(prompts)
     ]
     return tokenize_completions(
@@ -140,54 +169,135 @@ def tokenize_completions(
 
     Raises:
       DataError: a record that the policies refuse; the message names its place in the source.
-      ValueError: a limit below 1, an unknown policy, mixed numbers of completions.
+      ValueError: a limit below 1, an unknown policy, mixed numbers of completions, or records written by a chat
+        template for a tokenizer that cannot encode them.
     """
-    for name, limit in (("max_prompt_tokens", max_prompt_tokens), ("max_completion_tokens", max_completion_tokens)):
-        if limit < 1:
-            raise ValueError(f"{name} must be at least 1, got {limit}; give the number of tokens that fit")
-    if overlong not in ("drop", "raise", "truncate"):
-        raise ValueError(f"overlong must be 'drop', 'raise' or 'truncate', got {overlong!r}; choose one of them")
-    counts = {len(record.completions) for record in records}
-    if len(counts) > 1:
-        raise ValueError(f"records must have one number of completions, got {sorted(counts)}; tokenize each kind apart")
-    size = tokenizer.vocab_size if vocab_size is None else vocab_size
-    limits = (max_prompt_tokens, *[max_completion_tokens] * max(counts, default=0))
-    ledger = Ledger("tokenization", on_bad_record)
-    kept: list[Record] = []
-    rows: list[list[list[int]]] = []
-    for record, row in zip(records, _encode(records, tokenizer, len(limits) - 1), strict=True):
-        ledger.read += 1
-        place = f"record {record.id}"
-        long = _overlong(row, limits)
-        try:
-            if long is not None and overlong == "truncate":
-                row = [tokens[:limit] for tokens, limit in zip(row, limits, strict=True)]
-            _check(row, size)
-        except BadRecord as bad:
-            ledger.drop(place, bad)
-            continue
-        if long is not None and overlong != "truncate":
-            ledger.drop(place, long, counted=overlong == "drop")
-            continue
-        ledger.truncated += long is not None
-        kept.append(record)
-        rows.append(row)
-    columns = [Ragged.from_rows([row[column] for row in rows]) for column in range(len(limits))]
-    tokens = TokenRecords(
-        columns[0],
-        tuple(columns[1:]),
-        np.asarray([record.preference for record in kept], np.float32),
-        np.asarray([record.id for record in kept], np.int64),
+    stream = TokenStream(
+        records,
+        tokenizer,
+        max_prompt_tokens=max_prompt_tokens,
+        max_completion_tokens=max_completion_tokens,
+        vocab_size=vocab_size,
+        overlong=overlong,
+        on_bad_record=on_bad_record,
     )
-    return tokens, ledger.report(len(kept))
+    return TokenRecords.joined(list(stream)), stream.report
 
 
-def _encode(records: Sequence[Record], tokenizer: Encoder, completions: int) -> Iterable[list[list[int]]]:
-    """Prompt tokens, then those of each completion, for each record."""
-    columns = [tokenizer.encode_prompts([record.prompt for record in records])]
-    for k in range(completions):
-        columns.append(tokenizer.encode_completions([record.completions[k] for record in records]))
-    return (list(row) for row in zip(*columns, strict=True))
+class TokenStream:
+    """The tokens of `tokenize_completions` in parts, for records that do not fit into memory.
+
+    Takes `chunk` records at a time from where they come, a `RecordStream` say, and encodes them together. What a record
+    becomes does not depend on the chunk it lies in.
+
+    Args:
+      records: all with the same number of completions.
+      tokenizer: as for `tokenize_completions`, as are the others.
+      max_prompt_tokens: limit of a prompt.
+      max_completion_tokens: limit of a completion with its EOS.
+      vocab_size: ids are below it.
+      overlong: what becomes of a record over a limit.
+      on_bad_record: what becomes of a bad one. The warning of "warn" comes with the last record.
+      chunk: records that are encoded together, at least 1.
+
+    Raises:
+      DataError: from the iterator, as `tokenize_completions` does.
+      ValueError: a limit or chunk below 1, an unknown policy; from the iterator, mixed numbers of completions, or
+        records written by a chat template for a tokenizer that cannot encode them.
+    """
+
+    def __init__(
+        self,
+        records: Iterable[Record],
+        tokenizer: Encoder,
+        *,
+        max_prompt_tokens: int,
+        max_completion_tokens: int,
+        vocab_size: int | None = None,
+        overlong: Overlong = "drop",
+        on_bad_record: OnBadRecord = "raise",
+        chunk: int = CHUNK,
+    ) -> None:
+        sizes = {"max_prompt_tokens": max_prompt_tokens, "max_completion_tokens": max_completion_tokens, "chunk": chunk}
+        for name, limit in sizes.items():
+            if limit < 1:
+                raise ValueError(f"{name} must be at least 1, got {limit}; give the number of tokens that fit")
+        if overlong not in ("drop", "raise", "truncate"):
+            raise ValueError(f"overlong must be 'drop', 'raise' or 'truncate', got {overlong!r}; choose one of them")
+        self._limits = (max_prompt_tokens, max_completion_tokens)
+        self._tokenizer = tokenizer
+        self._vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
+        self._overlong = overlong
+        self._ledger = Ledger("tokenization", on_bad_record)
+        self._parts = self._encode(iter(records), chunk)
+
+    def __iter__(self) -> Iterator[TokenRecords]:
+        return self
+
+    def __next__(self) -> TokenRecords:
+        return next(self._parts)
+
+    @property
+    def report(self) -> DropReport:
+        """The account of what has been encoded so far."""
+        return self._ledger.account()
+
+    def _encode(self, records: Iterator[Record], chunk: int) -> Iterator[TokenRecords]:
+        counts: set[int] = set()
+        while part := list(islice(records, chunk)):
+            counts |= {len(record.completions) for record in part}
+            if len(counts) > 1:
+                raise ValueError(
+                    f"records must have one number of completions, got {sorted(counts)}; tokenize each kind apart"
+                )
+            yield self._part(part, max(counts))
+        self._ledger.close()
+
+    def _part(self, records: list[Record], completions: int) -> TokenRecords:
+        limits = (self._limits[0], *[self._limits[1]] * completions)
+        kept: list[Record] = []
+        rows: list[list[list[int]]] = []
+        columns = [_prompts(records, self._tokenizer)]
+        for k in range(completions):
+            columns.append(self._tokenizer.encode_completions([record.completions[k] for record in records]))
+        for record, *row in zip(records, *columns, strict=True):
+            self._ledger.read += 1
+            place = f"record {record.id}"
+            long = _overlong(row, limits)
+            try:
+                if long is not None and self._overlong == "truncate":
+                    row = [tokens[:limit] for tokens, limit in zip(row, limits, strict=True)]
+                _check(row, self._vocab_size)
+            except BadRecord as bad:
+                self._ledger.drop(place, bad)
+                continue
+            if long is not None and self._overlong != "truncate":
+                self._ledger.drop(place, long, counted=self._overlong == "drop")
+                continue
+            self._ledger.truncated += long is not None
+            kept.append(record)
+            rows.append(row)
+        ragged = [Ragged.from_rows([row[column] for row in rows]) for column in range(len(limits))]
+        return TokenRecords(
+            ragged[0],
+            tuple(ragged[1:]),
+            np.asarray([record.preference for record in kept], np.float32),
+            np.asarray([record.id for record in kept], np.int64),
+        )
+
+
+def _prompts(records: Sequence[Record], tokenizer: Encoder) -> list[list[int]]:
+    plain = iter(tokenizer.encode_prompts([record.prompt for record in records if not record.rendered]))
+    rendered = [record.prompt for record in records if record.rendered]
+    if not rendered:
+        return list(plain)
+    if not isinstance(tokenizer, RenderedEncoder):
+        raise ValueError(
+            "records written by a chat template need a tokenizer with encode_rendered, got "
+            f"{type(tokenizer).__name__}; use fastpref.Tokenizer, or add the method"
+        )
+    written = iter(tokenizer.encode_rendered(rendered))
+    return [next(written if record.rendered else plain) for record in records]
 
 
 def _overlong(row: list[list[int]], limits: Sequence[int]) -> BadRecord | None:

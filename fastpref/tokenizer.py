@@ -6,6 +6,7 @@ from typing import Any
 
 import orjson
 import tokenizers
+import xxhash
 
 FILES = (
     "tokenizer.json",
@@ -73,6 +74,15 @@ class Tokenizer:
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt, with the special tokens that the checkpoint's post-processor adds."""
         return [encoding.ids for encoding in self.backend.encode_batch(list(texts))]
+
+    def encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt that a chat template wrote, which holds its special tokens already."""
+        return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    @property
+    def fingerprint(self) -> bytes:
+        """16 bytes that differ for tokenizers that may encode differently: XXH3-128 of all that they encode by."""
+        return xxhash.xxh3_128_digest(self.backend.to_str().encode() + f"{self.eos_id} {self.pad_id}".encode())
 
     def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each completion, without special tokens, followed by EOS."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxtyping
+import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.ipc
@@ -14,7 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastpref import sources
 from fastpref.data import DataError, DropReport, Record, read_records, tokenize_completions, tokenize_prompts
+from fastpref.readers import RecordStream
+from fastpref.tokenization import TokenRecords, TokenStream
 
 
 @pytest.fixture
@@ -52,6 +56,10 @@ BAD_LINES: list[tuple[bytes, str, str]] = [
     (b"\x00", "broken JSON", "a line must be one JSON object"),
     (b'{"prompt": "p", "chosen": "\\ud800", "rejected": "b"}', "broken JSON", "a line must be one JSON object"),
     (b'{"prompt": "p", "chosen": "a", "rejected": "b", "preference": NaN}', "broken JSON", "a line must be one JSON"),
+    (b'{"prompt": "p", "chosen": "a", "rejected": "b", "preference": 1e999}', "broken JSON", "number is infinity"),
+    (b'{"prompt": "p", "chosen": "a", "rejected": "b", "preference": -Infinity}', "broken JSON", "a line must be"),
+    (b'{"prompt": ' * 3000 + b"1" + b"}" * 3000, "broken JSON", "a line must be one JSON object"),
+    (b'{"prompt": "p\x00", "chosen": "a", "rejected": "b"}', "broken JSON", "a line must be one JSON object"),
     (b'{"prompt": "\xff"}', "bad UTF-8", r"a line must be valid UTF-8, got invalid start byte at byte 12"),
     (GOOD.decode().encode("utf-16"), "bad UTF-8", "a line must be valid UTF-8"),
     (b"   ", "blank line", "a line before the last record must not be blank"),
@@ -67,6 +75,7 @@ BAD_LINES: list[tuple[bytes, str, str]] = [
     (b'{"prompt": "p", "chosen": "a", "rejected": "a"}', "identical completions", "chosen and rejected must differ"),
     (GOOD[:-1] + b', "preference": 1.5}', "bad preference", r"preference must be a number in \[0, 1\], got 1.5"),
     (GOOD[:-1] + b', "preference": -1e-9}', "bad preference", "got -1e-09"),
+    (GOOD[:-1] + b', "preference": 123456789012345678901234567890}', "bad preference", "got 1.23"),
     (GOOD[:-1] + b', "preference": "1"}', "bad preference", "got '1'"),
     (GOOD[:-1] + b', "preference": null}', "bad preference", "got None"),
     (GOOD[:-1] + b', "preference": true}', "bad preference", "got True"),
@@ -356,3 +365,158 @@ def test_good_records_pass_without_a_warning(tmp_path: Path) -> None:
         warnings.simplefilter("error")
         records, _ = read_records(path, on_bad_record="warn")
     assert [record.id for record in records] == list(range(50))
+
+
+def test_a_huge_line_is_counted_and_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LINE_BYTES", 100)
+    path = tmp_path / "pairs.jsonl"
+    exact = GOOD[:-1] + b" " * (99 - len(GOOD)) + b"}"
+    for ending in (b"", b"\n"):
+        path.write_bytes(b"\n".join([exact, b"x" * 1000, exact[:-1] + b" }", GOOD, b'"' + b"y" * 101]) + ending)
+        records, report = read_records(path, columns=PAIR, on_bad_record="skip")
+        assert [record.id for record in records] == [0, 3]
+        assert report == DropReport(5, 2, {"line too long": 3})
+    with pytest.raises(DataError, match=r"pairs.jsonl, line 2: a line must have at most 100 bytes, got 1001 \["):
+        read_records(path, columns=PAIR)
+
+
+def test_shards_are_one_source_and_each_is_named(tmp_path: Path) -> None:
+    first, second, third = tmp_path / "a.jsonl", tmp_path / "b.parquet", tmp_path / "c.arrow"
+    first.write_bytes(GOOD + b"\n\n" + GOOD)
+    table = pa.table({"prompt": ["p", ""], "chosen": ["a", "b"], "rejected": ["b", "c"]})
+    write_parquet(table, second)
+    write_arrow_stream(table, third)
+    records, report = read_records([first, second, third], columns=PAIR, on_bad_record="skip")
+    assert [record.id for record in records] == [0, 2, 3, 5]
+    assert report == DropReport(7, 4, {"blank line": 1, "empty prompt": 2})
+    with pytest.raises(DataError, match=r"^b.parquet, record 1: the prompt must hold more than white space"):
+        read_records((second, third), columns=PAIR)
+    with pytest.warns(UserWarning, match=r"^a.jsonl to c.arrow, 3 files: 7 records read, 4 delivered, 3 dropped"):
+        read_records([first, second, third], columns=PAIR, on_bad_record="warn")
+    with pytest.raises(DataError, match=r"must be the path of a file, got '.*d.jsonl'"):
+        read_records([first, tmp_path / "d.jsonl"], columns=PAIR)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow", "table", "iterable"])
+def test_a_stream_goes_on_where_another_stopped(kind: str, tmp_path: Path) -> None:
+    rows = [pair(prompt=f"p{i}" if i % 5 else " ") for i in range(40)]
+
+    def source() -> Any:
+        path = tmp_path / f"pairs.{kind}"
+        if kind == "jsonl":
+            path.write_bytes(b"\n".join(map(orjson.dumps, rows)))
+        elif kind == "parquet":
+            write_parquet(pa.Table.from_pylist(rows), path)
+        elif kind == "arrow":
+            write_arrow_file(pa.Table.from_pylist(rows), path)
+        else:
+            return pa.Table.from_pylist(rows) if kind == "table" else iter(rows)
+        return path
+
+    whole, report = read_records(source(), columns=PAIR, on_bad_record="skip")
+    assert report == DropReport(40, 32, {"empty prompt": 8})
+    for start in (0, 1, 17, 39, 40, 41):
+        stream = RecordStream(source(), columns=PAIR, on_bad_record="skip", start=start)
+        assert list(stream) == [record for record in whole if record.id >= start]
+        assert stream.report.read == max(40 - start, 0)
+    # Stopped after n records: what was read is where the other begins.
+    stream = RecordStream(source(), columns=PAIR, on_bad_record="skip")
+    head = [next(stream) for _ in range(9)]
+    assert stream.report == DropReport(12, 9, {"empty prompt": 3})
+    rest = RecordStream(source(), columns=PAIR, on_bad_record="skip", start=stream.report.read)
+    assert [*head, *rest] == whole
+    with pytest.raises(ValueError, match="start must be at least 0, got -1"):
+        RecordStream(source(), start=-1)
+
+
+def test_a_stream_holds_little_at_a_time() -> None:
+    """It takes no more from its source than it gives, and tokens no more than a chunk."""
+    taken = 0
+
+    def endless() -> Iterator[dict[str, str]]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield pair(prompt=f"p{taken}")
+
+    stream = RecordStream(endless(), columns=PAIR)
+    next(stream)
+    assert taken == 1
+    limits: dict[str, Any] = {"max_prompt_tokens": 9, "max_completion_tokens": 9}
+    tokens = TokenStream(stream, Characters(), **limits, chunk=10)
+    assert [len(next(tokens)) for _ in range(3)] == [10, 10, 10]
+    assert (taken, tokens.report) == (31, DropReport(30, 30))
+
+
+@SEEDED
+@given(
+    rows=st.lists(st.fixed_dictionaries({"prompt": TEXTS, "chosen": TEXTS, "rejected": TEXTS}), max_size=30),
+    chunk=st.integers(1, 12),
+    overlong=st.sampled_from(["drop", "truncate"]),
+)
+def test_chunks_change_nothing(rows: list[Any], chunk: int, overlong: Any) -> None:
+    limits: dict[str, Any] = {"max_prompt_tokens": 3, "max_completion_tokens": 3, "overlong": overlong}
+    records, _ = read_records(rows, columns=PAIR, on_bad_record="skip")
+    expected, report = tokenize_completions(records, Characters(), **limits, on_bad_record="skip")
+    stream = TokenStream(iter(records), Characters(), **limits, on_bad_record="skip", chunk=chunk)
+    parts = list(stream)
+    joined = TokenRecords.joined(parts)
+    assert stream.report == report
+    assert joined.ids.tolist() == expected.ids.tolist()
+    assert joined.preference.tolist() == expected.preference.tolist()
+    for one, other in zip(
+        (joined.prompts, *joined.completions), (expected.prompts, *expected.completions), strict=True
+    ):
+        assert [row.tolist() for row in one] == [row.tolist() for row in other]
+    assert sum(map(len, parts)) == len(expected)
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.parquet", "pairs.arrow"])
+@pytest.mark.parametrize("change", ["append", "replace", "remove"])
+def test_a_file_that_changes_while_it_is_read_is_refused(name: str, change: str, tmp_path: Path) -> None:
+    path, other = tmp_path / name, tmp_path / f"other-{name}"
+    for target in (path, other):
+        if target.suffix == ".jsonl":
+            target.write_bytes(GOOD + b"\n" + GOOD)
+        else:
+            table = pa.Table.from_pylist([pair(), pair()])
+            (write_parquet if target.suffix == ".parquet" else write_arrow_file)(table, target)
+    stream = RecordStream(path, columns=PAIR)
+    next(stream)
+    if change == "append":
+        with path.open("ab") as file:
+            file.write(b"\n")
+    elif change == "replace":
+        other.replace(path)
+    else:
+        path.unlink()
+    with pytest.raises(DataError, match=rf"^{name} must not change while it is read, got one that did. Read it again"):
+        list(stream)
+
+
+def test_preferences_of_every_number_type_are_read() -> None:
+    rows = [pair(preference=kind(0.5)) for kind in (float, np.float32, np.float64, np.float16)]
+    rows += [pair(preference=kind(1)) for kind in (int, np.int64, np.uint8)]
+    records, _ = read_records(rows, columns=(*PAIR, "preference"))
+    assert [record.preference for record in records] == [0.5] * 4 + [1.0] * 3
+    assert all(type(record.preference) is float for record in records)
+    table = pa.table({key: [value] for key, value in pair().items()} | {"preference": pa.array([0.25], pa.float32())})
+    assert read_records(table, columns=PAIR)[0][0].preference == 0.25
+
+
+@pytest.mark.parametrize(("write", "name"), WRITERS)
+def test_a_flipped_byte_in_a_table_is_refused_or_read(write: Any, name: str, tmp_path: Path) -> None:
+    """Nothing but DataError comes out, whatever byte is wrong; Arrow and Parquet check little themselves."""
+    path = tmp_path / name
+    write(pa.table({"prompt": [f"prompt {i}" for i in range(40)], "chosen": ["a"] * 40, "rejected": ["b"] * 40}), path)
+    content = path.read_bytes()
+    refused = 0
+    for at in range(0, len(content), max(1, len(content) // 100)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :])
+        try:
+            _, report = read_records(path, columns=PAIR, on_bad_record="skip")
+        except DataError:
+            refused += 1
+        else:
+            assert report.delivered + sum(report.dropped.values()) == report.read
+    assert refused

@@ -1,0 +1,227 @@
+"""Conversations: every layout they come in gives the same text, and what fits none is named or counted."""
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import tokenizers
+from small import tokenizer as small_tokenizer
+from tokenizers import models, pre_tokenizers, processors
+
+from fastpref.chat import ChatError, ChatTemplate
+from fastpref.data import DataError, DropReport, Record, read_records, tokenize_completions, tokenize_prompts
+from fastpref.tokenizer import Tokenizer
+
+CHATML = """{{ bos_token }}{% for message in messages %}
+<{{ message['role'] }}>{{ message['content'] }}{{ eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}
+<assistant>{% endif %}"""
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+TEMPLATE = ChatTemplate(CHATML, TOKENS)
+
+
+def says(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content} | more
+
+
+USER, YES, NO = says("user", "q"), says("assistant", "yes"), says("assistant", "no")
+PAIR = ("prompt", "chosen", "rejected")
+WRITTEN = "<s><user>q</s>\n<assistant>"
+
+PAIRS: list[dict[str, Any]] = [
+    {"prompt": [USER], "chosen": [YES], "rejected": [NO]},
+    {"prompt": (USER,), "chosen": [YES], "rejected": "no"},
+    {"prompt": "q", "chosen": [YES], "rejected": [NO]},
+    {"chosen": [USER, YES], "rejected": [USER, NO]},
+    {"prompt": "q", "chosen": [USER, YES], "rejected": [USER, NO], "messages": [USER, YES]},
+    {"prompt": [says("user", "q", name=None)], "chosen": [YES | {"tool_calls": None}], "rejected": [NO]},
+    {"prompt": [says(b"user", b"q")], "chosen": [says("assistant", b"yes")], "rejected": [NO]},
+]
+
+
+@pytest.mark.parametrize("row", PAIRS, ids=range(len(PAIRS)))
+def test_every_layout_of_a_pair_gives_the_same_text(row: dict[str, Any]) -> None:
+    expected = Record(0, WRITTEN, ("yes", "no"), 1.0, rendered=True)
+    assert read_records([row], columns=PAIR, template=TEMPLATE) == ([expected], DropReport(1, 1))
+
+
+def test_prompts_and_examples_come_from_messages_too() -> None:
+    supervised = ("prompt", "completion")
+    for row in ({"prompt": [USER], "completion": [YES]}, {"messages": [USER, YES]}, {"completion": [USER, YES]}):
+        records, _ = read_records([row], columns=supervised, template=TEMPLATE)
+        assert records == [Record(0, WRITTEN, ("yes",), rendered=True)]
+    for row in ({"prompt": [USER]}, {"messages": [USER]}, {"messages": [USER, YES]}, {"messages": [USER, YES, NO]}):
+        assert read_records([row], template=TEMPLATE)[0] == [Record(0, WRITTEN, rendered=True)]
+    turns = [says("system", "s"), USER, YES, USER]
+    text = "<s><system>s</s>\n<user>q</s>\n<assistant>yes</s>\n<user>q</s>\n<assistant>"
+    assert read_records([{"messages": [*turns, NO]}], template=TEMPLATE)[0][0].prompt == text
+    # A whole turn of several messages is one completion.
+    several = [{"prompt": [USER], "completion": [YES, NO]}]
+    assert read_records(several, columns=supervised, template=TEMPLATE)[0][0].completions == ("yes</s>\n<assistant>no",)
+    # Text is left alone, with and without a template.
+    assert read_records(["a", {"prompt": "b"}], template=TEMPLATE)[0] == [Record(0, "a"), Record(1, "b")]
+
+
+LAYOUT = "bad conversation"
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"prompt": []}, LAYOUT, r"must be a list of messages, got \[\]"),
+    ({"chosen": []}, LAYOUT, r"must be a list of messages, got \[\]"),
+    ({"rejected": 3}, LAYOUT, "must be a list of messages, got 3"),
+    ({"prompt": ["q"]}, LAYOUT, "must map role and content to text, got 'q'"),
+    ({"prompt": [says("user", None)]}, LAYOUT, "must map role and content to text, got content None"),
+    ({"prompt": [{"content": "q"}]}, LAYOUT, "must map role and content to text, got role None"),
+    ({"prompt": [USER, YES]}, LAYOUT, "must end with a message that is not the assistant's"),
+    ({"chosen": [USER, YES], "rejected": [says("user", "r"), NO]}, LAYOUT, "must share all but the assistant's last"),
+    ({"chosen": [USER, YES], "rejected": [USER]}, LAYOUT, "must hold at least one message of the assistant"),
+    ({"rejected": [YES]}, "identical completions", "chosen and rejected must differ"),
+    ({"rejected": [says("assistant", " ")]}, "empty completion", "must hold more than white space"),
+    ({"prompt": [says("user", "\ud800")]}, "bad UTF-8", "must hold valid UTF-8"),
+    ({"prompt": [says("user", b"\xff")]}, "bad UTF-8", "must hold valid UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason", "detail"), BAD, ids=range(len(BAD)))
+def test_a_bad_conversation_is_named_or_counted(change: dict[str, Any], reason: str, detail: str) -> None:
+    rows = [PAIRS[0], PAIRS[0] | change, PAIRS[1]]
+    with pytest.raises(DataError, match=rf"records, record 1: .*{detail}.*\[{reason}\]"):
+        read_records(rows, columns=PAIR, template=TEMPLATE)
+    records, report = read_records(rows, columns=PAIR, template=TEMPLATE, on_bad_record="skip")
+    assert [record.id for record in records] == [0, 2]
+    assert report == DropReport(3, 2, {reason: 1})
+
+
+def test_missing_messages_are_named() -> None:
+    for row, got in (
+        ({"prompt": [USER], "chosen": [YES]}, "prompt, chosen"),
+        ({"messages": [USER, YES]}, "messages"),
+    ):
+        with pytest.raises(DataError, match=rf"a conversational record must hold prompt, chosen, rejected, got {got}"):
+            read_records([row], columns=PAIR, template=TEMPLATE)
+
+
+def test_messages_without_a_template_say_what_is_missing() -> None:
+    with pytest.raises(DataError, match=r"must hold text, got list; conversations need a chat template"):
+        read_records(PAIRS[:1], columns=PAIR)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+def test_files_hold_conversations(kind: str, tmp_path: Path) -> None:
+    rows = [PAIRS[0], {"prompt": [USER], "chosen": [says("assistant", "é", name="n")], "rejected": [NO]}]
+    path = tmp_path / f"pairs.{kind}"
+    table = pa.Table.from_pylist(rows)
+    if kind == "jsonl":
+        path.write_bytes(b"\n".join(map(orjson.dumps, rows)))
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        large = pa.large_list(pa.struct([(name, pa.large_string()) for name in ("role", "content")]))
+        table = table.set_column(0, "prompt", table.column("prompt").cast(large))
+        with pyarrow.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    records, _ = read_records(path, columns=PAIR, template=TEMPLATE)
+    assert [record.completions for record in records] == [("yes", "no"), ("é", "no")]
+    assert {record.prompt for record in records} == {WRITTEN}
+
+
+def test_bad_utf8_within_messages_spoils_that_row_alone() -> None:
+    content = pa.array([b"q", b"\xff", b"r"]).view(pa.string())
+    messages = pa.StructArray.from_arrays([pa.array(["user"] * 3), content], ["role", "content"])
+    table = pa.table({"prompt": pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), messages)})
+    records, report = read_records(table, template=TEMPLATE, on_bad_record="skip")
+    assert [record.prompt for record in records] == [WRITTEN, WRITTEN.replace("q", "r")]
+    assert report.dropped == {"bad UTF-8": 1}
+
+
+def test_templates_run_as_they_do_elsewhere() -> None:
+    def rendered(text: str, **tokens: str) -> str:
+        return ChatTemplate(text, tokens).prompt([says("user", "<é>")])
+
+    assert rendered("{% for m in messages %}\n    {{ m.content }}\n  {% endfor %}\n") == "    <é>\n"
+    assert rendered("{{ messages | tojson }}") == '[{"role": "user", "content": "<é>"}]'
+    assert rendered("{{ messages | tojson(ensure_ascii=True, indent=1) }}").count("\\u00e9") == 1
+    assert rendered("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
+    assert rendered("{% generation %}{{ bos_token }}{% endgeneration %}{{ nothing }}", bos_token="<s>") == "<s>"
+    # No clock: the same data gives the same tokens on every day.
+    assert rendered("{% if strftime_now is defined %}today{% else %}26 Jul 2024{% endif %}") == "26 Jul 2024"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            "refuses .*: TemplateError: roles must alternate",
+        ),
+        ("{{ ''.__class__.__mro__ }}", "refuses the conversation: SecurityError"),
+        ("{{ messages.append(1) }}", "refuses the conversation: SecurityError"),
+        ("{{ 1 / 0 }}", "refuses the conversation: ZeroDivisionError"),
+        ("{{ messages | length }}", "must write a prompt alike with and without its answer"),
+    ],
+)
+def test_a_template_that_refuses_costs_its_record(text: str, message: str) -> None:
+    template = ChatTemplate(text)
+    with pytest.raises(DataError, match=rf"record 0: .*{message}.*\[bad conversation\]"):
+        read_records(PAIRS[:1], columns=PAIR, template=template)
+
+
+def words(files: dict[str, bytes], *, bos: bool = True) -> Tokenizer:
+    vocabulary = ["</s>", "<s>", "<user>", "<assistant>", "q", "yes", "no", "<unk>"]
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>")
+    )
+    backend.add_special_tokens(vocabulary[:4])
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return Tokenizer(backend, eos_id=0, files={"tokenizer.json": backend.to_str().encode()} | files)
+
+
+def test_rendered_prompts_get_no_second_special_tokens() -> None:
+    config = orjson.dumps({"chat_template": CHATML, "bos_token": {"content": "<s>"}, "eos_token": "</s>"})
+    tokenizer = words({"tokenizer_config.json": config})
+    template = ChatTemplate.of(tokenizer)
+    assert template.tokens == TOKENS
+    numbered = words({"tokenizer_config.json": orjson.dumps({"chat_template": CHATML})})
+    assert ChatTemplate.of(numbered).tokens["eos_token"] == "</s>"
+    rows = [PAIRS[0], {"prompt": "q", "chosen": "yes", "rejected": "no"}]
+    records, _ = read_records(rows, columns=PAIR, template=template)
+    limits = {"max_prompt_tokens": 9, "max_completion_tokens": 9}
+    tokens, report = tokenize_completions(records, tokenizer, **limits)  # type: ignore[arg-type]
+    assert [tokens.prompts[at].tolist() for at in (0, 1)] == [[1, 2, 4, 0, 3], [1, 4]]
+    # One EOS, though the template writes its own, with a line end behind it.
+    assert [[tokens.completions[k][at].tolist() for k in (0, 1)] for at in (0, 1)] == [[[5, 0], [6, 0]]] * 2
+    assert report == DropReport(2, 2)
+    assert tokenize_prompts(records, tokenizer, max_tokens=9)[0].prompts[0].tolist() == [1, 2, 4, 0, 3]
+
+    class Plain:
+        vocab_size = 8
+        encode_prompts = staticmethod(tokenizer.encode_prompts)
+        encode_completions = staticmethod(tokenizer.encode_completions)
+
+    with pytest.raises(ValueError, match="need a tokenizer with encode_rendered, got Plain"):
+        tokenize_completions(records, Plain(), **limits)  # type: ignore[arg-type]
+
+
+def test_the_template_of_a_directory_is_found() -> None:
+    several = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
+    config = orjson.dumps({"chat_template": several})
+    assert ChatTemplate.of(words({"tokenizer_config.json": config})).text == "d"
+    both = {"tokenizer_config.json": config, "chat_template.jinja": b"j"}
+    assert ChatTemplate.of(words(both)).text == "j"
+    with pytest.raises(ChatError, match=r"a tokenizer must bring a chat template .*got one without"):
+        ChatTemplate.of(small_tokenizer())
+    with pytest.raises(ChatError, match="a tokenizer must bring a chat template"):
+        ChatTemplate.of(words({"tokenizer_config.json": orjson.dumps({"chat_template": several[:1]})}))
+    with pytest.raises(ChatError, match=r"a chat template must be Jinja, got an error: .*Copy it again"):
+        ChatTemplate("{% for %}")
+
+
+def test_fingerprints_tell_tokenizers_apart() -> None:
+    one, same, other = words({}), words({}), words({}, bos=False)
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+    assert len(one.fingerprint) == 16
+    assert Tokenizer(one.backend, eos_id=1).fingerprint != one.fingerprint
