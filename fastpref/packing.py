@@ -109,7 +109,7 @@ class PairBatcher:
         self.shapes: tuple[RowShape, ...] = ((rows, row_tokens, encoder), *(_shape(one, encoder) for one in tail))
         """Rows, places and encoder places of a batch, from small to large."""
         sizes = _sizes(columns, layout)
-        fitting: np.ndarray = (sizes <= np.asarray(self.shapes[-1][1:])).all(1)
+        fitting = np.all(sizes <= np.asarray(self.shapes[-1][1:]), axis=1)
         if not fitting.all() and (overlong == "raise" or not fitting.any()):
             _refuse(sizes, fitting, self.shapes[-1])
         dropped = np.flatnonzero(~fitting)

@@ -150,7 +150,7 @@ def train(
         parameters, opt_state, round_params = arrays
         if row.in_rounds and done % config.round_steps == 0:
             round_params = copy(parameters)
-        batch = next(source)
+        batch: Any = next(source)
         gathered = gather(done, batch, parameters, round_params)
         clock = rollout.Clock()
         tau, eta = config.strengths(done)
@@ -290,7 +290,10 @@ def _source(
             records, read = read_records(prompts, columns=("prompt", "chosen", "rejected"))
         except DataError as error:
             raise DataError(f"{config.algorithm} learns from recorded pairs: {error}") from error
-        both = {"max_prompt_tokens": config.max_prompt_tokens, "max_completion_tokens": config.max_new_tokens}
+        both: dict[str, Any] = {
+            "max_prompt_tokens": config.max_prompt_tokens,
+            "max_completion_tokens": config.max_new_tokens,
+        }
         tokens, kept = tokenize_completions(records, policy.tokenizer, **both, **limits, on_bad_record="skip")
         rows = plan_rows(config, decoder_start=start, prompts=tokens.prompts)
         chosen, rejected = tokens.completions
