@@ -67,8 +67,12 @@ def padded_arguments() -> tuple[Any, ...]:
 
 
 @compiled
-def run(graph: Any, state: Any, batch: Any, targets: Any, weights: Any) -> Any:
-    """States; sum of weighted log-probs of the targets; its gradient. For packed rows and for padded pairs."""
+def run(static: tuple[Any, int], state: Any, batch: Any, targets: Any, weights: Any) -> Any:
+    """States; sum of weighted log-probs of the targets; its gradient. For packed rows and for padded pairs.
+
+    The smallest block of queries is part of what is static, for programs differ by it.
+    """
+    graph, _ = static
 
     def loss(state: Any) -> tuple[jax.Array, jax.Array]:
         policy = nnx.merge(graph, state)
@@ -85,11 +89,16 @@ WEIGHTS = np.random.default_rng(4).normal(size=(P, 2)).astype(np.float32)
 """Of each completion in the sum of log-probs: nothing cancels."""
 
 
+def run_any(model: Any, *arguments: Any) -> Any:
+    graph, state = model
+    return run((graph, rules.LEAST), state, *arguments)
+
+
 def run_packed(name: str, packed: PackedPairs) -> Any:
     weights = np.zeros(packed.tokens.shape, np.float32)
     for completion, places in scored(packed).items():
         weights[places] = WEIGHTS[completion]
-    return run(*nnx.split(make(name)), packed, packed.targets, weights)
+    return run_any(nnx.split(make(name)), packed, packed.targets, weights)
 
 
 @functools.cache
@@ -101,7 +110,13 @@ def packed_result(name: str, layout: str) -> Any:
 def padded_result(name: str) -> Any:
     real = np.arange(T)[None, None, :] < COMPLETIONS[:, :, None]
     weights = np.where(real, WEIGHTS[:, :, None], np.float32(0))
-    return run(*nnx.split(make(name)), padded_arguments(), pairs().completion_tokens, weights)
+    return run_any(nnx.split(make(name)), padded_arguments(), pairs().completion_tokens, weights)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of this module in blocks, some of which see more than their window."""
+    monkeypatch.setattr(rules, "LEAST", 3)
 
 
 def by_completion(states: Any, packed: PackedPairs) -> dict[tuple[int, int], np.ndarray]:
@@ -173,6 +188,63 @@ def test_losses_and_gradients_are_those_of_padded_pairs(name: str, layout: str) 
         np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=2e-6 * scale, err_msg=str(path))
 
 
+@pytest.mark.parametrize(("name", "layout"), [CASES[0], CASES[4]])
+@pytest.mark.usefixtures("small_blocks")
+def test_rows_in_blocks_give_the_same(name: str, layout: str) -> None:
+    packed, (padded_states, padded, expected) = packed_pairs(layout), padded_result(name)
+    length, size = packed.tokens.shape[1], packed.prompt_tokens.shape[1] or packed.tokens.shape[1]
+    assert rules.window_size(length, length) < length
+    assert rules.window_size(length, size) < size
+    states, value, gradient = run_packed(name, packed)
+    found = by_completion(states, packed)
+    for (pair, k), values in found.items():
+        np.testing.assert_allclose(values, padded_states[pair, k, : COMPLETIONS[pair, k]], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(value, padded, rtol=1e-5)
+    scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    for leaf, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=2e-6 * scale)
+    # Bitwise isolation as well: what a block reads does not depend on tokens.
+    changed = packed._replace(
+        tokens=np.where(packed.pairs == 1, (packed.tokens + 1) % V, packed.tokens),
+        prompt_tokens=np.where(packed.prompt_pairs == 1, (packed.prompt_tokens + 1) % V, packed.prompt_tokens),
+    )
+    after = np.asarray(run_packed(name, changed)[0])
+    others, own = (packed.pairs >= 0) & (packed.pairs != 1), packed.pairs == 1
+    np.testing.assert_array_equal(after[others], np.asarray(states)[others])
+    assert (after[own] != np.asarray(states)[own]).any(-1).all()
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_blocks_read_their_window_or_the_whole_row() -> None:
+    """With small blocks some do the one and some the other, and no query loses a key that it sees."""
+    near = set()
+    for layout in LAYOUTS:
+        visible = rules.visibility(packed_pairs(layout))
+        size = visible.shape[1]
+        block, window = rules.block_size(size), rules.window_size(size, size)
+        seen = rules.sight(visible)
+        assert seen.first.shape == (-(-size // block),)
+        for number, (first, last) in enumerate(zip(seen.first.tolist(), seen.last.tolist(), strict=True)):
+            columns = np.asarray(visible[:, number * block : (number + 1) * block]).any((0, 1))
+            assert (first, last) == (int(columns.argmax()), size - 1 - int(columns[::-1].argmax()))
+            near.add(last < min(first, size - window) + window)
+    assert near == {True, False}
+
+
+def test_block_sizes_grow_with_the_row() -> None:
+    assert [rules.block_size(size) for size in (1, 511, 1023, 1024, 2048, 4096, 100_000)] == [
+        64,
+        64,
+        64,
+        128,
+        256,
+        512,
+        512,
+    ]
+    assert [rules.window_size(size, size) for size in (1, 192, 193, 4096)] == [1, 192, 192, 1536]
+    assert rules.window_size(512, 1024) == 384
+
+
 @each_case
 def test_a_pair_leaves_all_others_bitwise_alone(name: str, layout: str) -> None:
     packed, before = packed_pairs(layout), np.asarray(packed_result(name, layout)[0])
@@ -234,10 +306,10 @@ def test_bfloat16_stays_near_float32(name: str, layout: str) -> None:
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow)
     nothing = np.zeros(packed.tokens.shape, np.float32)
-    states = run(graph, narrow, packed, packed.targets, nothing)[0]
+    states = run_any((graph, narrow), packed, packed.targets, nothing)[0]
     assert states.dtype == jnp.bfloat16
     real = packed.sequences >= 0
-    expected = np.asarray(run(graph, wide, packed, packed.targets, nothing)[0])[real]
+    expected = np.asarray(run_any((graph, wide), packed, packed.targets, nothing)[0])[real]
     error = np.asarray(states.astype(jnp.float32))[real] - expected
     assert 0 < np.sqrt((error**2).mean()) < 0.06 * expected.std()
 
