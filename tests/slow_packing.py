@@ -5,9 +5,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastpref.records import PackedPairs, PairBatch
+from fastpref.records import PackedPairs
 
 LAYOUTS = ("shared", "separate", "encoder-decoder")
+
+
+class PaddedPairs(NamedTuple):
+    """P pairs as they are before packing: K completions of each prompt, 1 or 2."""
+
+    prompt_tokens: np.ndarray
+    prompt_lengths: np.ndarray
+    completion_tokens: np.ndarray
+    completion_lengths: np.ndarray
+    ref_logps: np.ndarray
+    preference: np.ndarray
+    scores: np.ndarray
+    where: np.ndarray
 
 
 class Place(NamedTuple):
@@ -54,11 +67,12 @@ def blank(rows: int, length: int, slots: int, prompt_length: int = 0) -> PackedP
         where=full((pairs,), dtype=bool),
         ids=full((pairs,), -1, np.int64),
         ref_logps=full((pairs, 2), dtype=np.float32),
+        scores=full((pairs, 2), dtype=np.float32),
     )
 
 
 def pack(
-    batch: PairBatch,
+    batch: PaddedPairs,
     *,
     rows: int,
     length: int,
@@ -94,11 +108,12 @@ def pack(
             packed.prompt_tokens[row, at] = token
             packed.prompt_positions[row, at] = at - read[row]
             packed.prompt_pairs[row, at] = slot
-        packed.lengths[number] = batch.completion_lengths[pair]
+        packed.lengths[number, : len(completions)] = batch.completion_lengths[pair]
         packed.preference[number] = batch.preference[pair]
         packed.where[number] = batch.where[pair]
         packed.ids[number] = pair
         packed.ref_logps[number] = batch.ref_logps[pair]
+        packed.scores[number] = batch.scores[pair]
         used[row] += len(laid)
         read[row] += len(encoded)
         taken[row] += 1

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from fastpref.kernels import preference_loss, token_logprobs
 from flax import nnx
-from slow_packing import LAYOUTS, pack, scored
+from slow_packing import LAYOUTS, PaddedPairs, pack, scored
 from test_models import compiled, make
 
 from fastpref import losses
 from fastpref.models import packed as rules
 from fastpref.models.layers import MASKED
-from fastpref.records import PackedPairs, PairBatch
+from fastpref.records import PackedPairs
 
 P, S, T, V = 6, 11, 6, 61
 PROMPTS = np.array([11, 4, 1, 7, 3, 9], np.int32)
@@ -42,16 +42,17 @@ TAU = 0.1
 
 
 @functools.cache
-def pairs() -> PairBatch:
+def pairs() -> PaddedPairs:
     random = np.random.default_rng(3)
     preference = np.array([1, 0, 0.25, 0.5, 1, 0.75], np.float32)
-    batch: Any = PairBatch(
+    batch: Any = PaddedPairs(
         prompt_tokens=random.integers(0, V, (P, S), np.int32),
         prompt_lengths=PROMPTS,
         completion_tokens=random.integers(0, V, (P, 2, T), np.int32),
         completion_lengths=COMPLETIONS,
         ref_logps=random.normal(size=(P, 2)).astype(np.float32),
         preference=preference,
+        scores=np.zeros((P, 2), np.float32),
         where=np.ones(P, bool),
     )
     return batch

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from slow_packing import PaddedPairs, pack
 from small import PROMPTS, language_model, prefers_w1
 
 from fastpref import learner
@@ -22,7 +23,7 @@ from fastpref.checkpoints import CheckpointError
 from fastpref.config import ConfigError, Schedule, TrainConfig
 from fastpref.judging import JudgeError
 from fastpref.models import load
-from fastpref.records import PairBatch
+from fastpref.records import PackedPairs
 from fastpref.training import Step, TrainResult, train
 
 SMALL: dict[str, Any] = {
@@ -44,9 +45,9 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
 
 def pairs(
     ref_logps: Any = 0.0, preference: Any = 1.0, where: Any = True, count: int = 4, scores: Any = 0.0
-) -> PairBatch:
+) -> PaddedPairs:
     rng = np.random.default_rng(0)
-    return PairBatch(
+    return PaddedPairs(
         prompt_tokens=rng.integers(3, 33, (count, 5)).astype(np.int32),
         prompt_lengths=rng.integers(1, 6, count).astype(np.int32),
         completion_tokens=rng.integers(3, 33, (count, 2, 6)).astype(np.int32),
@@ -58,8 +59,14 @@ def pairs(
     )
 
 
+def packed(batch: PaddedPairs, family: str = "decoder") -> PackedPairs:
+    """Two pairs to a row, in their order."""
+    layout, prompt = ("encoder-decoder", 10) if family == "t5" else ("shared", 0)
+    return pack(batch, rows=2, length=32, slots=2, layout=layout, prompt_length=prompt)
+
+
 def update(
-    batch: PairBatch, *, family: str = "decoder", algorithm: str = "online-ipo", tau: float = 0.5, **options: Any
+    batch: PaddedPairs, *, family: str = "decoder", algorithm: str = "online-ipo", tau: float = 0.5, **options: Any
 ) -> Any:
     definition, params = nnx.split(language_model(family).module)
     optimizer = optax.sgd(1.0)
@@ -68,7 +75,7 @@ def update(
         definition,
         params,
         optimizer.init(params),
-        batch,
+        packed(batch, family),
         np.float32(tau),
         optimizer=optimizer,
         objective=ALGORITHMS[algorithm].objective,
@@ -76,9 +83,10 @@ def update(
     )
 
 
-def scored(batch: PairBatch, family: str = "decoder") -> PairBatch:
+def scored(batch: PaddedPairs, family: str = "decoder") -> PaddedPairs:
     definition, params = nnx.split(language_model(family).module)
-    return batch._replace(ref_logps=np.asarray(learner.score(definition, params, batch)))
+    logps = np.asarray(learner.score(definition, params, packed(batch, family)))
+    return batch._replace(ref_logps=logps[: len(batch.where)])
 
 
 @pytest.mark.parametrize("family", ["decoder", "t5"])
@@ -98,7 +106,7 @@ def test_accumulated_gradients_are_averaged_over_pairs() -> None:
     for one, other in zip(jax.tree.leaves(whole[0]), jax.tree.leaves(parts[0]), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
     assert float(whole[2]["loss"]) == pytest.approx(float(parts[2]["loss"]), rel=1e-5)
-    alone = update(jax.tree.map(lambda x: x[:3], batch))
+    alone = update(PaddedPairs(*(field[:3] for field in batch)))
     assert float(whole[2]["grad_norm"]) == pytest.approx(float(alone[2]["grad_norm"]), rel=1e-5)
 
 
@@ -172,9 +180,11 @@ def test_gradients_are_those_of_the_papers_formulas() -> None:
 
     @jax.jit
     def pull(slopes: jax.Array) -> Any:
-        return jax.vjp(lambda weights: learner.sequence_logps(nnx.merge(definition, weights), plain), params)[1](slopes)
+        return jax.vjp(lambda weights: learner.sequence_logps(nnx.merge(definition, weights), packed(plain)), params)[
+            1
+        ](slopes)
 
-    policy = np.asarray(learner.score(definition, params, plain)).astype(np.float64)
+    policy = np.asarray(learner.score(definition, params, packed(plain))).astype(np.float64)
     cases = {
         "inpo": (combined, eta, inpo_slopes(policy, tau, eta)),
         "nash-md-pg": (LOGPS[0], tau, gradient_slopes(policy, tau, scores)),
@@ -275,6 +285,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from fastpref.config import TrainConfig
 from fastpref.training import train
+from slow_packing import PaddedPairs, pack
 from small import PROMPTS, language_model, prefers_w1
 from test_training import SMALL
 
