@@ -70,7 +70,7 @@ class TrainConfig:
       max_prompt_tokens: longer prompts are handled as `overlong` says.
       overlong: "drop" (counted), "truncate" (keeps the first tokens) or "raise".
       max_shapes: at most so many padded prompt widths, each of which is compiled once.
-      row_tokens: places of a row, in which the learner packs whole pairs; None for one that holds the longest.
+      row_tokens: places of a row, in which the learner packs whole pairs; None for twice the longest.
       prompt_row_tokens: the same of the encoder's rows, for encoder-decoder models.
       max_new_tokens: T, longest completion, EOS included; longer recorded ones are handled as `overlong` says.
       temperature: of the draw; the losses assume 1.

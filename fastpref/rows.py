@@ -10,8 +10,10 @@ from fastpref.config import ConfigError, TrainConfig
 from fastpref.packing import Layout, row_counts
 from fastpref.tokenization import Ragged
 
-ROW_TOKENS = 256
-"""Places of a row where nothing asks for more: enough to fill rows well, and short enough to attend to cheaply."""
+ROOM = 2
+"""Longest pairs that a row holds where nothing else is asked for: most are shorter, and so fill it well."""
+MULTIPLE = 8
+"""Of the places of such a row."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def pair_sizes(prompts: Ragged, first: Ragged, second: Ragged, *, layout: Layout
 
 def _places(name: str, wanted: int | None, longest: int) -> int:
     if wanted is None:
-        return max(ROW_TOKENS, longest)
+        return -(-ROOM * longest // MULTIPLE) * MULTIPLE
     if wanted < longest:
         raise ConfigError(
             f"{name} must hold the longest pair whole, {longest} places, but received {wanted}. "
