@@ -24,16 +24,16 @@ from bench_train import MODEL as WIDE
 from bench_train import quartiles, versions
 from fastpref.kernels import preference_loss
 from flax import nnx
+from jax import Array
 
 from fastpref import demo, docstrings, losses
-from fastpref.learner import pair_loss
 from fastpref.models import T5, Decoder, DecoderConfig, T5Config
 from fastpref.models import packed as rules
-from fastpref.records import PackedPairs, PairBatch
+from fastpref.records import PackedPairs
 from fastpref.tokenizer import Tokenizer
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
-from slow_packing import pack
+from slow_packing import PaddedPairs, pack
 
 ROUNDS, POOL = 9, 512
 TAU = 0.03
@@ -106,28 +106,29 @@ WORKLOADS = {
 }
 
 
-def draw(work: Workload) -> PairBatch:
+def draw(work: Workload) -> PaddedPairs:
     """A pool of pairs of random tokens with the lengths of the workload, padded to its bounds."""
     random = np.random.default_rng(0)
     prompts, completions = (np.minimum(size, bound) for size, bound in zip(work.lengths(), work.bounds, strict=True))
     vocabulary = work.config.vocab_size
-    batch: Any = PairBatch(
+    batch: Any = PaddedPairs(
         prompt_tokens=random.integers(2, vocabulary, (POOL, work.bounds[0]), np.int32),
         prompt_lengths=np.maximum(random.choice(prompts, POOL), 1).astype(np.int32),
         completion_tokens=random.integers(2, vocabulary, (POOL, 2, work.bounds[1]), np.int32),
         completion_lengths=np.maximum(random.choice(completions, (POOL, 2)), 1).astype(np.int32),
         ref_logps=np.zeros((POOL, 2), np.float32),
         preference=np.ones(POOL, np.float32),
+        scores=np.zeros((POOL, 2), np.float32),
         where=np.ones(POOL, bool),
     )
     return batch
 
 
-def take(batch: PairBatch, which: Sequence[int]) -> Any:
-    return PairBatch(*(np.asarray(field)[which] for field in batch))
+def take(batch: PaddedPairs, which: Sequence[int]) -> Any:
+    return PaddedPairs(*(np.asarray(field)[which] for field in batch))
 
 
-def plan(batch: PairBatch, rows: Rows) -> list[list[int]]:
+def plan(batch: PaddedPairs, rows: Rows) -> list[list[int]]:
     """The pairs of each row: best fit decreasing of the whole pool."""
     prompts, texts = np.asarray(batch.prompt_lengths), np.asarray(batch.completion_lengths).sum(1)
     beside = {"shared": prompts - 1, "separate": 2 * prompts - 2, "encoder-decoder": 0 * prompts}[rows.layout]
@@ -145,7 +146,7 @@ def plan(batch: PairBatch, rows: Rows) -> list[list[int]]:
     return [members for _, members in bins]
 
 
-def packed_batch(batch: PairBatch, rows: Rows, places: int) -> tuple[PackedPairs, int, float]:
+def packed_batch(batch: PaddedPairs, rows: Rows, places: int) -> tuple[PackedPairs, int, float]:
     """Rows of about so many places in all, their real tokens, and pairs a row in the whole plan."""
     bins = plan(batch, rows)
     count = max(1, round(places / (rows.length + rows.prompt_length)))
@@ -159,7 +160,7 @@ def packed_batch(batch: PairBatch, rows: Rows, places: int) -> tuple[PackedPairs
     return packed, tokens_of(take(batch, [pair for row in chosen for pair in bins[row]])), POOL / len(bins)
 
 
-def tokens_of(batch: PairBatch) -> int:
+def tokens_of(batch: PaddedPairs) -> int:
     return int(batch.prompt_lengths.sum() + batch.completion_lengths.sum())
 
 
@@ -176,22 +177,29 @@ def forms(work: Workload) -> dict[str, Form]:
     graph, state = nnx.split(kind(work.config, rngs=nnx.Rngs(0)))
     batch = draw(work)
 
-    def padded_loss(state: Any, batch: PairBatch) -> jax.Array:
-        return pair_loss(nnx.merge(graph, state), batch, loss=losses.ipo, tau=jnp.float32(TAU))[0]
-
-    def packed_loss(state: Any, batch: PackedPairs) -> jax.Array:
-        policy = nnx.merge(graph, state)
-        states = policy.packed_hidden_states(batch)
+    def loss(policy: Any, states: Array, targets: Array, segments: Array, batch: Any) -> Array:
         return preference_loss(
             states.reshape(-1, states.shape[-1]),
             policy.head(),
-            batch.targets.reshape(-1),
-            batch.sequences.reshape(-1),
+            targets.reshape(-1),
+            segments.reshape(-1),
             batch.ref_logps,
             batch.preference,
             loss=losses.bind(losses.ipo, tau=TAU),
             where=batch.where,
         ).loss
+
+    def padded_loss(state: Any, batch: PaddedPairs) -> Array:
+        policy = nnx.merge(graph, state)
+        prompt = jnp.arange(batch.prompt_tokens.shape[1])[None, :] < batch.prompt_lengths[:, None]
+        real = jnp.arange(batch.completion_tokens.shape[2])[None, None, :] < batch.completion_lengths[:, :, None]
+        segments = jnp.arange(2 * len(prompt), dtype=jnp.int32).reshape(-1, 2, 1)
+        states = policy.hidden_states(batch.prompt_tokens, prompt, batch.completion_tokens)
+        return loss(policy, states, batch.completion_tokens, jnp.where(real, segments, -1), batch)
+
+    def packed_loss(state: Any, batch: PackedPairs) -> Array:
+        policy = nnx.merge(graph, state)
+        return loss(policy, policy.packed_hidden_states(batch), batch.targets, batch.sequences, batch)
 
     def form(loss: Any, batch: Any, tokens: int, places: int, pairs: int) -> Form:
         program = jax.jit(jax.value_and_grad(loss)).lower(state, batch).compile()

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,11 @@ from flax import nnx
 from fastpref import learner, optimizers
 from fastpref.algorithms import ALGORITHMS
 from fastpref.config import TrainConfig, value_at
-from fastpref.data import PromptBatcher
+from fastpref.data import PromptBatcher, Ragged, pack_pairs
 from fastpref.generation import decode, generate_jit, num_valid_tokens
 from fastpref.judging import ask
 from fastpref.models import Decoder, DecoderConfig, LanguageModel
-from fastpref.records import PairBatch
+from fastpref.rows import plan_rows
 from fastpref.tokenizer import Tokenizer
 
 MODEL = DecoderConfig(vocab_size=512, width=256, hidden=1024, layers=4, heads=4, kv_heads=4, head_dim=64)
@@ -86,7 +87,10 @@ def stepper(model: LanguageModel, config: TrainConfig, chain: Any, compiling: di
     params = jax.tree.map(jnp.copy, ref_params)
     opt_state = optimizers.initial_state(chain, params)
     texts, step = prompt_texts(), count()
-    batcher = PromptBatcher(model.tokenizer.encode_prompts(texts), batch_size=PROMPTS, max_tokens=PROMPT_TOKENS)
+    prompts = Ragged.from_rows(model.tokenizer.encode_prompts(texts))
+    batcher = PromptBatcher(prompts, batch_size=PROMPTS, max_tokens=PROMPT_TOKENS)
+    step_config = replace(config, batch_size=PROMPTS, max_new_tokens=NEW_TOKENS)
+    packing = plan_rows(step_config, decoder_start=None, prompts=prompts)
     betas = np.array(algorithm.mixture_betas(value_at(config.mixture_beta, 0)), np.float32)
     betas = np.broadcast_to(betas, (PROMPTS, COMPLETIONS))
     rows = np.arange(PROMPTS * COMPLETIONS, dtype=np.int32).reshape(PROMPTS, COMPLETIONS)
@@ -125,15 +129,16 @@ def stepper(model: LanguageModel, config: TrainConfig, chain: Any, compiling: di
         first, second = zip(*decode(model, completions), strict=True)
         preference: Any = ask(likes_low_words, [texts[int(index)] for index in batch.ids], first, second)
         clocks.append((time.perf_counter(), time.process_time()))
-        pairs = PairBatch(
-            prompt_tokens=batch.tokens,
-            prompt_lengths=batch.lengths,
-            completion_tokens=completions.tokens,
-            completion_lengths=completions.lengths,
+        pairs, _ = pack_pairs(
+            batch.tokens,
+            batch.lengths,
+            completions.tokens,
+            completions.lengths,
             ref_logps=completions.ref_logps,
             preference=preference,
-            scores=np.zeros_like(completions.ref_logps),
             where=(completions.tokens[:, 0] != completions.tokens[:, 1]).any(-1),
+            counts=packing.counts,
+            **packing.shape,
         )
         update = (definition, params, opt_state, pairs, np.float32(value_at(config.tau, 0)))
         if "update" not in compiling:

@@ -70,7 +70,7 @@ def test_kernels_import_nothing_of_the_trainer() -> None:
             "fastpref._batcher",
             {f"fastpref.{name}" for name in ("batchers", "columns", "packing", "pair_log", "tournament")},
         ),
-        ("matplotlib", {"fastpref.plots", "fastpref.reporting"}),
+        ("matplotlib", {"fastpref.figures", "fastpref.plots", "fastpref.reporting"}),
         ("tensorboardX", {"fastpref.plots", "fastpref.reporting"}),
         ("rich", {"fastpref.plots", "fastpref.reporting", "fastpref.demo"}),
         ("fastpref.cli", set()),
