@@ -18,7 +18,7 @@ LEAST, MOST = 64, 512
 
 def block_size(queries: int) -> int:
     """Queries of a row that are taken at once: an eighth of the row, as a power of two from `LEAST` to `MOST`."""
-    return max(LEAST, min(MOST, 2 ** max(0, queries.bit_length() - 4)))
+    return max(LEAST, min(MOST, 1 << max(0, queries.bit_length() - 4)))
 
 
 def window_size(queries: int, keys: int) -> int:
@@ -115,7 +115,8 @@ def attend_rows(
     def block(of: tuple[Array, tuple[Array, ...], Array, Array]) -> Array:
         queries, biases, first, last = of
         start = jnp.minimum(first, keys - window)
-        return jax.lax.cond(last < start + window, near, whole, queries, biases, start)
+        attended: Array = jax.lax.cond(last < start + window, near, whole, queries, biases, start)
+        return attended
 
     each = (blocks(queries), tuple(map(blocks, biases)), sight.first, sight.last)
     attended = jnp.moveaxis(jax.lax.map(jax.checkpoint(block, prevent_cse=False), each), 0, 4)
