@@ -96,9 +96,27 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   check_field(field(fastpref::kPairs), places, -1, most - 1);
   check_field(field(fastpref::kStreams), places, 0, 2);
   check_field(field(fastpref::kSequences), places, -1, 2 * (number + 3) * most);
+  // By segment: how many of its targets came by so far.
+  std::vector<std::size_t> said(static_cast<std::size_t>(2 * (number + 3) * most), 0);
   for (std::int64_t i = 0; i < places; ++i) {
+    const std::int32_t segment = field(fastpref::kSequences)[i];
     real -= field(fastpref::kPairs)[i] >= 0;
-    scored -= field(fastpref::kSequences)[i] >= 0;
+    if (segment < 0) {
+      HOLDS(field(fastpref::kTargets)[i] == 0);
+      continue;
+    }
+    --scored;
+    // Row 0 of this host is row 3 of the batch.
+    const std::int32_t slot = segment / 2 - 3 * most;
+    HOLDS(slot / most == i / capacity.tokens && slot % most == field(fastpref::kPairs)[i]);
+    const std::int64_t row = slot / most;
+    const Pair& pair = pairs[rows.pairs[static_cast<std::size_t>((row == 0 ? 0 : rows.ends[row - 1]) + slot % most)]];
+    const auto completion = pair.completions[static_cast<std::size_t>(segment % 2)];
+    const std::size_t at = said[static_cast<std::size_t>(segment)]++;
+    const std::int32_t before = at > 0 ? completion[at - 1] : encoder ? layout.start_token : pair.prompt.back();
+    HOLDS(at < completion.size() && field(fastpref::kTargets)[i] == completion[at]);
+    HOLDS(field(fastpref::kTokens)[i] == before && field(fastpref::kStreams)[i] == 1 + segment % 2);
+    HOLDS(field(fastpref::kPositions)[i] == static_cast<std::int32_t>(at + (encoder ? 0 : pair.prompt.size() - 1)));
   }
   HOLDS(real == 0 && scored == 0);
   return 0;
