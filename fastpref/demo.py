@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import orjson
 from flax import nnx
@@ -84,6 +85,8 @@ IPO_MD = TrainConfig(
     overlong="truncate",
     max_shapes=1,
     max_new_tokens=MAX_NEW_TOKENS,
+    row_tokens=64,
+    prompt_row_tokens=128,
     optimizer="adamw",
     learning_rate=4e-4,
     max_grad_norm=1.0,
@@ -114,6 +117,25 @@ def _pairs(examples: list[docstrings.Example]) -> list[dict[str, str]]:
     return [{"prompt": example.prompt, "completion": example.summary} for example in examples]
 
 
+class Prepared(NamedTuple):
+    """What alignment starts from."""
+
+    parts: docstrings.Splits
+    reference: LanguageModel
+    """The SFT model."""
+    pairs: list[dict[str, Any]]
+    """Pairs of its summaries, labelled by the gold judge: `prompt`, `chosen`, `rejected`, `preference`."""
+    judge: PreferenceModel
+    agreement: float | None
+    """Held-out agreement of the preference model with the gold judge."""
+
+
+def learned_and_held_out(pairs: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Labelled pairs to learn from, and the eighth of them that is held out."""
+    held_back = len(pairs) // 8
+    return pairs[held_back:], pairs[:held_back]
+
+
 def run(run_dir: Path | str, *, seed: int = 0, quiet: bool = False) -> DemoResult:
     """Run the demo, or go on with one that was stopped.
 
@@ -127,24 +149,73 @@ def run(run_dir: Path | str, *, seed: int = 0, quiet: bool = False) -> DemoResul
     """
     folder = Path(run_dir) / f"seed-{seed}"
     console = Console(quiet=quiet)
-    seconds: dict[str, float] = {}
+    stages = _Stages(console)
+    ready = prepare(folder, stages, seed=seed, quiet=quiet)
+
+    with stages("5. IPO-MD"):
+        aligned = train(
+            ready.reference,
+            [example.prompt for example in ready.parts.online],
+            ready.judge,
+            dataclasses.replace(IPO_MD, seed=seed),
+            run_dir=folder / "ipo-md",
+            eval_prompts=[example.prompt for example in ready.parts.preference],
+            quiet=quiet,
+        ).policy
+
+    with stages("6. Side by side, by the gold judge"):
+        compared = compare(
+            aligned,
+            ready.reference,
+            [example.prompt for example in ready.parts.held_out],
+            GoldJudge(),
+            max_new_tokens=MAX_NEW_TOKENS,
+            max_prompt_tokens=MAX_PROMPT_TOKENS,
+            seed=seed,
+        )
+        lines = [orjson.dumps(record) for record in compared.records()]
+        (folder / "side_by_side.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+
+    _show(compared, ready.parts.held_out, console)
+    result = DemoResult(compared, ready.agreement, stages.seconds)
+    _summarise(result, folder, console)
+    return result
+
+
+class _Stages:
+    """Names stages as they begin, and keeps how long they took."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(name: str) -> Iterator[None]:
+    def __call__(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
-        console.rule(name)
+        self.console.rule(name)
         yield
-        seconds[name] = time.perf_counter() - began
+        self.seconds[name] = time.perf_counter() - began
 
-    with stage("1. Harvest docstrings"):
+
+def prepare(folder: Path, stages: "_Stages | None" = None, *, seed: int = 0, quiet: bool = False) -> Prepared:
+    """The stages before alignment, or what they left when they ran before.
+
+    Args:
+      folder: where they write.
+      stages: told of each stage.
+      seed: of the initial weights, orders and draws.
+      quiet: show no progress.
+    """
+    stages = _Stages(Console(quiet=quiet)) if stages is None else stages
+    with stages("1. Harvest docstrings"):
         harvest = docstrings.harvest()
         parts = docstrings.splits(harvest.examples)
-        console.print(
+        stages.console.print(
             f"{len(harvest.examples)} examples from {harvest.files} files of {len(harvest.counts())} libraries: "
             + ", ".join(f"{len(part)} {name}" for name, part in parts._asdict().items())
         )
 
-    with stage("2. Supervised fine-tuning"):
+    with stages("2. Supervised fine-tuning"):
         backend = docstrings.train_tokenizer(
             (text for example in parts.sft for text in (example.prompt, example.summary)), VOCAB_SIZE
         )
@@ -159,8 +230,7 @@ def run(run_dir: Path | str, *, seed: int = 0, quiet: bool = False) -> DemoResul
             quiet=quiet,
         ).model
 
-    gold = GoldJudge()
-    with stage("3. Let the gold judge label pairs of sampled summaries"):
+    with stages("3. Let the gold judge label pairs of sampled summaries"):
         labelled = folder / "pairs.jsonl"
         if not labelled.exists():
             prompts = [example.prompt for example in parts.preference] * PAIRS_PER_PROMPT
@@ -173,58 +243,28 @@ def run(run_dir: Path | str, *, seed: int = 0, quiet: bool = False) -> DemoResul
                 max_prompt_tokens=MAX_PROMPT_TOKENS,
             ).texts
             first, second = ([pair[which] for pair in written] for which in (0, 1))
+            labels = GoldJudge()(prompts, first, second)
             lines = [
                 orjson.dumps({"prompt": prompt, "chosen": one, "rejected": two, "preference": p})
-                for prompt, one, two, p in zip(prompts, first, second, gold(prompts, first, second), strict=True)
+                for prompt, one, two, p in zip(prompts, first, second, labels, strict=True)
                 if one != two and one.strip() and two.strip()
             ]
             labelled.write_bytes(b"\n".join(lines) + b"\n")
+        pairs = [orjson.loads(line) for line in labelled.read_bytes().splitlines()]
 
-    with stage("4. Preference model"):
-        lines = labelled.read_bytes().splitlines()
-        held_back = len(lines) // 8
-        pairs = [orjson.loads(line) for line in lines]
+    with stages("4. Preference model"):
+        learned, held_out = learned_and_held_out(pairs)
         fitted = fit_preference_model(
             reference,
-            pairs[held_back:],
+            learned,
             dataclasses.replace(PREFERENCE, seed=seed),
-            held_out=pairs[:held_back],
+            held_out=held_out,
             template=DEMO_PROMPT,
             run_dir=folder / "preference",
             quiet=quiet,
         )
-        judge: PreferenceModel = fitted.model
-        console.print(f"held-out agreement with the gold judge: {fitted.held_out or 0:.3f}")
-
-    with stage("5. IPO-MD"):
-        aligned = train(
-            reference,
-            [example.prompt for example in parts.online],
-            judge,
-            dataclasses.replace(IPO_MD, seed=seed),
-            run_dir=folder / "ipo-md",
-            eval_prompts=[example.prompt for example in parts.preference],
-            quiet=quiet,
-        ).policy
-
-    with stage("6. Side by side, by the gold judge"):
-        prompts = [example.prompt for example in parts.held_out]
-        compared = compare(
-            aligned,
-            reference,
-            prompts,
-            gold,
-            max_new_tokens=MAX_NEW_TOKENS,
-            max_prompt_tokens=MAX_PROMPT_TOKENS,
-            seed=seed,
-        )
-        lines = [orjson.dumps(record) for record in compared.records()]
-        (folder / "side_by_side.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-
-    _show(compared, parts.held_out, console)
-    result = DemoResult(compared, fitted.held_out, seconds)
-    _summarise(result, folder, console)
-    return result
+        stages.console.print(f"held-out agreement with the gold judge: {fitted.held_out or 0:.3f}")
+    return Prepared(parts, reference, pairs, fitted.model, fitted.held_out)
 
 
 def _show(compared: WinRate, examples: list[docstrings.Example], console: Console) -> None:

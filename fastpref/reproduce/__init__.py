@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastpref.config import _require
-from fastpref.reproduce import ipo_figures, simplex
+from fastpref.reproduce import ipo_figures, simplex, studies
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     "ipo-figure-1": Experiment("IPO, Figure 1: IPO and DPO on a total order of three actions", ipo_figures.figure_1),
     "ipo-figure-2": Experiment("IPO, Figure 2: IPO and DPO where an action never wins", ipo_figures.figure_2),
+    **{
+        name: Experiment(text, lambda folder, study=study: study(studies.Lab(folder)))  # type: ignore[misc]
+        for name, (text, study) in studies.STUDIES.items()
+    },
 }
 
 
