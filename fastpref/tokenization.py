@@ -60,9 +60,10 @@ class Ragged:
                 raise DataError(f"a row must be a list of token ids, got {row!r} at record {index}. Put it in a list.")
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
-        if rows and all(isinstance(row, np.ndarray) for row in rows):
-            # An empty array has floats unless it is told otherwise.
-            values = np.concatenate([np.zeros(0, np.int8), *(row for row in rows if len(row))])
+        # An empty array is one of floats unless it is told otherwise.
+        full = [row for row in rows if len(row)]
+        if full and all(isinstance(row, np.ndarray) and row.ndim == 1 for row in full):
+            values = np.concatenate(full)
         else:
             values = np.asarray(list(chain.from_iterable(rows)))
         if values.size and values.dtype.kind not in "iu":
