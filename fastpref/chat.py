@@ -70,9 +70,12 @@ class ChatTemplate:
                 "a tokenizer must bring a chat template (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json), got one without. Make a ChatTemplate from text, or use plain text records."
             )
-        named = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
-        tokens = {name: value for name, value in named.items() if value is not None}
-        return ChatTemplate(text, {"eos_token": tokenizer.backend.id_to_token(tokenizer.eos_id)} | tokens)
+        # Some checkpoints number their end of sequence and do not name it.
+        tokens: dict[str, str] = {"eos_token": tokenizer.backend.id_to_token(tokenizer.eos_id) or ""}
+        for name, value in config.items():
+            if name.endswith("_token") and (content := _content(value)) is not None:
+                tokens[name] = content
+        return ChatTemplate(text, tokens)
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The text that the assistant's next message follows.
@@ -168,7 +171,7 @@ def _messages(value: object, speaker: str) -> list[Message]:
         value = [{"role": speaker, "content": value}]
     if not isinstance(value, list | tuple) or not value:
         raise ChatError(f"a conversation must be a list of messages, got {value!r:.50}")
-    messages = []
+    messages: list[Message] = []
     for message in value:
         if not isinstance(message, Mapping):
             raise ChatError(f"a message must map role and content to text, got {message!r:.50}")

@@ -1,12 +1,13 @@
 """Records in, from files, tables and iterables: each one delivered, or counted with its reason."""
 
-import numbers
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
+
+import numpy as np
 
 from fastpref.chat import ChatError, ChatTemplate, is_conversation
 from fastpref.sources import COLUMNS, Row, Source, open_rows
@@ -238,7 +239,11 @@ def _record(index: int, row: object, columns: tuple[str, ...], template: ChatTem
         raise _missing(row, "preference")
     preference = row.get("preference", 1.0)
     # A NaN fails both comparisons.
-    if isinstance(preference, bool) or not isinstance(preference, numbers.Real) or not 0 <= preference <= 1:
+    if (
+        isinstance(preference, bool)
+        or not isinstance(preference, int | float | np.integer | np.floating)
+        or not 0 <= preference <= 1
+    ):
         raise BadRecord("bad preference", f"preference must be a number in [0, 1], got {preference!r}")
     return Record(index, prompt, completions, float(preference), rendered)
 

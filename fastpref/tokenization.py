@@ -60,7 +60,12 @@ class Ragged:
                 raise DataError(f"a row must be a list of token ids, got {row!r} at record {index}. Put it in a list.")
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
-        values = np.asarray(list(chain.from_iterable(rows)))
+        # An empty array is one of floats unless it is told otherwise.
+        full = [row for row in rows if len(row)]
+        if full and all(isinstance(row, np.ndarray) and row.ndim == 1 for row in full):
+            values = np.concatenate(full)
+        else:
+            values = np.asarray(list(chain.from_iterable(rows)))
         if values.size and values.dtype.kind not in "iu":
             raise DataError(
                 f"token ids must be whole numbers, got {values.dtype}. Tokenize text first, as tokenize_prompts does."

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fastpref import sources
 from fastpref.data import DataError, DropReport, Record, read_records, tokenize_completions, tokenize_prompts
 from fastpref.readers import RecordStream
-from fastpref.tokenization import TokenRecords, TokenStream
+from fastpref.tokenization import Ragged, TokenRecords, TokenStream
 
 
 @pytest.fixture
@@ -492,6 +492,23 @@ def test_a_file_that_changes_while_it_is_read_is_refused(name: str, change: str,
         path.unlink()
     with pytest.raises(DataError, match=rf"^{name} must not change while it is read, got one that did. Read it again"):
         list(stream)
+
+
+def test_rows_of_arrays_are_those_of_lists() -> None:
+    rows = [[1, 2**31 - 1], [], [-(2**31)], [7, 8, 9]]
+    expected = Ragged.from_rows(rows)
+    for kinds in (["int64"] * 4, ["int32", "float64", "int64", "uint8"]):
+        # An empty array is one of floats by default.
+        arrays = [np.array(row, kind) for row, kind in zip(rows, kinds, strict=True)]
+        ragged = Ragged.from_rows(arrays)
+        assert (ragged.values.dtype, ragged.values.tolist()) == (np.int32, expected.values.tolist())
+        assert ragged.offsets.tolist() == expected.offsets.tolist() == [0, 2, 2, 3, 6]
+    for wrong, message in (
+        (np.array([0.5]), "must be whole numbers, got float64"),
+        (np.array([2**31]), "into 32 bits"),
+    ):
+        with pytest.raises(DataError, match=message):
+            Ragged.from_rows([np.array([1]), wrong])
 
 
 def test_preferences_of_every_number_type_are_read() -> None:

@@ -1,0 +1,193 @@
+"""The online side and ingest: pair log, tournament, tokens from text and from the cache, beside what bounds each.
+
+    python bench/bench_pairs.py
+
+times everything and writes bench/results/pairs_cpu.json and .md.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+import tokenizers
+import xxhash
+from tokenizers import models, pre_tokenizers
+
+from fastpref import pair_log, tournament
+from fastpref.cache import tokenized
+from fastpref.pair_log import PairLog
+from fastpref.tokenizer import Tokenizer
+
+PAIRS, TOKENS, LOG_STEPS, PROMPTS, K, RECORDS, ROUNDS = 32, 256, 500, 256, 8, 20_000, 10
+WORKLOAD = (
+    f"A step judges {PAIRS} pairs of two completions of {TOKENS} tokens; the log that is replayed holds {LOG_STEPS} "
+    f"steps. Tournaments of {PROMPTS} prompts with {K} completions, answered from a table. {RECORDS} preference pairs "
+    "as JSON lines of 40, 60 and 60 words out of 1000, one token each."
+)
+RESULTS = Path(__file__).parent / "results"
+Timed = Callable[..., None]
+
+
+@pytest.fixture
+def timed(benchmark: Any) -> Timed:
+    """`timed(what, unit, amount, run)`: `run(round)` takes care of `amount` units."""
+
+    def measure(what: str, unit: str, amount: float, run: Callable[[int], object], rounds: int = ROUNDS) -> None:
+        turn = count()
+        benchmark.extra_info.update(what=what, unit=unit, amount=amount)
+        benchmark.pedantic(run, setup=lambda: ((next(turn),), {}), rounds=rounds, warmup_rounds=1)
+
+    return measure
+
+
+def completions(seed: int) -> list[np.ndarray]:
+    return list(np.random.default_rng(seed).integers(0, 32_000, (PAIRS, TOKENS), np.int32))
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("log")
+    with PairLog(folder) as written:
+        for step in range(LOG_STEPS):
+            written.judge(step, range(PAIRS), completions(step), completions(step + 1), lambda _: [0.5] * PAIRS)
+    return folder
+
+
+def test_writing_a_step(timed: Timed, tmp_path: Path) -> None:
+    first, second = completions(0), completions(1)
+    with PairLog(tmp_path) as written:
+        timed(
+            "write a step's pairs to the log and the disk",
+            "pairs/s",
+            PAIRS,
+            lambda turn: written.judge(turn, range(PAIRS), first, second, lambda _: [0.5] * PAIRS),
+        )
+
+
+def test_floor_of_writing(timed: Timed, tmp_path: Path) -> None:
+    content = bytes(PAIRS * (2 * 4 * TOKENS + 48))
+
+    def run(_: int) -> None:
+        os.write(file, content)
+        os.fsync(file)
+
+    file = os.open(tmp_path / "raw", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    timed("floor: write and fsync as many bytes", "pairs/s", PAIRS, run)
+    os.close(file)
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in pair_log.files(folder))
+
+
+def test_opening_a_log(timed: Timed, log: Path) -> None:
+    timed("open a log: check every byte, index every pair", "B/s", size(log), lambda _: PairLog(log).close())
+
+
+def test_floor_of_opening(timed: Timed, log: Path) -> None:
+    def run(_: int) -> None:
+        for path in pair_log.files(log):
+            xxhash.xxh3_64_intdigest(path.read_bytes())
+
+    timed("floor: read the files and hash them with XXH3", "B/s", size(log), run)
+
+
+def test_tournaments(timed: Timed) -> None:
+    table = np.random.default_rng(0).random((PROMPTS, K, K), np.float32)
+    ids = np.arange(PROMPTS)
+    timed(
+        "tournaments, the judge's time left out",
+        "prompts/s",
+        PROMPTS,
+        lambda turn: tournament.run(lambda p, a, b: table[p, a, b], PROMPTS, K, ids, turn, 0),
+    )
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    random = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("text") / "pairs.jsonl"
+    with path.open("wb") as file:
+        for _ in range(RECORDS):
+            words = [f"w{word}" for word in random.integers(0, 1000, 160)]
+            row = {"prompt": words[:40], "chosen": words[40:100], "rejected": words[100:]}
+            file.write(orjson.dumps({name: " ".join(part) for name, part in row.items()}) + b"\n")
+    return path
+
+
+def tokenizer() -> Tokenizer:
+    backend = tokenizers.Tokenizer(models.WordLevel({"</s>": 0} | {f"w{i}": i + 1 for i in range(1000)}, "</s>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return Tokenizer(backend, eos_id=0)
+
+
+def ingest(text: Path, cache: Path) -> None:
+    tokenized(
+        text,
+        tokenizer(),
+        cache=cache,
+        columns=("prompt", "chosen", "rejected"),
+        max_prompt_tokens=64,
+        max_completion_tokens=64,
+    )
+
+
+def test_text_to_cache(timed: Timed, text: Path, tmp_path: Path) -> None:
+    what = "tokenise JSON lines into a new cache"
+    timed(what, "tokens/s", RECORDS * 162, lambda turn: ingest(text, tmp_path / f"{turn}"), rounds=3)
+
+
+def test_tokens_from_cache(timed: Timed, text: Path, tmp_path: Path) -> None:
+    ingest(text, tmp_path)
+    timed("map the cache, every byte checked", "tokens/s", RECORDS * 162, lambda _: ingest(text, tmp_path))
+
+
+def main() -> int:
+    """Time everything and write the results."""
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "raw.json"
+        arguments = [__file__, "-q", "-o", "addopts=", f"--benchmark-json={raw}"]
+        code = subprocess.run([sys.executable, "-m", "pytest", *arguments]).returncode
+        if code:
+            return code
+        report = json.loads(raw.read_text())
+    entries = [
+        entry["extra_info"] | {"median_s": entry["stats"]["median"], "iqr_s": entry["stats"]["iqr"]}
+        for entry in report["benchmarks"]
+    ]
+    command = "python bench/bench_pairs.py"
+    cpu = report["machine_info"].get("cpu", {}).get("brand_raw", platform.machine())
+    machine = f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    described = {"command": command, "machine": machine, "load_before": load, "workload": WORKLOAD, "rounds": ROUNDS}
+    (RESULTS / "pairs_cpu.json").write_text(json.dumps(described | {"benchmarks": entries}, indent=1) + "\n")
+    lines = [
+        "# Pair log, tournament and ingest on a CPU",
+        "",
+        f"`{command}` on {machine}, load average {load:.1f} before.",
+        "",
+        WORKLOAD,
+        "",
+        "| what | median of a round (quartile range) | rate |",
+        "| --- | --- | --- |",
+    ]
+    for entry in entries:
+        rate = entry["amount"] / entry["median_s"]
+        spread = f"{entry['median_s'] * 1e3:.2f} ms ({entry['iqr_s'] * 1e3:.2f})"
+        lines.append(f"| {entry['what']} | {spread} | {rate:.3g} {entry['unit']} |")
+    (RESULTS / "pairs_cpu.md").write_text("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
