@@ -142,7 +142,8 @@ class PreferenceGame:
           algorithm: a name of `fastpref.ALGORITHMS`, "nash-md-pg", "self-play", or one of "offline-ipo", "offline-dpo",
             "offline-slic".
           mixture_beta: β, for algorithms that sample from the mixture.
-          behaviour: μ of an offline algorithm, shape [A]; the reference if None.
+          behaviour: μ, shape [A]: whose data an offline algorithm has, and what the mixture π^(1−β)·μ^β is made with
+            (IPO-MD section 5.1); the reference if None.
 
         Returns:
           The gradient, shape [A]; it sums to 0.
@@ -205,11 +206,10 @@ class PreferenceGame:
     ) -> tuple[tuple[np.ndarray, ...], Loss | None]:
         """Preferences, log π_ref, τ, weights of π in the two samplers, log of what else they mix; and the loss."""
         beta = _mixture_weight(mixture_beta)
-        partner = self.ref
+        partner = self.ref if behaviour is None else distribution(behaviour, len(self.ref), "behaviour")
         loss: Loss | None
         if algorithm in OFFLINE:
             betas, loss = (1.0, 1.0), OFFLINE[algorithm]
-            partner = self.ref if behaviour is None else distribution(behaviour, len(self.ref), "behaviour")
         elif algorithm in POLICY_GRADIENTS:
             betas, loss = (0.0, beta if algorithm == "nash-md-pg" else 0.0), None
         else:

@@ -176,6 +176,17 @@ def test_an_offline_algorithm_learns_from_its_behaviour_policy() -> None:
     np.testing.assert_allclose(end, psi.optimal_policy(EVEN, behaviour, game.ref, 0.3), atol=1e-9)
 
 
+def test_mixed_with_the_behaviour_policy_ipo_md_is_offline_ipo_in_the_end() -> None:
+    """IPO-MD section 5.1: π^(1−β)·μ^β goes from online IPO at β = 0 to offline IPO at β = 1."""
+    game, policy, data = PreferenceGame(EVEN, [0.2, 0.3, 0.5], 0.3), [0.1, 0.6, 0.3], [0.7, 0.2, 0.1]
+    mixed = [game.expected_gradient(policy, "ipo-md", mixture_beta=beta, behaviour=data) for beta in (0.0, 0.5, 1.0)]
+    np.testing.assert_allclose(mixed[0], game.expected_gradient(policy, "online-ipo"), rtol=1e-12)
+    np.testing.assert_allclose(mixed[2], game.expected_gradient(policy, "offline-ipo", behaviour=data), rtol=1e-12)
+    halfway = np.sqrt(np.multiply(policy, data))
+    between = game.expected_gradient(policy, "offline-ipo", behaviour=halfway / halfway.sum())
+    np.testing.assert_allclose(mixed[1], between, rtol=1e-12)
+
+
 def test_mirror_descent_needs_no_small_steps_to_hold_at_the_equilibrium() -> None:
     game = PreferenceGame(EVEN, [0.2, 0.3, 0.5], 0.1)
     nash = game.nash()
