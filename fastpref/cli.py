@@ -1,4 +1,7 @@
-"""The command line: `fastpref demo | sft | preference | train | evaluate | sweep`, from a TOML file with overrides."""
+"""The command line: `fastpref demo | sft | preference | train | evaluate | sweep | reproduce`.
+
+All but the first and the last take a TOML file with overrides.
+"""
 
 import argparse
 import importlib
@@ -17,6 +20,7 @@ from fastpref.data import read_records
 from fastpref.evaluation import compare, evaluate
 from fastpref.judging import Judge, JudgeError
 from fastpref.preference import PreferenceModel, RewardModel
+from fastpref.reproduce import EXPERIMENTS, reproduce
 from fastpref.runs import locate
 from fastpref.supervised import fit_preference_model, fit_reward_model, sft
 from fastpref.sweeps import sweep
@@ -277,6 +281,11 @@ def parser() -> argparse.ArgumentParser:
     shown = commands.add_parser("demo", help="align a small model on real text, on this machine, in minutes")
     shown.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="where everything is written")
     shown.add_argument("--seed", type=int, default=0)
+    again = commands.add_parser("reproduce", help="make a figure or table of the papers again: PNG and CSV")
+    again.add_argument(
+        "name", choices=EXPERIMENTS, help="; ".join(f"{name}: {one.text}" for name, one in EXPERIMENTS.items())
+    )
+    again.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="where its files are written")
     for name, (_, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text}. Keys: {', '.join(KEYS[name])}.")
         command.add_argument("file", type=Path, help="a TOML file")
@@ -292,6 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if chosen.command == "demo":
             demo.run(chosen.run_dir, seed=chosen.seed)
+        elif chosen.command == "reproduce":
+            print("\n".join(str(path) for path in reproduce(chosen.name, chosen.out)))
         else:
             COMMANDS[chosen.command][0](read_file(chosen.command, chosen.file, chosen.overrides))
     except KeyboardInterrupt:

@@ -6,10 +6,13 @@ followed to the wanted s by Newton's method, whose matrix is never singular beca
 iteration diverges for small τ.
 """
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float
 
 Vector = Float[np.ndarray, " A"]
+Real = np.floating[Any]
 
 NEAR, TRIES, POLISHES, SHORTEST = 1e-6, 8, 4, 1e-9
 """Residual that the path is kept to, Newton steps before a shorter stride is tried, those at the path's end, and the
@@ -46,7 +49,7 @@ def equilibrium(
     return opponent.astype(np.float64), error
 
 
-def _follow(advantages: np.ndarray, log_ref: np.ndarray, target: np.longdouble) -> np.ndarray:
+def _follow(advantages: np.ndarray, log_ref: np.ndarray, target: Real) -> np.ndarray:
     """log x/π_ref at s = `target`, centred under x."""
     log_ratio, scale = np.zeros_like(log_ref), np.longdouble(0)
     stride = min(target, np.longdouble(2))
@@ -69,7 +72,7 @@ def _follow(advantages: np.ndarray, log_ref: np.ndarray, target: np.longdouble) 
 
 
 def _correct(
-    advantages: np.ndarray, log_ref: np.ndarray, log_ratio: np.ndarray, scale: np.longdouble
+    advantages: np.ndarray, log_ref: np.ndarray, log_ratio: np.ndarray, scale: Real
 ) -> tuple[np.ndarray | None, int]:
     before = np.inf
     for steps in range(TRIES):
@@ -85,14 +88,14 @@ def _correct(
 
 
 def _residual(
-    advantages: np.ndarray, log_ref: np.ndarray, log_ratio: np.ndarray, scale: np.longdouble
+    advantages: np.ndarray, log_ref: np.ndarray, log_ratio: np.ndarray, scale: Real
 ) -> tuple[np.ndarray, np.ndarray]:
     policy = _softmax(log_ref + log_ratio)
     residual = log_ratio - scale * (advantages @ policy)
     return policy, residual - policy @ residual
 
 
-def _newton(advantages: np.ndarray, policy: np.ndarray, scale: np.longdouble, wanted: np.ndarray) -> np.ndarray:
+def _newton(advantages: np.ndarray, policy: np.ndarray, scale: Real, wanted: np.ndarray) -> np.ndarray:
     """The change of log x that changes log x − s·K·x by `wanted` and a constant, and keeps the sum of x."""
     matrix = np.eye(len(policy)) - (scale * advantages * policy).astype(np.float64)
     sides = np.stack([wanted.astype(np.float64), np.ones(len(policy))], 1)

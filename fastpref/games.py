@@ -48,7 +48,7 @@ class PreferenceGame:
     def __init__(self, preferences: ArrayLike, ref: ArrayLike, tau: float) -> None:
         matrix = preference_matrix(preferences)
         self.ref = distribution(ref, len(matrix), "ref", full_support=True)
-        _require(np.isfinite(tau) and tau > 0, "tau must be a finite number above 0", tau, "Give 0.1, say.")
+        _require(bool(np.isfinite(tau) and tau > 0), "tau must be a finite number above 0", tau, "Give 0.1, say.")
         self.preferences, self.tau = matrix, float(tau)
 
     def win_rate(self, opponent: ArrayLike) -> Vector:
@@ -106,19 +106,21 @@ class PreferenceGame:
             )
         return policy
 
-    def mirror_descent(self, etas: ArrayLike, start: ArrayLike | None = None) -> Float[np.ndarray, "T+1 A"]:
+    def mirror_descent(self, etas: ArrayLike, start: ArrayLike | None = None) -> Float[np.ndarray, "T A"]:
         """Online mirror descent: π_(t+1) ∝ exp(p(y ≻ π_t)/η_t)·π_ref^(τ/η_t)·π_t^(1−τ/η_t) (INPO eq. 5).
 
         Args:
-          etas: η_t of each step, shape [T], above 0; 1/η is the learning rate.
+          etas: η_t of each of N steps, shape [N], above 0; 1/η is the learning rate.
           start: π_0, shape [A]; the reference if None.
 
         Returns:
-          The policies π_0 to π_T, shape [T + 1, A].
+          The policies π_0 to π_N, shape [T, A], T = N + 1.
         """
         rates = np.asarray(etas, np.float64)
-        _require(rates.ndim == 1, "etas must have the shape [T]", rates.shape, "Give one η per step.")
-        _require(bool(np.all(rates > 0)), "every η must be above 0", rates.min(initial=np.inf), "Give τ or more.")
+        _require(rates.ndim == 1, "etas must have the shape [N]", rates.shape, "Give one η per step.")
+        _require(
+            bool(np.all(rates > 0)), "every η must be above 0", float(rates.min(initial=np.inf)), "Give τ or more."
+        )
         log_ref = np.log(self.ref)
         policies = [self.ref if start is None else self._policy(start)]
         for eta in rates:
@@ -176,7 +178,7 @@ class PreferenceGame:
           every: keep each `every`-th policy, at least 1.
 
         Returns:
-          The policies after 0, every, 2·every, ... steps, shape [steps // every + 1, A].
+          The policies after 0, every, 2·every, ... steps, shape [T, A], T = 1 + steps // every.
 
         Raises:
           ConfigError: an unknown algorithm, or an argument that breaks its rule.
@@ -211,8 +213,9 @@ class PreferenceGame:
         elif algorithm in POLICY_GRADIENTS:
             betas, loss = (0.0, beta if algorithm == "nash-md-pg" else 0.0), None
         else:
-            known = (*ALGORITHMS, *OFFLINE, *POLICY_GRADIENTS)
-            _require(algorithm in ALGORITHMS, "algorithm must be one of " + ", ".join(known), algorithm, "Choose one.")
+            pairs = [name for name, row in ALGORITHMS.items() if len(row.mixture_betas(beta)) == 2]
+            known = dict.fromkeys((*pairs, *OFFLINE, *POLICY_GRADIENTS))
+            _require(algorithm in known, "algorithm must be one of " + ", ".join(known), algorithm, "Choose one.")
             betas, loss = ALGORITHMS[algorithm].mixture_betas(beta), ALGORITHMS[algorithm].loss
         weights = 1 - np.asarray(betas, np.float64)
         return (self.preferences, np.log(self.ref), np.asarray(self.tau), weights, _log(partner)), loss
@@ -333,7 +336,7 @@ def _gradient(
 def _descend(
     logits: Float[Array, " A"], step_size: Float[Array, ""], *setting: Array, loss: Loss | None, kept: int, every: int
 ) -> Float[Array, "T A"]:
-    def step(_: int, logits: Array) -> Array:
+    def step(_: Array | int, logits: Array) -> Array:
         moved: Array = logits - step_size * _gradient(logits, *setting, loss=loss)
         return moved
 

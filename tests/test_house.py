@@ -67,7 +67,7 @@ def test_kernels_import_nothing_of_the_trainer() -> None:
     ("target", "allowed"),
     [
         ("fastpref._batcher", {"fastpref.data", "fastpref.pair_log", "fastpref.tournament"}),
-        ("matplotlib", {"fastpref.plots", "fastpref.reporting"}),
+        ("matplotlib", {"fastpref.figures", "fastpref.plots", "fastpref.reporting"}),
         ("tensorboardX", {"fastpref.plots", "fastpref.reporting"}),
         ("rich", {"fastpref.plots", "fastpref.reporting", "fastpref.demo"}),
         ("fastpref.cli", set()),
