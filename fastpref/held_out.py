@@ -142,6 +142,15 @@ def _masked(
     )
 
 
+class _References(NamedTuple):
+    """What the reference wrote to the held-out prompts, and what the judge and the reference itself say of it."""
+
+    pairs: tuple[Written, Written]
+    first: list[str]
+    preference: Float[np.ndarray, " P"]
+    ref_logps: tuple[Float[np.ndarray, " P"], ...]
+
+
 class HeldOut:
     """Held-out comparisons of a changing policy with its reference.
 
@@ -166,7 +175,7 @@ class HeldOut:
             )
         self._ref, self._prompts, self._judge, self._config = ref, prompts, judge, config
         self._rows = min(2 * config.batch_size, max(len(prompts), 1))
-        self._baseline: tuple[Written, list[str], Float[np.ndarray, " P"], Float[np.ndarray, "P 2"]] | None = None
+        self._baseline: _References | None = None
 
     def measure(self, policy: LanguageModel) -> dict[str, float]:
         """Metrics of the policy as it is now, under `eval/`; `fastpref.metrics` says what they mean.
@@ -175,20 +184,17 @@ class HeldOut:
           JudgeError: see `judging.ask`.
         """
         if self._baseline is None:
-            pairs = self._write(self._ref, seed=1, completions=2)
-            first, second = ([texts[which] for texts in pairs.texts] for which in (0, 1))
-            preference = both_orders(self._judge, self._prompts, first, second)
-            self._baseline = pairs, first, preference, self._score(self._ref, pairs)
+            self._baseline = self._references()
         pairs, baseline, preference, ref_logps = self._baseline
-        written = self._write(policy, seed=0, completions=1)
+        written = self._write(policy, seed=0)
         texts = [text for (text,) in written.texts]
         rate = summarise(self._prompts, texts, baseline, both_orders(self._judge, self._prompts, texts, baseline))
         definition, params = nnx.split(policy.module)
         kl, entropy = self._batched(partial(_along, definition, params, *nnx.split(self._ref.module)), written)
         # Both from the same computation, so that a policy that is the reference ties exactly.
-        ratios = self._score(policy, pairs) - ref_logps
-        differ = (pairs.tokens[:, 0] != pairs.tokens[:, 1]).any(-1)
-        agreed = (1 + np.sign(ratios[:, 0] - ratios[:, 1]) * np.sign(preference - 0.5)) / 2
+        first, second = (self._score(policy, side) - logps for side, logps in zip(pairs, ref_logps, strict=True))
+        differ = (pairs[0].tokens != pairs[1].tokens).any((1, 2))
+        agreed = (1 + np.sign(first - second) * np.sign(preference - 0.5)) / 2
         tokens = float(written.lengths.sum())
         return {
             "eval/win_rate": rate.value,
@@ -203,23 +209,29 @@ class HeldOut:
             "eval/agreement": float(agreed[differ].mean()) if differ.any() else float("nan"),
         }
 
-    def _write(self, model: LanguageModel, *, seed: int, completions: int) -> Written:
+    def _references(self) -> _References:
+        # Two calls of one program: with two completions at once it would be another, compiled for this alone.
+        pairs = self._write(self._ref, seed=1), self._write(self._ref, seed=2)
+        first, second = ([text for (text,) in side.texts] for side in pairs)
+        preference = both_orders(self._judge, self._prompts, first, second)
+        return _References(pairs, first, preference, tuple(self._score(self._ref, side) for side in pairs))
+
+    def _write(self, model: LanguageModel, *, seed: int) -> Written:
         return write(
             model,
             self._prompts,
             ref=self._ref,
             seed=seed,
-            completions=completions,
             max_new_tokens=self._config.max_new_tokens,
             max_prompt_tokens=self._config.max_prompt_tokens,
             temperature=self._config.temperature,
             batch_size=self._rows,
         )
 
-    def _score(self, model: LanguageModel, written: Written) -> Float[np.ndarray, "P K"]:
+    def _score(self, model: LanguageModel, written: Written) -> Float[np.ndarray, " P"]:
         definition, params = nnx.split(model.module)
         (logps,) = self._batched(lambda *batch: (_logps(definition, params, *batch),), written)
-        return logps
+        return logps[:, 0]
 
     def _batched(
         self, measure: Callable[..., tuple[Array, ...]], written: Written

@@ -193,7 +193,7 @@ class Curve:
     """One line of a plot of measured values, with their uncertainty."""
 
     label: str
-    x: Sequence[float | str]
+    x: Sequence[int | float | str]
     """Numbers, or names that are placed side by side."""
     y: Sequence[float]
     low: Sequence[float]

@@ -161,7 +161,7 @@ class _Plan(Generic[Config]):
 
 
 def sweep(
-    grid: Mapping[str, Sequence[Any]],
+    grid: Mapping[str, Any],
     base: Config,
     run: Callable[[Config, Path], object],
     *,
@@ -182,8 +182,8 @@ def sweep(
         )
 
     Args:
-      grid: values for each field of the config, at least one each; all combinations are run. Points that differ in
-        `seed` alone are averaged.
+      grid: a list of values for each field of the config, at least one each; all combinations are run. Points that
+        differ in `seed` alone are averaged.
       base: the settings that the grid does not name; a `TrainConfig` or `SupervisedConfig`.
       run: makes one run with the settings and the directory that it is given.
       run_dir: where the sweep is written.
@@ -216,7 +216,7 @@ def sweep(
     return result
 
 
-def _plans(grid: Mapping[str, Sequence[Any]], base: Config, folder: Path) -> list[_Plan[Config]]:
+def _plans(grid: Mapping[str, Any], base: Config, folder: Path) -> list[_Plan[Config]]:
     if not grid:
         raise ConfigError("a grid needs at least one field, but received none. Add one, such as tau = [0.1, 1.0].")
     for field, values in grid.items():

@@ -1,0 +1,168 @@
+"""Exact distances against a dense float64 computation, and every held-out metric against what was written."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fastpref.kernels import Head
+from flax import nnx
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from short_run import CONFIG, HELD_OUT, short_run
+from small import language_model, prefers_w1
+
+from fastpref import held_out
+from fastpref.config import ConfigError
+from fastpref.generation import write
+from fastpref.held_out import HeldOut, exact_kl
+
+
+def dense(hidden: Any, ref_hidden: Any, head: Head, ref_head: Head) -> tuple[np.ndarray, np.ndarray]:
+    """KL and entropy in float64 from all logits at once."""
+
+    def logps(states: Any, head: Head) -> np.ndarray:
+        weight = np.asarray(head.weight, np.float64)
+        logits = head.scale * np.asarray(states, np.float64) @ (weight.T if head.vocab_axis == 0 else weight)
+        if head.soft_cap is not None:
+            logits = head.soft_cap * np.tanh(logits / head.soft_cap)
+        logits -= logits.max(-1, keepdims=True)
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    policy, ref = logps(hidden, head), logps(ref_hidden, ref_head)
+    return (np.exp(policy) * (policy - ref)).sum(-1), -(np.exp(policy) * policy).sum(-1)
+
+
+def draw(rows: int, width: int, vocab: int, seed: int, **options: Any) -> tuple[jax.Array, Head]:
+    rng = np.random.default_rng(seed)
+    shape = (width, vocab) if options.get("vocab_axis") else (vocab, width)
+    head = Head(jnp.asarray(rng.normal(size=shape), jnp.float32), **options)
+    return jnp.asarray(rng.normal(size=(rows, width)), jnp.float32), head
+
+
+@pytest.mark.parametrize("chunk", [16, None])
+def test_distances_are_those_of_all_logits_in_float64(chunk: int | None) -> None:
+    hidden, head = draw(50, 8, 257, 0, scale=0.5, soft_cap=3.0)
+    ref_hidden, ref_head = draw(50, 12, 257, 1, vocab_axis=1)
+    where = np.random.default_rng(2).random(50) < 0.7
+    spoilt = jnp.where(where[:, None], hidden, jnp.nan)
+    found = held_out._distances(spoilt, head, ref_hidden, ref_head, jnp.asarray(where), chunk)
+    kl, entropy = dense(hidden, ref_hidden, head, ref_head)
+    assert kl.min() > 0.1
+    np.testing.assert_allclose(found.kl, np.where(where, kl, 0), rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(found.entropy, np.where(where, entropy, 0), rtol=2e-5, atol=1e-6)
+    nothing = held_out._distances(spoilt, head, ref_hidden, ref_head, jnp.zeros(50, bool), chunk)
+    assert not np.asarray(nothing.kl).any()
+    same = held_out._distances(hidden, head, hidden, head, jnp.asarray(where), chunk)
+    assert not np.asarray(same.kl).any(), "a model is exactly 0 from itself"
+
+
+def sizes(jaxpr: Jaxpr) -> Iterator[int]:
+    """Elements of every array that a program makes, inside its loops and branches too."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.size for variable in equation.outvars if hasattr(variable.aval, "size"))
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)):
+            if isinstance(value, Jaxpr | ClosedJaxpr):
+                yield from sizes(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+
+
+def test_no_more_than_a_chunk_of_logits_is_ever_made() -> None:
+    hidden, head = draw(128, 8, 512, 0)
+    where = jnp.ones(128, bool)
+
+    def largest(chunk: int) -> int:
+        traced = jax.make_jaxpr(lambda x: held_out._distances(x, head, x, head, where, chunk))(hidden)
+        return max(sizes(traced.jaxpr))
+
+    assert largest(16) == 16 * 512
+    assert largest(128) == 128 * 512
+
+
+def test_other_vocabularies_are_refused() -> None:
+    hidden, head = draw(4, 8, 30, 0)
+    _, other = draw(4, 8, 31, 0)
+    with pytest.raises(ValueError, match=r"must have one vocabulary, but their heads have 30 and 31 rows"):
+        held_out._distances(hidden, head, hidden, other, jnp.ones(4, bool), None)
+
+
+@pytest.mark.parametrize("family", ["decoder", "t5"])
+def test_models_are_compared_at_every_token(family: str) -> None:
+    policy, ref = language_model(family).module, language_model(family, seed=1).module
+    rng = np.random.default_rng(0)
+    prompts = jnp.asarray(rng.integers(3, 33, (3, 5)), jnp.int32)
+    prompt_mask = jnp.arange(5)[None, :] < jnp.array([[5], [2], [4]])
+    tokens = jnp.asarray(rng.integers(3, 33, (3, 2, 6)), jnp.int32)
+    mask = jnp.arange(6)[None, None, :] < jnp.asarray(rng.integers(0, 7, (3, 2, 1)))
+
+    @nnx.jit
+    def both(policy: Any, ref: Any) -> Any:
+        states = [model.hidden_states(prompts, prompt_mask, tokens) for model in (policy, ref)]
+        return exact_kl(policy, ref, prompts, prompt_mask, tokens, mask), states
+
+    found, (states, ref_states) = both(policy, ref)
+    kl, entropy = dense(states, ref_states, policy.head(), ref.head())
+    assert found.kl.shape == (3, 2, 6)
+    np.testing.assert_allclose(found.kl, np.where(mask, kl, 0), rtol=2e-4, atol=1e-5)
+    np.testing.assert_allclose(found.entropy, np.where(mask, entropy, 0), rtol=2e-5, atol=1e-5)
+
+
+def test_every_metric_is_what_was_written() -> None:
+    _, _, policies = short_run()
+    policy, ref = policies[3], language_model()
+    asked: list[int] = []
+
+    def judge(prompts: Any, first: Any, second: Any) -> list[float]:
+        asked.append(len(prompts))
+        return prefers_w1(prompts, first, second)
+
+    evaluation = HeldOut(ref, HELD_OUT, judge, CONFIG)
+    found = evaluation.measure(policy)
+    settings: dict[str, Any] = {"max_new_tokens": 6, "max_prompt_tokens": 8, "ref": ref, "batch_size": 8}
+    ours = write(policy, HELD_OUT, seed=0, **settings)
+    pair = [write(ref, HELD_OUT, seed=seed, **settings) for seed in (1, 2)]
+    first, second = ([text for (text,) in side.texts] for side in pair)
+    mine = [text for (text,) in ours.texts]
+    assert found["eval/win_rate"] == pytest.approx(np.mean(prefers_w1([], mine, first)))
+    assert found["eval/win_rate_low"] <= found["eval/win_rate"] <= found["eval/win_rate_high"]
+    assert found["eval/kl"] == pytest.approx((ours.policy_logps - ours.ref_logps).mean(), rel=1e-5)
+    assert found["eval/mean_length"] == ours.lengths.mean()
+    ends = [row[0][length[0] - 1] == 1 for row, length in zip(ours.tokens, ours.lengths, strict=True)]
+    assert found["eval/eos_rate"] == pytest.approx(np.mean(ends))
+
+    mask = jnp.arange(ours.prompt_tokens.shape[1])[None, :] < ours.prompt_lengths[:, None]
+    states = nnx.jit(
+        lambda module: module.hidden_states(jnp.asarray(ours.prompt_tokens), mask, jnp.asarray(ours.tokens))
+    )
+    real = np.arange(6)[None, None, :] < ours.lengths[:, :, None]
+    heads = policy.module.head(), ref.module.head()
+    kl, entropy = dense(states(policy.module), states(ref.module), *heads)
+    assert found["eval/kl_exact"] == pytest.approx((kl * real).sum((1, 2)).mean(), rel=1e-3)
+    assert found["eval/kl_per_token"] == pytest.approx((kl * real).sum() / real.sum(), rel=1e-3)
+    assert found["eval/entropy"] == pytest.approx((entropy * real).sum() / real.sum(), rel=1e-4)
+    assert 0 < found["eval/kl_per_token"] < found["eval/kl_exact"]
+
+    ratios = [evaluation._score(policy, side) - side.ref_logps[:, 0] for side in pair]
+    margins = ratios[0] - ratios[1]
+    agreed = (1 + np.sign(margins) * np.sign(np.array(prefers_w1([], first, second)) - 0.5)) / 2
+    different = np.array([a != b for a, b in zip(first, second, strict=True)])
+    assert found["eval/agreement"] == pytest.approx(agreed[different].mean())
+
+    judged = len(asked)
+    assert evaluation.measure(policy) == found
+    assert len(asked) == judged + 2, "the reference's own pairs are judged once"
+
+
+def test_at_the_reference_the_distance_is_zero_and_agreement_is_chance() -> None:
+    ref = language_model()
+    found = HeldOut(ref, HELD_OUT, prefers_w1, CONFIG).measure(ref)
+    assert (found["eval/kl"], found["eval/kl_exact"], found["eval/kl_per_token"]) == (0, 0, 0)
+    assert found["eval/agreement"] == 0.5
+    assert 2 < found["eval/entropy"] < np.log(36)
+
+
+def test_prompts_are_needed_where_evaluation_is_asked_for() -> None:
+    with pytest.raises(ConfigError, match=r"eval_every=2 needs at least 2 eval_prompts, but received 1"):
+        HeldOut(language_model(), ["w1"], prefers_w1, CONFIG)
+    HeldOut(language_model(), [], prefers_w1, replace(CONFIG, eval_every=0))
