@@ -145,11 +145,10 @@ class Rollout:
         of_ref, of_round = self.config.row.anchor_weights(*self.config.strengths(step))
         if of_round == 0:
             return ref_logps
-        if round_logps is None:
-            round_logps = learner.score(self.definition, round_params, pairs)
-        if of_ref == 0:
-            return jnp.asarray(round_logps)
-        return jnp.float32(of_ref) * ref_logps + jnp.float32(of_round) * jnp.asarray(round_logps)
+        at_round: Array = (
+            learner.score(self.definition, round_params, pairs) if round_logps is None else jnp.asarray(round_logps)
+        )
+        return at_round if of_ref == 0 else jnp.float32(of_ref) * ref_logps + jnp.float32(of_round) * at_round
 
     def _draw(self, step: int, batch: PromptBatch, params: Any) -> Completions:
         config = self.config

@@ -26,6 +26,7 @@ from fastpref.data import (
 from fastpref.held_out import HeldOut
 from fastpref.judging import Judge, Rewarder
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
+from fastpref.records import CompletionBatch, PromptBatch
 from fastpref.schedules import require
 
 Prompts = str | Path | Iterable[str | Mapping[str, Any]]
@@ -148,7 +149,7 @@ def train(
         parameters, opt_state, round_params = arrays
         if row.in_rounds and done % config.round_steps == 0:
             round_params = copy(parameters)
-        batch = next(source)
+        batch: PromptBatch | CompletionBatch = source.__next__()
         gathered = gather(done, batch, parameters, round_params)
         clock = rollout.Clock()
         tau, eta = config.strengths(done)
@@ -273,10 +274,14 @@ def _source(
             records, read = read_records(prompts, columns=("prompt", "chosen", "rejected"))
         except DataError as error:
             raise DataError(f"{config.algorithm} learns from recorded pairs: {error}") from error
-        both = {"max_prompt_tokens": config.max_prompt_tokens, "max_completion_tokens": config.max_new_tokens}
+        both: dict[str, Any] = {
+            "max_prompt_tokens": config.max_prompt_tokens,
+            "max_completion_tokens": config.max_new_tokens,
+        }
         tokens, kept = tokenize_completions(records, policy.tokenizer, **both, **limits, on_bad_record="skip")
         report = read.then(kept)
-        pairs = PairBatcher(tokens.prompts, *tokens.completions, tokens.preference, ids=tokens.ids, **both, **shared)
+        chosen, rejected = tokens.completions
+        pairs = PairBatcher(tokens.prompts, chosen, rejected, tokens.preference, ids=tokens.ids, **both, **shared)
         return {}, pairs, report
     records, read = read_records(prompts)
     encoded, kept = tokenize_prompts(records, policy.tokenizer, max_tokens=config.max_prompt_tokens, **limits)
