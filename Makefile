@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/fastpref demo
 
 test: setup lint $(VENV)/libtpu
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # mypy reads the built wheel: it cannot follow the kernels/ mapping of an editable install.
 lint: setup

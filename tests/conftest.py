@@ -19,15 +19,15 @@ settings.register_profile("fastpref", deadline=None, derandomize=True, print_blo
 settings.load_profile("fastpref")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def programs_of_a_module() -> Iterator[None]:
-    """Forget compiled programs afterwards: interpreted kernels are large, and a process may hold so many only."""
+    """Forget compiled programs afterwards: each takes several mappings of memory, of which a process has so many."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture
-def interpreted_tpu(programs_of_a_module: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def interpreted_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let "tpu" run here, in Pallas's interpreter, with fewer and longer steps: its time is that of compiling them."""
     sampler, logprobs = (
         import_module(f"fastpref.kernels.{name}.tpu") for name in ("mixture_sampling", "token_logprobs")

@@ -6,14 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from short_run import HELD_OUT, short_run
-from small import PROMPTS, language_model
+from small import PROMPTS, language_model, prefers_w1
 
-import fastpref
-from fastpref.config import SupervisedConfig
+from fastpref.config import SupervisedConfig, TrainConfig
 from fastpref.metrics import METRICS, ended, markdown, pair_metrics, sampling_metrics
 from fastpref.records import Completions
 from fastpref.supervised import fit_preference_model, sft
+from fastpref.training import train
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "metrics.md"
 
@@ -23,9 +22,10 @@ def test_the_document_has_the_table() -> None:
 
 
 def test_every_logged_metric_is_in_the_table_and_the_other_way_round() -> None:
-    _, online, _ = short_run()
-    config = SupervisedConfig(steps=1, batch_size=4, max_prompt_tokens=8, max_shapes=1, eval_every=1)
     sgd = optax.sgd(0.1)
+    settings = TrainConfig(steps=1, batch_size=4, max_prompt_tokens=8, max_shapes=1, max_new_tokens=6, eval_every=1)
+    online = train(language_model(), PROMPTS, prefers_w1, settings, optimizer=sgd, eval_prompts=PROMPTS[:8], quiet=True)
+    config = SupervisedConfig(steps=1, batch_size=4, max_prompt_tokens=8, max_shapes=1, eval_every=1)
     examples = [{"prompt": prompt, "completion": "w1 w2"} for prompt in PROMPTS]
     pairs = [{"prompt": prompt, "chosen": "w1", "rejected": "w2"} for prompt in PROMPTS]
     tuned = sft(language_model(), examples, config, held_out=examples[:4], optimizer=sgd, quiet=True)
@@ -95,5 +95,3 @@ def test_sampling_metrics_by_hand() -> None:
 
 def test_nothing_written_has_not_ended() -> None:
     assert not ended(np.full((1, 1, 3), 1), np.array([[0]]), 1).any()
-    assert fastpref.train is not None
-    assert len(HELD_OUT) == 11

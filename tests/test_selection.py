@@ -2,7 +2,6 @@
 
 import csv
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import orjson
 import pytest
 from flax import nnx
 from PIL import Image
-from short_run import short_run
 from small import PROMPTS, language_model
 
 from fastpref import checkpoints
@@ -38,22 +36,33 @@ def select(runs: Any, **settings: Any) -> Ranking:
     return select_checkpoint(runs, language_model(seed=1), PROMPTS, early, **{"max_new_tokens": 6} | settings)
 
 
+def policy_of(step: int) -> LanguageModel:
+    return language_model(seed=10 + step)
+
+
 @pytest.fixture
 def unfinished(tmp_path: Path) -> Path:
-    """A run that was killed before its final model was written."""
+    """A run that was killed before its final model was written: parameters, and what the optimiser kept."""
     folder = tmp_path / "stopped"
-    shutil.copytree(short_run()[0] / "checkpoints", folder / "checkpoints")
+    for step in (1, 2, 3):
+        arrays = nnx.split(policy_of(step).module)[1], {"count": jax.numpy.arange(step)}
+        checkpoints.save(folder / "checkpoints", step, arrays, {}, fingerprint={}, keep=3)
     return folder
 
 
-def test_a_checkpoint_is_the_policy_of_its_step() -> None:
-    folder, result, policies = short_run()
-    for step, policy in policies.items():
-        assert same(read_model(step_directory(folder, step)), policy)
-    assert not same(policies[1], policies[3])
-    assert same(read_model(folder), result.policy)
-    assert same(read_model(folder / "policy"), result.policy)
-    assert read_model(result.policy) is result.policy
+@pytest.fixture
+def finished(unfinished: Path) -> Path:
+    save(policy_of(3), unfinished / "policy")
+    return unfinished
+
+
+def test_a_checkpoint_is_the_policy_of_its_step(finished: Path) -> None:
+    for step in (1, 2, 3):
+        assert same(read_model(step_directory(finished, step)), policy_of(step))
+    assert not same(policy_of(1), policy_of(3))
+    assert same(read_model(finished), policy_of(3))
+    assert same(read_model(finished / "policy"), policy_of(3))
+    assert read_model(policy_of(1)) is policy_of(1)
 
 
 def test_a_run_that_has_not_finished_needs_a_pattern(unfinished: Path) -> None:
@@ -62,7 +71,7 @@ def test_a_run_that_has_not_finished_needs_a_pattern(unfinished: Path) -> None:
         read_model(unfinished)
     with pytest.raises(FileNotFoundError, match=r"has no final model .* Pass like=, a model of the same architecture"):
         read_model(place)
-    assert same(read_model(place, like=language_model()), short_run()[2][2])
+    assert same(read_model(place, like=language_model()), policy_of(2))
     with pytest.raises(CheckpointError, match=r"(?s)do not fit this model.*absent in the checkpoint"):
         read_model(place, like=language_model("t5"))
 
@@ -84,15 +93,15 @@ def test_part_of_a_checkpoint_is_read(tmp_path: Path) -> None:
     assert jax.tree.map(lambda x: x.tolist(), part) == {"b": ([1.0, 1.0], [])}
 
 
-def test_every_checkpoint_is_ranked_against_the_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, _, policies = short_run()
-    ranking = select(folder)
+def test_every_checkpoint_is_ranked_against_the_baseline(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranking = select(finished)
     assert sorted(one.step or 0 for one in ranking.candidates) == [1, 2, 3]
     values = [one.win_rate.value for one in ranking.candidates]
     assert values == sorted(values, reverse=True)
     assert ranking.best is ranking.candidates[0]
-    best = policies[ranking.best.step or 0]
-    assert same(read_model(ranking.best.source), best)
+    assert same(read_model(ranking.best.source), policy_of(ranking.best.step or 0))
     ours, theirs = ranking.best.win_rate.policy, ranking.best.win_rate.baseline
     assert ranking.best.win_rate.value == pytest.approx(np.mean(early([], ours, theirs)))
     assert all(list(one.win_rate.baseline) == list(theirs) for one in ranking.candidates)
@@ -114,7 +123,7 @@ def test_every_checkpoint_is_ranked_against_the_baseline(tmp_path: Path, capsys:
 
 def test_a_copy_of_the_same_weights_does_exactly_as_well(unfinished: Path) -> None:
     # Common noise: two candidates differ by their weights alone, wherever they stand in the list.
-    ranking = select([language_model(), step_directory(unfinished, 1), short_run()[2][1]])
+    ranking = select([language_model(), step_directory(unfinished, 1), policy_of(1)])
     by_name = {one.name: one for one in ranking.candidates}
     copy, original = by_name[str(step_directory(unfinished, 1))], by_name["model 2"]
     assert (copy.run, copy.step) == (str(unfinished), 1)
@@ -139,8 +148,7 @@ def test_candidates_that_cannot_be_ranked_are_refused(tmp_path: Path) -> None:
         select_checkpoint(language_model(), language_model(), PROMPTS, lambda *texts: [0.5], max_new_tokens=6)
 
 
-def test_comparing_takes_runs_too() -> None:
-    folder, result, _ = short_run()
-    one = compare(folder, language_model(), PROMPTS, early, max_new_tokens=6)
-    other = compare(result.policy, language_model(), PROMPTS, early, max_new_tokens=6)
+def test_comparing_takes_runs_too(finished: Path) -> None:
+    one = compare(finished, language_model(), PROMPTS, early, max_new_tokens=6)
+    other = compare(policy_of(3), language_model(), PROMPTS, early, max_new_tokens=6)
     assert one.records() == other.records()

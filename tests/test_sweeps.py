@@ -8,15 +8,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+import optax
 import orjson
 import pytest
+from flax import nnx
 from PIL import Image
-from short_run import OPTIMIZER
 from small import PROMPTS, language_model, prefers_w1
 
 from fastpref.cli import main
 from fastpref.config import ConfigError, Schedule, TrainConfig
 from fastpref.models import save
+from fastpref.runs import read_model, step_directory
 from fastpref.sweeps import SweepResult, sweep
 from fastpref.training import DivergedError, Step, train
 
@@ -173,6 +177,7 @@ TINY: dict[str, Any] = {"steps": 2, "batch_size": 4, "max_prompt_tokens": 8, "ma
 
 
 def test_a_killed_sweep_goes_on_inside_its_point(tmp_path: Path) -> None:
+    optimizer = optax.sgd(0.01)
     made: list[tuple[str, int]] = []
     stop = True
 
@@ -184,7 +189,7 @@ def test_a_killed_sweep_goes_on_inside_its_point(tmp_path: Path) -> None:
 
         train(
             language_model(), PROMPTS, prefers_w1, config,
-            run_dir=folder, optimizer=OPTIMIZER, callbacks=[note], quiet=True,
+            run_dir=folder, optimizer=optimizer, callbacks=[note], quiet=True,
         )  # fmt: skip
 
     def go() -> SweepResult:
@@ -198,6 +203,12 @@ def test_a_killed_sweep_goes_on_inside_its_point(tmp_path: Path) -> None:
     assert made == [("seed=0", 1), ("seed=0", 2), ("seed=1", 1), ("seed=1", 2)]
     assert all(point.score != 0 for point in found.points)
     assert found.rows()[0]["seeds"] == 2
+    # The last checkpoint of a run is its final model, and that is not the one before.
+    place = tmp_path / "seed=1"
+    last, before, final = (read_model(one) for one in (step_directory(place, 2), step_directory(place, 1), place))
+    weights = [np.asarray(jax.tree.leaves(nnx.state(model.module))[0]) for model in (last, before, final)]
+    np.testing.assert_array_equal(weights[0], weights[2])
+    assert (weights[0] != weights[1]).any()
 
 
 @pytest.fixture
