@@ -72,7 +72,7 @@ def simplices(path: Path, title: str, panels: Sequence[SimplexPanel], values: Fl
     bar = figure.colorbar(scale, ax=axes, shrink=0.55, aspect=28, pad=0.02)
     bar.set_label("β, the reference's weight in the sampler", fontsize=9, color=MUTED)
     bar.ax.tick_params(colors=MUTED, labelsize=8.5, length=0)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     return _write(figure, path)
 
 
@@ -103,21 +103,20 @@ def _simplex(axes: Axes, panel: SimplexPanel, values: Float[np.ndarray, " B"]) -
         middle, reach = (low + high) / 2, 0.75 * (high - low).max()
         axes.set_xlim(middle[0] - reach, middle[0] + reach)
         axes.set_ylim(middle[1] - reach, middle[1] + reach)
-        style = {"fontsize": 8.5, "color": INK, "textcoords": "offset points", "zorder": 6}
-        axes.annotate(r"start: π$_\mathrm{ref}$", start, xytext=(8, 6), **style)
-        axes.annotate("online IPO: Nash", ends[0], xytext=(2, 14), ha="center", **style)
-        axes.annotate("offline IPO", ends[-1], xytext=(8, 2), **style)
+        # Offsets keep the words off the lines.
+        _note(axes, r"start: π$_\mathrm{ref}$", start, (36, 6))
+        _note(axes, "online IPO: Nash", ends[0], (2, 14))
+        _note(axes, "offline IPO", ends[-1], (36, 2))
     else:
         for number, (corner, side) in enumerate(zip(CORNERS, ((0, 8), (-6, -12), (6, -12)), strict=True), 1):
-            axes.annotate(
-                f"$y_{number}$",
-                corner,
-                xytext=side,
-                textcoords="offset points",
-                ha="center",
-                fontsize=10,
-                color=INK,
-            )
+            _note(axes, f"$y_{number}$", corner, side, size=10.0)
+
+
+def _note(axes: Axes, text: str, place: Float[np.ndarray, " 2"], offset: tuple[int, int], size: float = 8.5) -> None:
+    where = (float(place[0]), float(place[1]))
+    axes.annotate(
+        text, where, xytext=offset, textcoords="offset points", ha="center", fontsize=size, color=INK, zorder=6
+    )
 
 
 def bands(path: Path, title: str, rows: Sequence[tuple[str, Sequence[BandPanel]]], names: Sequence[str]) -> Path:

@@ -10,7 +10,8 @@ from hypothesis import given
 from theory_cases import HOLDS, SEEN, Case, Claim, apart, cases, check, scores_of, sigmoid
 
 from fastpref import losses
-from fastpref.games import PreferenceGame
+from fastpref.games import PreferenceGame, kl
+from fastpref.reproduce import simplex
 
 LOSSES = {"online-ipo": losses.ipo, "online-dpo": losses.dpo, "online-slic": losses.slic}
 
@@ -333,3 +334,26 @@ def test_theorem_f_7_means_dpo_where_it_says_ipo(case: Case) -> None:
     tilted = case.game.ref * np.exp(case.rewards / case.tau)
     gradient = case.game.expected_gradient(tilted / tilted.sum(), "offline-ipo", behaviour=case.policy("μ"))
     assert size_of(gradient) > SEEN
+
+
+def test_the_printed_matrix_of_figure_6_teaches_what_its_symmetrised_one_does() -> None:
+    """y and y' are drawn alike, so that IPO sees the mean of p(y ≻ y') and 1 − p(y' ≻ y); equation 12 does not."""
+    raw, policy = simplex.PRINTED, np.array([0.2, 0.3, 0.5])
+    game = PreferenceGame(simplex.matrices()["printed"], simplex.REF, simplex.TAU)
+    with jax.enable_x64(True):
+        arguments = map(jnp.asarray, (policy, policy, raw, simplex.REF, np.asarray(simplex.TAU)))
+        literal = np.asarray(literal_gradient(*arguments, loss=losses.ipo))
+    assert apart(literal, game.expected_gradient(policy, "online-ipo")) < HOLDS
+    end = game.nash()
+    answer = simplex.REF * np.exp(raw @ end / simplex.TAU)
+    assert np.abs(end - answer / answer.sum()).sum() > 0.05
+
+
+@given(cases())
+def test_a_divergence_that_is_constant_in_y_does_not_regularise(case: Case) -> None:
+    """Section 6 prints RL's update with τ·KL(π, π_ref) in the place of τ·log π/π_ref: on average it vanishes."""
+    policy = case.policy("π")
+    printed = policy @ (scores_of(policy) * case.tau * kl(policy, case.game.ref))
+    exact = policy @ (scores_of(policy) * case.tau * np.log(policy / case.game.ref)[:, None])
+    assert size_of(printed) < HOLDS
+    assert size_of(exact) > SEEN

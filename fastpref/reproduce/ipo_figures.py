@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 
 from fastpref import figures
 from fastpref.losses import Loss, dpo, ipo
+from fastpref.optimizers import apply, initial_state
 
 TAUS = (0.1, 0.5, 1.0)
 LOSSES: dict[str, Loss] = {"IPO": ipo, "DPO": dpo}
@@ -45,15 +46,15 @@ def train(key: Array, pairs: Int[Array, "N 2"], tau: Float[Array, ""], *, loss: 
     def step(number: Array | int, state: tuple[Array, optax.OptState, Array]) -> tuple[Array, optax.OptState, Array]:
         logits, moments, start = state
         drawn = jax.random.randint(jax.random.fold_in(key, start + number), (BATCH,), 0, len(pairs))
-        updates, moments = optimiser.update(jax.grad(mean_loss)(logits, pairs[drawn]), moments)
-        return optax.apply_updates(logits, updates), moments, start
+        logits, moments = apply(optimiser, jax.grad(mean_loss)(logits, pairs[drawn]), moments, logits)
+        return logits, moments, start
 
     def keep(state: tuple[Array, optax.OptState], start: Array) -> tuple[tuple[Array, optax.OptState], Array]:
         logits, moments, _ = jax.lax.fori_loop(0, EVERY, step, (*state, start))
         return (logits, moments), jax.nn.softmax(logits)
 
     first = jnp.zeros(3)
-    _, kept = jax.lax.scan(keep, (first, optimiser.init(first)), jnp.arange(0, STEPS, EVERY))
+    _, kept = jax.lax.scan(keep, (first, initial_state(optimiser, first)), jnp.arange(0, STEPS, EVERY))
     path: Array = jnp.concatenate([jax.nn.softmax(first)[None], kept])
     return path
 
@@ -69,8 +70,8 @@ def optimum(pairs: tuple[tuple[int, int], ...], tau: float) -> Float[np.ndarray,
     """Where IPO's loss on these pairs is smallest: logits that are ½/τ apart by least squares, the shortest such."""
     winners, losers = np.array(pairs).T
     logits = np.linalg.pinv(np.eye(3)[winners] - np.eye(3)[losers]) @ np.full(len(pairs), 1 / (2 * tau))
-    weights: Float[np.ndarray, " A"] = np.exp(logits)
-    return weights / weights.sum()
+    weights: Float[np.ndarray, " A"] = np.exp(logits) / np.exp(logits).sum()
+    return weights
 
 
 def figure_1(out: Path) -> list[Path]:
