@@ -122,8 +122,9 @@ class Algorithm:
 
     def mixture_betas(self, mixture_beta: float, completions: int | None = None) -> tuple[float, ...]:
         """Weight of the partner in the sampler of each of the K completions."""
-        own = completions is None or completions == len(self.writers)
-        writers = self.writers if own else self.writers[:1] * completions
+        writers = self.writers
+        if completions is not None and completions != len(writers):
+            writers = writers[:1] * completions
         return tuple(mixture_beta if writer == "mixture" else 0.0 for writer in writers)
 
     def anchor_weights(self, tau: float, eta: float) -> tuple[float, float]:

@@ -35,7 +35,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "preference": ("policy", "data", "run_dir", "held_out", "kind", "settings"),
     "evaluate": ("policy", "baseline", "policies", "prompts", "judge", "output", "settings"),
     "sweep": (
-        *("policy", "prompts", "judge", "run_dir", "ref", "eval_prompts", "eval_judge"),
+        *("policy", "prompts", "judge", "run_dir", "ref", "behaviour", "eval_prompts", "eval_judge"),
         *("grid", "metric", "baseline", "settings"),
     ),
 }
@@ -232,9 +232,11 @@ def _sweep(values: Mapping[str, Any]) -> None:
         train(
             values["policy"],
             values["prompts"],
-            judge,
+            # Offline points of a grid read labels; the judge then judges held-out comparisons alone.
+            None if config.row.offline else judge,
             config,
             ref=values.get("ref"),
+            behaviour=values.get("behaviour"),
             run_dir=folder,
             eval_prompts=held_out,
             eval_judge=eval_judge,

@@ -8,9 +8,13 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from fastpref.algorithms import ALGORITHMS, Algorithm
 from fastpref.schedules import ConfigError as ConfigError
-from fastpref.schedules import Schedule, Value, bounds
-from fastpref.schedules import require as _require
+from fastpref.schedules import Schedule as Schedule
+from fastpref.schedules import Value as Value
+from fastpref.schedules import bounds as bounds
+from fastpref.schedules import require
 from fastpref.schedules import value_at as value_at
+
+_require = require
 
 OPTIMIZERS = ("adafactor", "adamw")
 

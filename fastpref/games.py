@@ -208,6 +208,7 @@ class PreferenceGame:
         beta = _mixture_weight(mixture_beta)
         partner = self.ref if behaviour is None else distribution(behaviour, len(self.ref), "behaviour")
         loss: Loss | None
+        betas: tuple[float, ...]
         if algorithm in OFFLINE:
             betas, loss = (1.0, 1.0), OFFLINE[algorithm]
         elif algorithm in POLICY_GRADIENTS:

@@ -35,7 +35,7 @@ METRICS: dict[str, Metric] = {
     "learning_rate": Metric("step size that the schedule gives this step", "", ""),
     "tau": Metric("τ, strength of the regularisation towards the reference", "", ""),
     "eta": Metric("η, strength of the regularisation towards π_t", "", ""),
-    "round": Metric("number of the round, from 1: π_t is the policy at its beginning", "", ""),
+    "round": Metric("number of the round, from 1: π_t is the policy at its beginning", "rounds", ""),
     "mixture_beta": Metric("β, weight of the reference in the mixture that completions are drawn from", "", ""),
     "updates/skipped": Metric(
         "1 if the loss or gradient was not finite and nothing was changed, else 0", "", "", "lower"
@@ -49,12 +49,14 @@ METRICS: dict[str, Metric] = {
     "logps/chosen": Metric("log π of the preferred completion, summed over its tokens", "nats", USED),
     "logps/rejected": Metric("log π of the other completion, summed over its tokens", "nats", USED),
     "objective/kl": Metric("log π − log π_ref, summed over tokens", "nats/completion", SAMPLED, "lower"),
-    "objective/scores": Metric("reward of a completion", "", SAMPLED, "higher"),
-    "objective/rlhf_reward": Metric("reward − τ·(log π − log π_ref)", "", SAMPLED, "higher"),
+    "objective/scores": Metric("reward of a completion", "reward", SAMPLED, "higher"),
+    "objective/rlhf_reward": Metric("reward − τ·(log π − log π_ref)", "reward", SAMPLED, "higher"),
     "objective/entropy": Metric("−log π of the token that was drawn", "nats/token", "sampled tokens"),
     "preference/mean": Metric("p(first ≻ second), ½ for identical completions", "", "all pairs"),
     "preference/confidence": Metric("|p(first ≻ second) − ½|", "", "all pairs"),
-    "preference/comparisons": Metric("comparisons that were judged, those of identical completions left out", "", ""),
+    "preference/comparisons": Metric(
+        "comparisons that were judged, those of identical completions left out", "comparisons", ""
+    ),
     "completions/mean_length": Metric("tokens, EOS included", "tokens", SAMPLED),
     "completions/eos_rate": Metric("1 if the completion ends with EOS, 0 if it was cut off", "", SAMPLED, "higher"),
     "pairs/used": Metric("pairs of this step that were learned from", "pairs", "", "higher"),

@@ -29,6 +29,7 @@ from fastpref.judging import Judge, Rewarder
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
 from fastpref.pair_log import PairLog
 from fastpref.preference import PreferenceModel, RewardModel
+from fastpref.records import PackedPairs, PromptBatch
 from fastpref.rows import RowPlan, pair_sizes, plan_rows
 from fastpref.schedules import require
 
@@ -150,7 +151,7 @@ def train(
         parameters, opt_state, round_params = arrays
         if row.in_rounds and done % config.round_steps == 0:
             round_params = copy(parameters)
-        batch: Any = next(source)
+        batch: PromptBatch | PackedPairs = source.__next__()
         gathered = gather(done, batch, parameters, round_params)
         clock = rollout.Clock()
         tau, eta = config.strengths(done)

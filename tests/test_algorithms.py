@@ -17,6 +17,7 @@ from fastpref import losses
 from fastpref.algorithms import ALGORITHMS, Algorithm
 from fastpref.config import ConfigError, TrainConfig
 from fastpref.data import DataError
+from fastpref.metrics import METRICS
 from fastpref.preference import RewardModel
 from fastpref.training import Step, TrainResult, train
 
@@ -71,6 +72,9 @@ def test_every_algorithm_learns_on_both_families(name: str, family: str, tmp_pat
     first, last = result.metrics
     assert not first["updates/skipped"]
     assert not last["updates/skipped"]
+    assert {name for step in result.metrics for name in step} <= set(METRICS)
+    assert ("eta" in first) == (row.strength == "eta")
+    assert ("objective/rlhf_reward" in first) == ("objective/scores" in first) == (row.judged_by == "reward")
     if not row.offline:
         assert first["objective/kl"] == 0
     if row.pairs != "first":

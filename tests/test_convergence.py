@@ -4,6 +4,7 @@ Sampler, judge, kernels, losses and optimiser are those of every other run; only
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -68,21 +69,32 @@ def falling(rate: float) -> optax.GradientTransformation:
     return optax.sgd(optax.linear_schedule(rate, rate / 50, STEPS))
 
 
-OPTIMIZERS = {
-    "online-ipo": falling(0.4),
-    "ipo-md": falling(0.4),
-    "online-dpo": falling(8.0),
-    "nash-md-pg": falling(8.0),
-}
+SQUARED, GRADIENT = falling(0.4), falling(8.0)
+OPTIMIZERS = dict.fromkeys(("online-ipo", "ipo-md", "inpo-pairs"), SQUARED) | dict.fromkeys(
+    ("online-dpo", "nash-md-pg", "rl"), GRADIENT
+)
 
 
-def learned(game: PreferenceGame, name: str) -> np.ndarray:
+def actions(texts: Sequence[str]) -> list[int]:
+    return [int(text[1:] or ACTIONS - 1) for text in texts]
+
+
+class Oracle:
+    """The game's preferences, and a reward of each action."""
+
+    def __init__(self, game: PreferenceGame) -> None:
+        self.game = game
+        self.rewards = game.preferences.mean(1)
+
+    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
+        return self.game.preferences[actions(first), actions(second)]
+
+    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
+        return self.rewards[actions(completions)]
+
+
+def learned(game: PreferenceGame, name: str, **settings: Any) -> np.ndarray:
     """The policy that a run ends with."""
-
-    def judge(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> np.ndarray:
-        one, two = ([int(text[1:] or ACTIONS - 1) for text in texts] for texts in (first, second))
-        return game.preferences[one, two]
-
     config = TrainConfig(
         algorithm=name,
         tau=game.tau,
@@ -92,8 +104,9 @@ def learned(game: PreferenceGame, name: str) -> np.ndarray:
         max_prompt_tokens=8,
         max_new_tokens=1,
         max_shapes=1,
+        **settings,
     )
-    result = train(table(game.ref), ["a0"], judge, config, optimizer=OPTIMIZERS[name], quiet=True)
+    result = train(table(game.ref), ["a0"], Oracle(game), config, optimizer=OPTIMIZERS[name], quiet=True)
     assert not any(step["updates/skipped"] for step in result.metrics)
     module: Any = result.policy.module
     return np.asarray(jax.nn.softmax(module.logits[...][:, 0]), np.float64)
@@ -116,6 +129,24 @@ def test_the_training_code_reaches_the_nash_policy_and_online_dpo_does_not() -> 
     # The two fixed points differ by more than what is asked of a run, so neither passes for the other.
     assert distance(game.nash(), game.nash(BETA)) > 0.04
     assert distance(learned(game, "online-dpo"), game.nash()) > 0.1
+
+
+def test_a_reward_is_followed_to_its_closed_form() -> None:
+    """IPO-MD eq. 3."""
+    game = random_game(0)
+    expected = game.ref * np.exp(Oracle(game).rewards / game.tau)
+    expected /= expected.sum()
+    assert distance(learned(game, "rl", baseline="batch"), expected) < 0.02 < distance(game.ref, expected)
+
+
+def test_a_round_of_inpo_is_a_step_of_mirror_descent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """INPO eq. 5 and proposition 6, for pairs as they are drawn and soft labels; round two begins where one ends."""
+    game, eta = random_game(0), 0.4
+    row = replace(ALGORITHMS["inpo"], writers=("round", "round"), pairs="both")
+    monkeypatch.setitem(ALGORITHMS, "inpo-pairs", row)
+    _, one, two = game.mirror_descent([eta, eta])
+    assert distance(learned(game, "inpo-pairs", eta=eta, rounds=1), one) < 0.02 < distance(one, two)
+    assert distance(learned(game, "inpo-pairs", eta=eta, rounds=2), two) < 0.02
 
 
 @pytest.mark.slow
