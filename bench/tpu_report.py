@@ -168,7 +168,7 @@ than XLA by either estimate.
 
 **Not reached.** Spills: every tile's elementwise part has some, since the compiler interleaves it with the products to
 keep the MXUs busy and so has more values alive than registers; loads and stores have free slots there, and what binds
-is the MXU or HBM as shown. One head for both models at B = 64 reads half the bytes for the same products: the MXU binds.
+is the MXU or HBM as shown. One head for both models at B = 64 reads half the bytes for as many products: the MXU binds.
 Not slower than XLA, forward and backward, where XLA has room to keep the logits: it then needs three products, for the
 four that it takes to compute them again.
 """
