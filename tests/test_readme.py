@@ -41,6 +41,24 @@ def test_the_training_example_runs(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "shorter" / "policy" / "model.safetensors").exists()
 
 
+def test_the_comparison_example_runs(tmp_path: Path) -> None:
+    for run_dir in ("checkpoints/sft", "runs/ipo-0", "runs/ipo-1", "runs/dpo"):
+        save(language_model(), tmp_path / run_dir)
+    given = f"prompts = validation = {PROMPTS[:4]}\njudge = lambda x, y, z: [len(a) / (len(a) + len(b)) for a, b in zip(y, z)]\n"
+    code = snippet("compare")
+    chosen = re.search(r"best = .*\n", code)
+    assert chosen
+    short = (
+        code.replace(chosen[0], "")
+        .replace("=64", "=3")
+        .replace("steps=1000", "steps=1")
+        .replace("every=100", "every=1")
+    )
+    run(given + short, tmp_path)
+    assert (tmp_path / "compared" / "win_rates.png").exists()
+    assert (tmp_path / "runs" / "tau" / "results.md").exists()
+
+
 def test_the_kernel_example_runs(tmp_path: Path) -> None:
     assert run(snippet("kernels"), tmp_path)
 
@@ -68,7 +86,7 @@ def test_every_make_target_exists() -> None:
 
 def test_every_command_of_the_program_exists() -> None:
     grammar = parser().format_help()
-    for command in set(re.findall(r"`?fastpref (demo|sft|preference|train|evaluate)\b", README)):
+    for command in set(re.findall(r"`?fastpref (demo|sft|preference|train|evaluate|sweep|reproduce)\b", README)):
         assert command in grammar
 
 
