@@ -44,16 +44,12 @@ def test_the_training_example_runs(tmp_path: Path) -> None:
 def test_the_comparison_example_runs(tmp_path: Path) -> None:
     for run_dir in ("checkpoints/sft", "runs/ipo-0", "runs/ipo-1", "runs/dpo"):
         save(language_model(), tmp_path / run_dir)
-    given = f"prompts = validation = {PROMPTS[:4]}\njudge = lambda x, y, z: [len(a) / (len(a) + len(b)) for a, b in zip(y, z)]\n"
+    judge = "judge = lambda prompts, first, second: [0.5 + 0.5 * (a > b) for a, b in zip(first, second)]"
+    given = f"prompts = validation = {PROMPTS[:4]}\n{judge}\n"
     code = snippet("compare")
     chosen = re.search(r"best = .*\n", code)
     assert chosen
-    short = (
-        code.replace(chosen[0], "")
-        .replace("=64", "=3")
-        .replace("steps=1000", "steps=1")
-        .replace("every=100", "every=1")
-    )
+    short = code.replace(chosen[0], "").replace("=64", "=3").replace("=1000", "=1").replace("every=100", "every=1")
     run(given + short, tmp_path)
     assert (tmp_path / "compared" / "win_rates.png").exists()
     assert (tmp_path / "runs" / "tau" / "results.md").exists()
