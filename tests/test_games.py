@@ -105,6 +105,27 @@ def test_tau_too_small_to_prove_anything_is_refused(monkeypatch: pytest.MonkeyPa
         PreferenceGame(EVEN, [0.2, 0.3, 0.5], 1e-9).nash()
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.8])
+@pytest.mark.parametrize("tau", [1e-2, 1e-4, 1e-6])
+def test_the_reported_error_is_no_smaller_than_the_true_one(
+    beta: float, tau: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    game = random_game(8)[0]
+    exact, _ = equilibrium.equilibrium(game.preferences, game.ref, tau, beta)
+    monkeypatch.setattr(equilibrium.np, "longdouble", np.float64)
+    rounded, error = equilibrium.equilibrium(game.preferences, game.ref, tau, beta)
+    assert np.abs(rounded - exact).sum() <= error + 1e-15
+
+
+def test_the_answer_to_a_mixture_is_less_certain_than_the_mixture() -> None:
+    game = PreferenceGame(EVEN, [0.2, 0.3, 0.5], 1e-7)
+    assert game.nash().sum() == pytest.approx(1)
+    with pytest.raises(
+        ArithmeticError, match=r"for tau = 1e-07 and mixture_beta = 0.5 rounding leaves an error of up to"
+    ):
+        game.nash(0.5)
+
+
 def test_the_ends_of_beta_are_the_nash_policy_and_the_answer_to_the_reference() -> None:
     game = PreferenceGame(EVEN, [0.2, 0.3, 0.5], 0.1)
     np.testing.assert_allclose(game.nash(1.0), game.best_response(game.ref), atol=1e-12)
