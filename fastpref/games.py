@@ -18,15 +18,9 @@ from numpy.typing import ArrayLike
 from fastpref.algorithms import ALGORITHMS
 from fastpref.config import ConfigError, _require
 from fastpref.equilibrium import equilibrium
-from fastpref.losses import Loss, dpo, ipo, slic
+from fastpref.losses import Objective
 
 Vector = Float[np.ndarray, " A"]
-
-OFFLINE: dict[str, Loss] = {"offline-ipo": ipo, "offline-dpo": dpo, "offline-slic": slic}
-"""Algorithms whose pairs come from a fixed behaviour policy."""
-
-POLICY_GRADIENTS = ("nash-md-pg", "self-play")
-"""Algorithms that move y alone: y ~ π, y' from the mixture; self-play is nash-md-pg at β = 0."""
 
 
 class PreferenceGame:
@@ -139,8 +133,7 @@ class PreferenceGame:
 
         Args:
           policy: π, shape [A], above 0 everywhere.
-          algorithm: a name of `fastpref.ALGORITHMS`, "nash-md-pg", "self-play", or one of "offline-ipo", "offline-dpo",
-            "offline-slic".
+          algorithm: a name of `fastpref.ALGORITHMS` whose pairs are written by two, outside rounds.
           mixture_beta: β, for algorithms that sample from the mixture.
           behaviour: μ, shape [A]: whose data an offline algorithm has, and what the mixture π^(1−β)·μ^β is made with
             (IPO-MD section 5.1); the reference if None.
@@ -152,9 +145,9 @@ class PreferenceGame:
           ConfigError: an unknown algorithm, or an argument that breaks its rule.
         """
         logits = np.log(distribution(policy, len(self.ref), "policy", full_support=True))
-        setting, loss = self._setting(algorithm, mixture_beta, behaviour)
+        setting, objective = self._setting(algorithm, mixture_beta, behaviour)
         with jax.enable_x64(True):
-            return np.asarray(_gradient(jnp.asarray(logits), *map(jnp.asarray, setting), loss=loss))
+            return np.asarray(_gradient(jnp.asarray(logits), *map(jnp.asarray, setting), objective=objective))
 
     def trajectory(
         self,
@@ -186,13 +179,13 @@ class PreferenceGame:
         """
         _require(steps >= 0 and every >= 1, "steps must be 0 or more and every 1 or more", (steps, every), "Raise it.")
         first = self.ref if start is None else distribution(start, len(self.ref), "start", full_support=True)
-        setting, loss = self._setting(algorithm, mixture_beta, behaviour)
+        setting, objective = self._setting(algorithm, mixture_beta, behaviour)
         with jax.enable_x64(True):
             logits = _descend(
                 jnp.log(first),
                 jnp.asarray(step_size, jnp.float64),
                 *map(jnp.asarray, setting),
-                loss=loss,
+                objective=objective,
                 kept=steps // every,
                 every=every,
             )
@@ -203,23 +196,18 @@ class PreferenceGame:
 
     def _setting(
         self, algorithm: str, mixture_beta: float, behaviour: ArrayLike | None
-    ) -> tuple[tuple[np.ndarray, ...], Loss | None]:
-        """Preferences, log π_ref, τ, weights of π in the two samplers, log of what else they mix; and the loss."""
+    ) -> tuple[tuple[np.ndarray, ...], Objective]:
+        """Preferences, log π_ref, τ, weights of π in the two samplers, log of what else they mix; and the objective."""
         beta = _mixture_weight(mixture_beta)
+        # What is left out chooses its pairs from many, has a reward, or goes in rounds.
+        left_out = {name for name, row in ALGORITHMS.items() if row.selects or row.in_rounds or len(row.writers) != 2}
+        known = [name for name in ALGORITHMS if name not in left_out]
+        _require(algorithm in known, "algorithm must be one of " + ", ".join(known), algorithm, "Choose one.")
+        row = ALGORITHMS[algorithm]
         partner = self.ref if behaviour is None else distribution(behaviour, len(self.ref), "behaviour")
-        loss: Loss | None
-        betas: tuple[float, ...]
-        if algorithm in OFFLINE:
-            betas, loss = (1.0, 1.0), OFFLINE[algorithm]
-        elif algorithm in POLICY_GRADIENTS:
-            betas, loss = (0.0, beta if algorithm == "nash-md-pg" else 0.0), None
-        else:
-            pairs = [name for name, row in ALGORITHMS.items() if len(row.mixture_betas(beta)) == 2]
-            known = dict.fromkeys((*pairs, *OFFLINE, *POLICY_GRADIENTS))
-            _require(algorithm in known, "algorithm must be one of " + ", ".join(known), algorithm, "Choose one.")
-            betas, loss = ALGORITHMS[algorithm].mixture_betas(beta), ALGORITHMS[algorithm].loss
-        weights = 1 - np.asarray(betas, np.float64)
-        return (self.preferences, np.log(self.ref), np.asarray(self.tau), weights, _log(partner)), loss
+        shares = {"policy": 1.0, "mixture": 1 - beta, "data": 0.0}
+        weights = np.array([shares[writer] for writer in row.writers])
+        return (self.preferences, np.log(self.ref), np.asarray(self.tau), weights, _log(partner)), row.objective
 
 
 def preference_matrix(preferences: ArrayLike) -> Float[np.ndarray, "A A"]:
@@ -306,7 +294,7 @@ def _sampler(log_policy: Array, weight: Array, log_partner: Array) -> Array:
     return jax.nn.softmax(mixed)
 
 
-@partial(jax.jit, static_argnames="loss")
+@partial(jax.jit, static_argnames="objective")
 def _gradient(
     logits: Float[Array, " A"],
     preferences: Float[Array, "A A"],
@@ -315,30 +303,37 @@ def _gradient(
     weights: Float[Array, " 2"],
     log_partner: Float[Array, " A"],
     *,
-    loss: Loss | None,
+    objective: Objective,
 ) -> Float[Array, " A"]:
     log_policy = jax.nn.log_softmax(logits)
     advantage = log_policy - log_ref
     first, second = (_sampler(log_policy, weight, log_partner) for weight in weights)
-    if loss is None:
-        # Nash-MD-PG: E_y[∇ log π(y)·(p(y ≻ π') − ½ − τ·log π(y)/π_ref(y))], downhill (IPO-MD section 2.6).
-        gain = preferences @ second - 0.5 - tau * advantage
-        policy_gradient: Array = -first * (gain - first @ gain)
-        return policy_gradient
-    log_ratios = (advantage[:, None] - advantage[None, :]).ravel()
-    slopes = jax.grad(lambda ratios: loss(ratios, preferences.ravel(), tau=tau).sum())(log_ratios)
+    pairs = preferences.ravel()
+    if objective.contrastive:
+        ratios = (advantage[:, None] - advantage[None, :]).ravel()
+        slopes = jax.grad(lambda values: objective.loss(values, pairs, tau=tau).sum())(ratios)
+    else:
+        logps, anchors = (jnp.repeat(values, len(log_ref)) for values in (log_policy, log_ref))
+        slopes = jax.grad(lambda values: objective.loss(values, anchors, pairs - 0.5, tau=tau).sum())(logps)
     pulls = first[:, None] * second[None, :] * slopes.reshape(preferences.shape)
-    # ρ(y, y') moves by +1 with the logit of y and by −1 with that of y': the softmax's normaliser cancels.
-    gradient: Array = pulls.sum(1) - pulls.sum(0)
+    # ρ(y, y') moves by +1 with the logit of y and by −1 with that of y', for the softmax's normaliser cancels; log π(y)
+    # moves by +1 with the logit of y and by −π with all.
+    against = pulls.sum(0) if objective.contrastive else jax.nn.softmax(logits) * pulls.sum()
+    gradient: Array = pulls.sum(1) - against
     return gradient
 
 
-@partial(jax.jit, static_argnames=("loss", "kept", "every"))
+@partial(jax.jit, static_argnames=("objective", "kept", "every"))
 def _descend(
-    logits: Float[Array, " A"], step_size: Float[Array, ""], *setting: Array, loss: Loss | None, kept: int, every: int
+    logits: Float[Array, " A"],
+    step_size: Float[Array, ""],
+    *setting: Array,
+    objective: Objective,
+    kept: int,
+    every: int,
 ) -> Float[Array, "T A"]:
     def step(_: Array | int, logits: Array) -> Array:
-        moved: Array = logits - step_size * _gradient(logits, *setting, loss=loss)
+        moved: Array = logits - step_size * _gradient(logits, *setting, objective=objective)
         return moved
 
     def keep(logits: Array, _: None) -> tuple[Array, Array]:

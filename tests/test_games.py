@@ -261,8 +261,8 @@ def test_arguments_that_break_their_rule_are_refused() -> None:
         game.duality_gap([-0.5, 0.5, 1.0])
     with pytest.raises(ConfigError, match=r"policy must be above 0 for every action, but received 0.0"):
         game.expected_gradient([0.0, 0.5, 0.5], "ipo-md")
-    with pytest.raises(ConfigError, match=r"must be one of ipo-md, .*self-play, but received 'ipo'. Choose"):
-        game.trajectory("ipo", steps=1, step_size=0.1)
+    with pytest.raises(ConfigError, match=r"must be one of ipo-md, .*offline-slic, but received 'inpo'. Choose"):
+        game.trajectory("inpo", steps=1, step_size=0.1)
     with pytest.raises(ConfigError, match=r"behaviour must sum to 1, but received 2.0"):
         game.trajectory("offline-ipo", steps=1, step_size=0.1, behaviour=[1.0, 1.0, 0.0])
     with pytest.raises(ConfigError, match=r"steps must be 0 or more and every 1 or more, but received \(3, 0\)"):
