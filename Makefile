@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SITE := build/site-$(notdir $(VENV))
 
-.PHONY: demo test lint bench lab setup clean
+.PHONY: demo test lint bench lab fuzz setup clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -40,6 +40,10 @@ bench: setup
 # Needs no TPU: compiles for three of them and reads the compiler's schedules.
 lab: setup $(VENV)/libtpu
 	$(BIN)/python bench/tpu_lab.py --write
+
+# A minute for each target, with libFuzzer where clang has it.
+fuzz:
+	$(PYTHON) tests/native/fuzz
 
 clean:
 	rm -rf .venv* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
