@@ -73,11 +73,11 @@ class Tokenizer:
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt, with the special tokens that the checkpoint's post-processor adds."""
-        return [encoding.ids for encoding in self.backend.encode_batch(list(texts))]
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts))]
 
     def encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt that a chat template wrote, which holds its special tokens already."""
-        return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     @property
     def fingerprint(self) -> bytes:
@@ -86,7 +86,7 @@ class Tokenizer:
 
     def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each completion, without special tokens, followed by EOS."""
-        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [[*encoding.ids, self.eos_id] for encoding in encodings]
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:

@@ -28,6 +28,7 @@ namespace {
 using Bytes = std::vector<std::uint8_t>;
 namespace fs = std::filesystem;
 
+constexpr std::uint64_t kFirstPulse = std::uint64_t{1} << 20;
 constexpr std::size_t kEdges = std::size_t{1} << 16;
 unsigned char seen[kEdges];
 std::size_t edges = 0;
@@ -222,7 +223,9 @@ int main(int count, char** arguments) {
     const std::size_t newest = std::min<std::size_t>(corpus.size(), 16);
     Bytes bytes = corpus[random.below(2) == 0 ? corpus.size() - 1 - random.below(newest) : random.below(corpus.size())];
     mutate(bytes, corpus, random, max_size);
-    ++done;
+    if ((++done & (done - 1)) == 0 && done >= kFirstPulse) {
+      std::fprintf(stderr, "%llu runs in %.0f s\n", static_cast<unsigned long long>(done), elapsed());
+    }
     if (run(bytes)) {
       if (!folders.empty() && fs::is_directory(folders[0])) save(folders[0] + "/" + name_of(bytes), bytes);
       corpus.push_back(std::move(bytes));
