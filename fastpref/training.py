@@ -259,7 +259,7 @@ def _check_sources(config: TrainConfig, judge: Judge | Rewarder | None, behaviou
         )
     else:
         require(
-            judge is not None,
+            callable(judge) or isinstance(judge, Rewarder),
             f"{name} is online and must be given a judge",
             judge,
             f"Pass {'a RewardModel' if row.judged_by == 'reward' else 'a function or a PreferenceModel'}, "
