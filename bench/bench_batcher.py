@@ -1,19 +1,23 @@
-"""Padded batches from the native batcher against the same batches from Python and NumPy collators, in one run.
+"""Packed batches of preference pairs: rates against a packer and a collator in Python, padding, planning, resuming.
 
-    python bench/bench_batcher.py
+    python bench/bench_batcher.py --write
 
-times everything and writes bench/results/batcher_cpu.json and .md. Every round assembles batches that no round before
-had, out of more data than the caches hold, as training does.
+times everything, each side in the same run, and writes bench/results/batcher.json and .md. `make bench` times the rates
+alone. grain is needed for the comparison with it: `pip install .[bench]`.
 """
 
+import argparse
+import gc
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
-import tempfile
+import textwrap
+import time
 from collections.abc import Callable
-from itertools import count, islice
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,139 +25,319 @@ import numpy as np
 import pytest
 
 from fastpref import _batcher
-from fastpref.data import PairBatcher, PromptBatcher, Ragged
+from fastpref.data import PairBatcher, Ragged, pack_pairs
 
-RECORDS, BATCH_SIZE, BATCHES, ROUNDS, WARMUP = 40_000, 64, 25, 22, 2
+ROWS, ROW_TOKENS, WINDOW, PAIRS, ROUNDS = 8, 4096, 1024, 4000, 7
+LAWS = (((5.0, 0.8), "prompts"), ((5.5, 0.7), "first"), ((5.45, 0.7), "second"))
 WORKLOAD = (
-    "Lengths are synthetic: sequences lognormal(5.9, 0.7) clipped to [16, 2048]; pairs with prompts lognormal(5, 0.8) "
-    "and completions lognormal(5.5, 0.7) and lognormal(5.45, 0.7) clipped to [4, 1024]. One round assembles the next "
-    f"{BATCHES} batches of {BATCH_SIZE} out of {RECORDS} records, the same for all; a rate counts real tokens, not "
-    "padding. All sides are given the plan, which is timed apart."
+    "Synthetic pairs: prompts lognormal(5, 0.8), completions lognormal(5.5, 0.7) and lognormal(5.45, 0.7) tokens, "
+    f"clipped to [4, 1024]. Batches have {ROWS} rows of {ROW_TOKENS} places."
 )
 RESULTS = Path(__file__).parent / "results"
-MODELS = {
-    "prompts": (((5.9, 0.7), 16, 2048),),
-    "pairs": (((5.0, 0.8), 4, 1024), ((5.5, 0.7), 4, 1024), ((5.45, 0.7), 4, 1024)),
+TARGETS = {
+    "assembly": "at least 200 M real tokens/s on one core",
+    "grain": "at least 50 times its best-fit packing",
+    "lists": "at least 50 times a Python pair collator",
+    "padding 256": "at most 2 % at window 256",
+    "padding 1024": "at most 1.2 % at window 1024",
+    "plan": "at most 2 s for 10 M pairs",
+    "restore": "at most 10 ms",
+    "next": "99 of 100 within 1 ms",
+    "exit": "within 1 s",
 }
-Plan = list[tuple[list[int], list[int]]]
-"""Records and widths of each batch."""
+Columns = list[Ragged]
 
 
-def columns(kind: str) -> list[Ragged]:
+def lengths(count: int, seed: int) -> list[np.ndarray]:
+    random = np.random.default_rng(seed)
+    return [random.lognormal(*law, count).clip(4, 1024).astype(np.int64) for law, _ in LAWS]
+
+
+def columns(count: int, seed: int) -> Columns:
+    random = np.random.default_rng(seed + 1000)
+    made = []
+    for each in lengths(count, seed):
+        offsets = np.concatenate([[0], np.cumsum(each)])
+        made.append(Ragged(random.integers(0, 32_000, offsets[-1], dtype=np.int32), offsets))
+    return made
+
+
+def native(data: Columns, layout: str) -> Callable[[], int]:
+    """Plan an epoch and assemble its batches in one thread."""
+    batches = PairBatcher(*data, rows=ROWS, row_tokens=ROW_TOKENS, window=WINDOW, layout=layout, prefetch=0)
+
+    def run() -> int:
+        for _ in range(batches.batches_in(0)):
+            next(batches)
+        return batches._loader.measure(0)[3]
+
+    return run
+
+
+def grain_best_fit(data: Columns, layout: str) -> Callable[[], int]:
+    """Each pair as one sequence of as many tokens, alone or with the two fields that segments do not tell.
+
+    The arrays are there already, and are read without threads.
+    """
+    import grain
+    from grain.experimental import BestFitPackIterDataset
+
+    prompts, first, second = data
+    pairs = []
+    for i in range(len(prompts)):
+        prompt, y, z = prompts[i], first[i], second[i]
+        pair = {"tokens": np.concatenate([prompt, y[:-1], prompt[-1:], z[:-1]])}
+        if layout == "all fields":
+            context = np.zeros(len(prompt) - 1, np.int32)
+            pair["targets"] = np.concatenate([context, y, z])
+            pair["streams"] = np.concatenate([context, np.full(len(y), 1, np.int32), np.full(len(z), 2, np.int32)])
+        pairs.append(pair)
+    source = grain.MapDataset.source(pairs).shuffle(seed=0).to_iter_dataset(grain.ReadOptions(num_threads=0))
+    capacity = dict.fromkeys(pairs[0], ROW_TOKENS)
+    packed = BestFitPackIterDataset(source, length_struct=capacity, num_packing_bins=64).batch(ROWS)
+
+    def run() -> int:
+        return sum(int((batch["tokens_segment_ids"] > 0).sum()) for batch in packed)
+
+    return run
+
+
+def python_lists(data: Columns, layout: str) -> Callable[[], int]:
+    """Concatenate, mask and pad lists, as collators of preference pairs do; 16 pairs a batch, the prompt twice."""
+    rows = [[each[i].tolist() for i in range(len(each))] for each in data]
+
+    def padded(sequences: list[list[int]]) -> np.ndarray:
+        arrays = [np.array(sequence) for sequence in sequences]
+        out = np.zeros((len(arrays), max(map(len, arrays))), np.int64)
+        for at, array in enumerate(arrays):
+            out[at, : len(array)] = array
+        return out
+
+    def run() -> int:
+        real = 0
+        for at in range(0, len(rows[0]), 16):
+            prompts, *completions = (column[at : at + 16] for column in rows)
+            ids = [p + c for column in completions for p, c in zip(prompts, column, strict=True)]
+            scored = [
+                [0] * len(p) + [1] * len(c) for column in completions for p, c in zip(prompts, column, strict=True)
+            ]
+            padded(ids), padded([[1] * len(each) for each in ids]), padded(scored)
+            real += sum(map(len, ids))
+        return real
+
+    return run
+
+
+def numpy_slices(data: Columns, layout: str) -> Callable[[], int]:
+    """The same rows, given the plan: six fields filled slice by slice."""
+    prompts, first, second = data
+    sizes = _batcher.pair_sizes(*(_batcher.Column(each.values, each.offsets) for each in data), layout="shared")
+    members, ends, batches, _ = _batcher.plan_pairs(
+        np.ascontiguousarray(sizes[:, 0]),
+        np.zeros(0, np.int32),
+        shapes=[(ROWS, ROW_TOKENS, 0)],
+        max_pairs_per_row=32,
+        window=WINDOW,
+        seed=0,
+        epoch=0,
+    )
+    rows = [row.tolist() for row in np.split(members, ends)[:-1]]
+    plan = [rows[start : start + count] for start, count, _ in batches.tolist()]
+
+    def run() -> int:
+        real = 0
+        for batch in plan:
+            fields = [np.full((ROWS, ROW_TOKENS), empty, np.int32) for empty in (0, 0, 0, -1, 0, -1)]
+            tokens, targets, positions, pairs, streams, sequences = fields
+            for r, row in enumerate(batch):
+                at = 0
+                for s, i in enumerate(row):
+                    prompt = prompts[i]
+                    context = len(prompt) - 1
+                    tokens[r, at : at + context] = prompt[:-1]
+                    positions[r, at : at + context] = np.arange(context)
+                    pairs[r, at : at + context] = s
+                    at += context
+                    for k, completion in enumerate((first[i], second[i])):
+                        end = at + len(completion)
+                        tokens[r, at] = prompt[-1]
+                        tokens[r, at + 1 : end] = completion[:-1]
+                        targets[r, at:end] = completion
+                        positions[r, at:end] = np.arange(context, context + len(completion))
+                        pairs[r, at:end] = s
+                        streams[r, at:end] = 1 + k
+                        sequences[r, at:end] = 2 * (r * 32 + s) + k
+                        at = end
+                real += at
+        return real
+
+    return run
+
+
+SIDES: dict[str, tuple[Callable[[Columns, str], Callable[[], int]], str]] = {
+    "fastpref, shared prompt": (native, "shared"),
+    "fastpref, separate": (native, "separate"),
+    "NumPy slices, given the plan": (numpy_slices, "shared"),
+    "grain best-fit": (grain_best_fit, "all fields"),
+    "grain best-fit, tokens alone": (grain_best_fit, "tokens"),
+    "Python lists, padded": (python_lists, "separate"),
+}
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_rates(side: str, benchmark: Any) -> None:
+    if side.startswith("grain"):
+        pytest.importorskip("grain")
+    build, layout = SIDES[side]
+    run = build(columns(PAIRS // 4, 0), layout)
+    benchmark.extra_info["tokens"] = benchmark.pedantic(run, rounds=3)
+
+
+def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
+    """Result, wall seconds, CPU seconds of the process."""
+    gc.collect()
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = run()
+    return result, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def spread(values: list[float]) -> list[float]:
+    return [float(value) for value in np.percentile(values, [25, 50, 75])]
+
+
+def rates() -> dict[str, Any]:
+    """Every round packs pairs that no round before had, one side after the other."""
+    found: dict[str, dict[str, list[float]]] = {side: {"wall": [], "cpu": [], "pairs": []} for side in SIDES}
+    for turn in range(ROUNDS):
+        data = columns(PAIRS, turn)
+        for side, (build, layout) in SIDES.items():
+            tokens, wall, cpu = timed(build(data, layout))
+            found[side]["wall"].append(tokens / wall)
+            found[side]["cpu"].append(tokens / cpu)
+            found[side]["pairs"].append(PAIRS / cpu)
+    return {side: {name: spread(values) for name, values in entry.items()} for side, entry in found.items()}
+
+
+def padding() -> dict[str, float]:
+    prompt, first, second = (each.astype(np.int32) for each in lengths(200_000, 1))
+    sizes = {"shared": prompt - 1 + first + second, "separate": 2 * prompt - 2 + first + second}
+    found = {}
+    for layout, tokens in sizes.items():
+        for row_tokens in (4096, 8192):
+            for window in (64, 256, 1024, 4096, 65536):
+                _, ends, _, _ = plan(tokens, row_tokens, window)
+                found[f"{layout} {row_tokens} {window}"] = 1 - int(tokens.sum()) / (len(ends) * row_tokens)
+    return found
+
+
+def plan(tokens: np.ndarray, row_tokens: int, window: int, seed: int = 0) -> Any:
+    return _batcher.plan_pairs(
+        tokens,
+        np.zeros(0, np.int32),
+        shapes=[(ROWS, row_tokens, 0)],
+        max_pairs_per_row=32,
+        window=window,
+        seed=seed,
+        epoch=0,
+    )
+
+
+def planning() -> dict[str, Any]:
+    tokens = sum(lengths(10_000_000, 2)).astype(np.int32)  # type: ignore[attr-defined]
+    found: dict[str, Any] = {}
+    for window in (256, 1024):
+        walls, cpus = [], []
+        for seed in range(3):
+            _, wall, cpu = timed(lambda window=window, seed=seed: plan(tokens, ROW_TOKENS, window, seed))
+            walls.append(wall)
+            cpus.append(cpu)
+        found[str(window)] = {"wall_s": spread(walls), "cpu_s": spread(cpus)}
+    return found
+
+
+def resuming() -> dict[str, Any]:
+    """Ten million pairs of a token each: the position is what must not matter."""
+    rows = Ragged(np.ones(10_000_000, np.int32), np.arange(10_000_001))
+    with PairBatcher(rows, rows, rows, rows=64, row_tokens=64, prefetch=0) as batches:
+        batches.batches_in(0)
+        states = []
+        random = np.random.default_rng(0)
+        count = batches.batches_in(0)
+        for at in range(count):
+            if at in (0, count - 1) or random.random() < 30 / count:
+                states.append(batches.state())
+            next(batches)
+        times = [timed(lambda state=state: batches.restore(state))[1] for state in states * 3]
+        with_batch = []
+        for state in states:
+            _, wall, _ = timed(lambda state=state: (batches.restore(state), next(batches)))
+            with_batch.append(wall)
+        return {
+            "positions": len(states),
+            "restore_s": spread(times),
+            "slowest_s": max(times),
+            "with_batch_s": spread(with_batch),
+            "bytes": max(map(len, states)),
+        }
+
+
+def waiting() -> dict[str, Any]:
+    """A loop that is busy for 2 ms after each batch, over the end of epochs."""
+    found = {}
+    for threads, prefetch in ((1, 2), (1, 4), (2, 8)):
+        with PairBatcher(
+            *columns(PAIRS, 3), rows=ROWS, row_tokens=ROW_TOKENS, threads=threads, prefetch=prefetch
+        ) as one:
+            next(one)
+            times = []
+            for _ in range(2500):
+                time.sleep(0.002)
+                start = time.perf_counter()
+                next(one)
+                times.append(time.perf_counter() - start)
+            low, mid, high = np.percentile(times, [50, 99, 100]).tolist()
+            found[f"{threads} threads, {prefetch} ahead"] = {"p50_s": low, "p99_s": mid, "max_s": high}
+    return found
+
+
+def stepping() -> dict[str, float]:
+    """One online step: 64 pairs of up to 64 tokens each."""
     random = np.random.default_rng(0)
-    ragged = []
-    for law, low, high in MODELS[kind]:
-        lengths = random.lognormal(*law, RECORDS).clip(low, high).astype(np.int64)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        ragged.append(Ragged(random.integers(0, 32_000, offsets[-1], dtype=np.int32), offsets))
-    return ragged
+    arguments: dict[str, Any] = {
+        "prompt_tokens": random.integers(0, 32_000, (64, 64), dtype=np.int32),
+        "prompt_lengths": random.integers(1, 65, 64).astype(np.int32),
+        "completion_tokens": random.integers(0, 32_000, (64, 2, 64), dtype=np.int32),
+        "completion_lengths": random.integers(1, 65, (64, 2)).astype(np.int32),
+    }
+    times = [timed(lambda: pack_pairs(**arguments, row_tokens=512))[1] for _ in range(200)]
+    return {"median_s": statistics.median(times), "rows": len(pack_pairs(**arguments, row_tokens=512).pairs.tokens)}
 
 
-def batcher(kind: str, ragged: list[Ragged]) -> Any:
-    if kind == "prompts":
-        return PromptBatcher(ragged[0], batch_size=BATCH_SIZE, max_tokens=2048)
-    prompts, chosen, rejected = ragged
-    limits: dict[str, Any] = {"max_prompt_tokens": 1024, "max_completion_tokens": 1024}
-    return PairBatcher(prompts, chosen, rejected, batch_size=BATCH_SIZE, **limits)
-
-
-def widths(batch: Any) -> list[int]:
-    """Padded tokens of each column of a batch."""
-    if hasattr(batch, "tokens"):
-        return [batch.tokens.shape[1]]
-    return [batch.prompt_tokens.shape[1], *[batch.completion_tokens.shape[2]] * 2]
-
-
-def python_lists(rows: list[list[list[int]]], plan: Plan) -> None:
-    """Pad lists, then make an array of them."""
-    for ids, sides in plan:
-        for column, width in zip(rows, sides, strict=True):
-            picked = [column[i] for i in ids]
-            np.asarray([tokens + [0] * (width - len(tokens)) for tokens in picked], np.int32)
-            np.asarray([len(tokens) for tokens in picked], np.int32)
-
-
-def numpy_rows(rows: list[list[np.ndarray]], plan: Plan) -> None:
-    """Copy each row, an array already, into zeros."""
-    for ids, sides in plan:
-        for column, width in zip(rows, sides, strict=True):
-            tokens, lengths = np.zeros((len(ids), width), np.int32), np.empty(len(ids), np.int32)
-            for at, i in enumerate(ids):
-                row = column[i]
-                tokens[at, : len(row)] = row
-                lengths[at] = len(row)
-
-
-@pytest.fixture(scope="module", params=list(MODELS))
-def case(request: pytest.FixtureRequest) -> dict[str, Any]:
-    ragged = columns(request.param)
-    planner = batcher(request.param, ragged)
-    lengths = [np.diff(column.offsets) for column in ragged]
-    plans: list[Plan] = []
-    for _ in range(WARMUP + ROUNDS):
-        plans.append([(batch.ids.tolist(), widths(batch)) for batch in islice(planner, BATCHES)])
-    real = [sum(int(column[ids].sum()) for ids, _ in plan for column in lengths) for plan in plans]
-    padded = [sum(len(ids) * sum(sides) for ids, sides in plan) for plan in plans]
-    info = {"case": request.param, "shapes": len(planner.shapes), "waste": 1 - sum(real) / sum(padded)}
-    return {"kind": request.param, "ragged": ragged, "plans": plans, "real": real, "padded": padded, "info": info}
-
-
-def measure(benchmark: Any, case: dict[str, Any], what: str, run: Callable[[int], None]) -> None:
-    """Time `run(round)` for each round and note its rate in real tokens a second."""
-    turn = count()
-    benchmark.pedantic(run, setup=lambda: ((next(turn),), {}), rounds=ROUNDS, warmup_rounds=WARMUP)
-    info = case["info"] | {"what": what}
-    if benchmark.enabled:
-        # A set-up that also runs for calibration would shift the rounds; the last ones are those measured.
-        real = case["real"][-ROUNDS:]
-        rates = [tokens / time for tokens, time in zip(real, benchmark.stats.stats.data, strict=True)]
-        low, median, high = np.percentile(rates, [25, 50, 75]).tolist()
-        info |= {"tokens_per_s": median, "quartiles": [low, high]}
-    benchmark.extra_info.update(info)
-
-
-def test_native(case: dict[str, Any], benchmark: Any) -> None:
-    native = batcher(case["kind"], case["ragged"])
-    start = native.state()
-    next(native)
-    # The plan is kept, the first batch is handed out again.
-    native.restore(start)
-
-    def run(_: int) -> None:
-        for _batch in islice(native, BATCHES):
-            pass
-
-    measure(benchmark, case, "native", run)
-
-
-def test_numpy_rows(case: dict[str, Any], benchmark: Any) -> None:
-    rows = [[column[i] for i in range(RECORDS)] for column in case["ragged"]]
-    measure(benchmark, case, "NumPy rows", lambda turn: numpy_rows(rows, case["plans"][turn]))
-
-
-def test_python_lists(case: dict[str, Any], benchmark: Any) -> None:
-    # One object for each id, as it cannot be in practice, keeps memory small and is kind to this side.
-    ids = list(range(32_000))
-    rows = [[[ids[token] for token in column[i].tolist()] for i in range(RECORDS)] for column in case["ragged"]]
-    measure(benchmark, case, "Python lists", lambda turn: python_lists(rows, case["plans"][turn]))
-
-
-def test_copy_floor(case: dict[str, Any], benchmark: Any) -> None:
-    """Writing as many bytes to fresh memory from elsewhere: no assembly can be faster."""
-    ends = np.cumsum(case["padded"])
-    source = np.ones(ends[-1], np.int32)
-
-    def run(turn: int) -> None:
-        source[ends[turn] - case["padded"][turn] : ends[turn]].copy()
-
-    measure(benchmark, case, "floor: a copy of the padded bytes", run)
-
-
-def test_plan_of_a_million_records(benchmark: Any) -> None:
-    shape_of = np.random.default_rng(0).integers(0, 4, 1_000_000).astype(np.int32)
-    benchmark.extra_info.update(what="plan of one epoch of a million records")
-    arguments: dict[str, Any] = {"num_shapes": 4, "batch_size": 64, "seed": 0, "epoch": 1}
-    benchmark.pedantic(_batcher.plan_epoch, (shape_of,), arguments, rounds=10, warmup_rounds=1)
+def ending() -> dict[str, Any]:
+    """From the last line of a program to the end of its process, while threads pack and plan ahead, and without any."""
+    head = """
+        import numpy as np, time
+        from fastpref.data import PairBatcher, Ragged
+        rows = Ragged(np.ones(3_000_000, np.int32), np.arange(3_000_001))
+    """
+    batcher = """
+        batches = PairBatcher(rows, rows, rows, rows=64, row_tokens=64, threads=4, prefetch=64)
+        next(batches)
+    """
+    endings = {
+        "never made a batcher": ("", ""),
+        "returns": (batcher, ""),
+        "raises": (batcher, "raise RuntimeError('x')"),
+    }
+    found = {}
+    for how, (body, last) in endings.items():
+        times = []
+        for _ in range(5):
+            program = textwrap.dedent(head) + textwrap.dedent(body) + "print(time.time(), flush=True)\n" + last
+            done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+            times.append(time.time() - float(done.stdout))
+        found[how] = {"median_s": statistics.median(times), "max_s": max(times)}
+    return found
 
 
 def processor() -> str:
@@ -162,59 +346,128 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def table(entries: list[dict[str, Any]]) -> list[str]:
+def measured() -> dict[str, Any]:
+    parts = {
+        "rates": rates, "padding": padding, "planning": planning, "resuming": resuming, "waiting": waiting,
+        "stepping": stepping, "ending": ending,
+    }  # fmt: skip
+    found: dict[str, Any] = {}
+    for name, part in parts.items():
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        found[name] = part()
+    return found
+
+
+def text(report: dict[str, Any]) -> str:
+    ours, separate = (report["rates"][f"fastpref, {layout}"] for layout in ("shared prompt", "separate"))
     lines = [
-        "| case | what | real tokens/s (quartiles) | median of a round | padding |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for entry in entries:
-        low, high = (value / 1e6 for value in entry.get("quartiles", (0, 0)))
-        rate = f"{entry['tokens_per_s'] / 1e6:.0f} M ({low:.0f} to {high:.0f})" if high else ""
-        waste = f"{entry['waste']:.1%} in {entry['shapes']} shapes" if high else ""
-        lines.append(
-            f"| {entry.get('case', '')} | {entry['what']} | {rate} | {entry['median_s'] * 1e3:.2f} ms | {waste} |"
-        )
-    for kind in MODELS:
-        rates = {entry["what"]: entry["tokens_per_s"] for entry in entries if entry.get("case") == kind}
-        ratios = [f"{rates['native'] / rates[other]:.1f} times that of {other}" for other in rates if other != "native"]
-        lines += ["", f"On {kind} the native rate is {', '.join(ratios)}."]
-    return lines
-
-
-def main() -> int:
-    """Time everything and write the results."""
-    load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "raw.json"
-        # The project's own options check types at every call, which would be timed too.
-        arguments = [__file__, "-q", "-o", "addopts=", f"--benchmark-json={raw}"]
-        code = subprocess.run([sys.executable, "-m", "pytest", *arguments]).returncode
-        if code:
-            return code
-        entries = [
-            entry["extra_info"] | {"median_s": entry["stats"]["median"], "iqr_s": entry["stats"]["iqr"]}
-            for entry in json.loads(raw.read_text())["benchmarks"]
-        ]
-    command = "python bench/bench_batcher.py"
-    machine = f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, NumPy {np.__version__}"
-    report = {
-        "command": command,
-        "machine": machine,
-        "load_before": load,
-        "workload": WORKLOAD,
-        "rounds": ROUNDS,
-        "benchmarks": entries,
-    }
-    (RESULTS / "batcher_cpu.json").write_text(json.dumps(report, indent=1) + "\n")
-    head = [
-        "# Assembly of padded batches on a CPU",
+        "# Packed batches of preference pairs on a CPU",
         "",
-        f"`{command}` on {machine}, one thread, load average {load:.1f} before.",
+        f"`{report['command']}` on {report['machine']}; load average {report['load'][0]:.1f} before and "
+        f"{report['load'][1]:.1f} after.",
         "",
         WORKLOAD,
         "",
+        "## Rates",
+        "",
+        f"A round packs {PAIRS} pairs that no round before had; ours includes the plan of the epoch. {ROUNDS} rounds "
+        "of all sides in turn, one thread each; medians (quartiles). A real token is a place that holds one, for each "
+        "side in its own layout: padding is not counted, and the prompt twice only where it is stored twice. grain "
+        "keeps pairs whole because each is given to it as one sequence; with tokens alone it does not say which "
+        "completion is which. The lists have the separate layout.",
+        "",
+        "| side | M real tokens per CPU second | per second | thousand pairs per CPU second | ours is |",
+        "| --- | --- | --- | --- | --- |",
     ]
-    (RESULTS / "batcher_cpu.md").write_text("\n".join([*head, *table(entries)]) + "\n")
+    for side, entry in report["rates"].items():
+        low, mid, high = (value / 1e6 for value in entry["cpu"])
+        alike = (separate if SIDES[side][1] == "separate" else ours)["cpu"][1]
+        pairs = entry["pairs"][1] / 1e3
+        lines.append(
+            f"| {side} | {mid:.1f} ({low:.1f} to {high:.1f}) | {entry['wall'][1] / 1e6:.1f} | {pairs:.1f} | "
+            f"{alike / entry['cpu'][1]:.1f} times in tokens, {ours['pairs'][1] / entry['pairs'][1]:.1f} in "
+            "pairs |"
+        )
+    lines += ["", "## Padding", "", "Share of places that hold no token, 200 000 pairs, at most 32 to a row.", ""]
+    windows = ("64", "256", "1024", "4096", "65536")
+    lines += [
+        f"| layout | row | {' | '.join(f'window {w}' for w in windows)} |",
+        f"| --- | --- |{' --- |' * len(windows)}",
+    ]
+    for layout in ("shared", "separate"):
+        for row in ("4096", "8192"):
+            values = [report["padding"][f"{layout} {row} {window}"] for window in windows]
+            lines.append(f"| {layout} | {row} | {' | '.join(f'{value:.2%}' for value in values)} |")
+    lines += ["", "## Time", "", "| what | median | spread |", "| --- | --- | --- |"]
+    for window, entry in report["planning"].items():
+        cpu, wall = entry["cpu_s"], entry["wall_s"]
+        lines.append(
+            f"| plan of 10 M pairs, window {window} | {cpu[1]:.2f} s CPU, {wall[1]:.2f} s | "
+            f"{cpu[0]:.2f} to {cpu[2]:.2f} s CPU |"
+        )
+    resume = report["resuming"]
+    lines.append(
+        f"| restore, 10 M pairs, {resume['positions']} positions ({resume['bytes']} bytes of state) | "
+        f"{resume['restore_s'][1] * 1e3:.3f} ms | slowest {resume['slowest_s'] * 1e3:.2f} ms; with the first batch "
+        f"{resume['with_batch_s'][1] * 1e3:.2f} ms |"
+    )
+    for what, entry in report["waiting"].items():
+        lines.append(
+            f"| next(), {what} | {entry['p50_s'] * 1e3:.3f} ms | 99 % within {entry['p99_s'] * 1e3:.2f} ms, "
+            f"slowest {entry['max_s'] * 1e3:.1f} ms |"
+        )
+    step = report["stepping"]
+    lines.append(
+        f"| `pack_pairs`, a step of 64 pairs into {step['rows']} rows of 512 | {step['median_s'] * 1e3:.3f} ms | |"
+    )
+    for how, entry in report["ending"].items():
+        lines.append(f"| end of a process that {how} | {entry['median_s']:.2f} s | slowest {entry['max_s']:.2f} s |")
+    lines += ["", "## Targets", "", "| target | measured | reached |", "| --- | --- | --- |"]
+    for name, (value, reached) in verdicts(report).items():
+        lines.append(f"| {TARGETS[name]} | {value} | {'yes' if reached else 'no'} |")
+    return "\n".join(lines) + "\n"
+
+
+def verdicts(report: dict[str, Any]) -> dict[str, tuple[str, bool]]:
+    side = {name: entry["cpu"][1] for name, entry in report["rates"].items()}
+    ours, separate = side["fastpref, shared prompt"], side["fastpref, separate"]
+    against = {"grain": ours / side["grain best-fit"], "lists": separate / side["Python lists, padded"]}
+    waste = {window: report["padding"][f"shared 4096 {window}"] for window in ("256", "1024")}
+    planned = report["planning"]["1024"]["wall_s"][1]
+    restored = report["resuming"]["slowest_s"]
+    waited = report["waiting"]["1 threads, 4 ahead"]["p99_s"]
+    ended = max(report["ending"][how]["median_s"] for how in ("returns", "raises"))
+    return {
+        "assembly": (f"{ours / 1e6:.0f} M", ours >= 200e6),
+        "grain": (f"{against['grain']:.0f} times", against["grain"] >= 50),
+        "lists": (f"{against['lists']:.0f} times", against["lists"] >= 50),
+        "padding 256": (f"{waste['256']:.2%}", waste["256"] <= 0.02),
+        "padding 1024": (f"{waste['1024']:.2%}", waste["1024"] <= 0.012),
+        "plan": (f"{planned:.2f} s", planned <= 2),
+        "restore": (f"{restored * 1e3:.2f} ms", restored <= 0.01),
+        "next": (f"{waited * 1e3:.2f} ms", waited <= 0.001),
+        "exit": (f"{ended:.2f} s", ended <= 1),
+    }
+
+
+def main() -> int:
+    """Time everything; write the results if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write bench/results/batcher.json and .md")
+    options = parser.parse_args()
+    before = os.getloadavg()[0]
+    found = measured()
+    report = {
+        "command": "python bench/bench_batcher.py --write",
+        "machine": f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"NumPy {np.__version__}, grain {version('grain')}",
+        "load": [before, os.getloadavg()[0]],
+        **found,
+    }
+    print(text(report))
+    if options.write:
+        (RESULTS / "batcher.json").write_text(json.dumps(report, indent=1) + "\n")
+        (RESULTS / "batcher.md").write_text(text(report))
     return 0
 
 

@@ -7,6 +7,15 @@
 
 #include "buffer.h"
 
+// Wider stores where the processor has them: a tenth of the whole time. Chosen when the library is loaded, which the
+// sanitizers are not ready for.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define FASTPREF_WIDE __attribute__((target_clones("avx2", "default"), flatten))
+#else
+#define FASTPREF_WIDE
+#endif
+
 namespace fastpref {
 namespace {
 
@@ -107,7 +116,7 @@ void PackedWriter::put_encoded(std::span<const std::int32_t> tokens) {
   prompt_pairs_ = fill(prompt_pairs_, tokens.size(), slot_);
 }
 
-void PackedWriter::write(std::span<const Pair> pairs) {
+FASTPREF_WIDE void PackedWriter::write(std::span<const Pair> pairs) {
   std::int32_t* const row_end = tokens_ + shape_.tokens;
   std::int32_t* const prompt_end = prompt_tokens_ + shape_.prompt;
   slot_ = 0;

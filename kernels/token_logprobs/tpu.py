@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float, Int
 
 
 class Compacted(NamedTuple):
-    """Rows that count first, in their order; zeros behind them, up to whole blocks."""
+    """Rows that count first, in their order; the first of them again behind them, up to whole blocks."""
 
     order: Int[Array, " M"]
-    """Row numbers; N for the rows behind."""
+    """Row numbers."""
     places: Int[Array, " N"]
     """Where each row stands in that order; M for those that do not count."""
     total: Int[Array, ""]
@@ -29,13 +29,14 @@ class Compacted(NamedTuple):
         """Order of the rows, padded to a multiple of `block`."""
         rows, total = where.shape[0], jnp.sum(where, dtype=jnp.int32)
         order = jnp.pad(jnp.argsort(~where, stable=True).astype(jnp.int32), (0, -rows % block))
-        order = jnp.where(jnp.arange(order.shape[0]) < total, order, rows)
+        # A row that counts is finite where it must be, and needs no mask, for which XLA would copy the states twice.
+        order = jnp.where(jnp.arange(order.shape[0]) < total, order, order[:1])
         places = jnp.where(where, jnp.cumsum(where, dtype=jnp.int32) - 1, order.shape[0])
         return cls(order, places, total)
 
     def take(self, values: Array) -> Array:
-        """Values of the rows in this order, 0 behind those that count."""
-        return values.at[self.order].get(mode="fill", fill_value=0)
+        """Values of the rows in this order."""
+        return values.at[self.order].get(mode="promise_in_bounds")
 
     def put(self, values: Array) -> Array:
         """Values back at the places of their rows, 0 at the others."""
@@ -90,14 +91,15 @@ def backward(
     """Gradients of Σ coefficient · log-prob over the rows that count, in the dtype of what they belong to."""
     tiles = tiles or backward_pass.backward_tiles(head, hidden.shape[0])
     rows = Compacted.of(where, tiles.rows)
-    ids, lse, coefficients = local_ids(head, rows.take(targets)), rows.take(lse), rows.take(coefficients)
+    ids, lse = local_ids(head, rows.take(targets)), rows.take(lse)
+    coefficients = jnp.where(jnp.arange(ids.shape[0]) < rows.total, rows.take(coefficients), 0.0)
     states, sliced, ids, lse, coefficients, total = vary_alike(
         rows.take(hidden), head, ids, lse, coefficients, rows.total
     )
     in_hidden, in_weight = backward_pass.backward(states, sliced, ids, lse, coefficients, total, tiles, interpret)
-    in_hidden = sum_over_slices(head, in_hidden)
+    in_hidden = sum_over_slices(head, in_hidden).astype(hidden.dtype)
     # Nothing was written behind the last block with rows that count; `put` leaves that out.
-    in_hidden = rows.put(in_hidden).astype(hidden.dtype)
+    in_hidden = rows.put(in_hidden)
     return gradient_like(in_hidden, hidden), gradient_like(in_weight, head.weight)
 
 
@@ -118,12 +120,12 @@ def forward_with_gradient(
     lse, picked = lse_over_slices(head, slice_lse), sum_over_slices(head, picked)
     picked = known_or_nan(head, rows.take(targets), picked)
     # `picked` is behind the soft cap: its slope there is what one unit of log-prob makes of the product.
-    slope = head.product_gradient(jnp.ones_like(picked), picked)
-    chosen = jnp.where(ids < 0, head.slice_size, ids)
-    chosen = head.weight.at[(chosen,) if head.vocab_axis == 0 else (slice(None), chosen)].get(mode="fill", fill_value=0)
+    slope = jnp.where(ids < 0, 0.0, head.product_gradient(jnp.ones_like(picked), picked))
+    chosen = jnp.clip(ids, 0, head.slice_size - 1)
+    chosen = head.weight.at[(chosen,) if head.vocab_axis == 0 else (slice(None), chosen)].get(mode="promise_in_bounds")
     chosen = (chosen if head.vocab_axis == 0 else chosen.T).astype(jnp.float32)
     gradient = slope[:, None] * chosen - jnp.exp(slice_lse - lse)[:, None] * mean
-    gradient = rows.put(sum_over_slices(head, gradient))
+    gradient = rows.put(sum_over_slices(head, gradient).astype(hidden.dtype))
     return rows.put(picked - lse), gradient
 
 
@@ -174,7 +176,8 @@ def _frozen_backward(
     _tiles: Tiles | None, _interpret: Any, residuals: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, None, None, None]:
     gradient, like = residuals
-    return gradient_like((gradient * cotangent[:, None]).astype(like.dtype), like), None, None, None
+    in_hidden = (gradient.astype(jnp.float32) * cotangent[:, None]).astype(like.dtype)
+    return gradient_like(in_hidden, like), None, None, None
 
 
 _frozen.defvjp(_frozen_forward, _frozen_backward)
