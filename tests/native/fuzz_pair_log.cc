@@ -1,12 +1,13 @@
 // The reader of pair logs: any bytes are a log, a torn tail or damage, and what was not written is never read.
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "../../csrc/hash.h"
-#include "../../csrc/pair_log.h"
+#include "hash.h"
+#include "pair_log.h"
 #include "input.h"
 
 namespace {
@@ -39,13 +40,13 @@ Log read(std::string_view bytes) {
   try {
     PairReader reader(bytes);
     while (const std::optional<JudgedPair> pair = reader.next()) log.pairs.push_back(copy_of(*pair));
-    require(!reader.next().has_value());
-    require(reader.records() == log.pairs.size());
+    HOLDS(!reader.next().has_value());
+    HOLDS(reader.records() == log.pairs.size());
     log.end = reader.end();
   } catch (const PairLogDamage&) {
     log.damaged = true;
   }
-  require(log.end <= bytes.size());
+  HOLDS(log.end <= bytes.size());
   return log;
 }
 
@@ -86,13 +87,13 @@ void check_whatever(std::string_view bytes) {
   const Log log = read(bytes);
   if (log.damaged) return;
   const Log again = read(bytes.substr(0, log.end));
-  require(!again.damaged && again.end == log.end && again.pairs == log.pairs);
+  HOLDS(!again.damaged && again.end == log.end && again.pairs == log.pairs);
   PairIndex index;
   for (const Pair& pair : log.pairs) {
     index.add({pair.step, pair.prompt, pair.preference, pair.first, pair.second});
-    require(index.find(pair.step, pair.prompt, pair.first, pair.second) == pair.preference);
+    HOLDS(index.find(pair.step, pair.prompt, pair.first, pair.second) == pair.preference);
   }
-  require(index.size() <= log.pairs.size());
+  HOLDS(index.size() <= log.pairs.size());
 }
 
 // Writes what the input says, then cuts the file or flips one bit of it.
@@ -100,22 +101,22 @@ void check_written(Input input) {
   std::string bytes;
   std::vector<Pair> pairs;
   std::vector<std::size_t> ends;
-  const std::string judge(input.below(20), 'j');
-  std::uint64_t chain = append_header(bytes, judge, input.take<std::uint64_t>());
-  const bool cut = input.below(2) == 0;
-  const auto where = input.take<std::uint32_t>();
+  const std::string judge(input.number(1) % 20, 'j');
+  std::uint64_t chain = append_header(bytes, judge, input.number(8));
+  const bool cut = input.number(1) % 2 == 0;
+  const auto where = static_cast<std::uint32_t>(input.number(4));
   ends.push_back(bytes.size());
-  while (!input.empty() && pairs.size() < 64) {
-    Pair pair{static_cast<std::int64_t>(input.take<std::uint32_t>()), input.take<std::int64_t>(),
-              static_cast<float>(input.below(256)) / 255, {}, {}};
+  while (input.left() > 0 && pairs.size() < 64) {
+    Pair pair{static_cast<std::int64_t>(input.number(4)), static_cast<std::int64_t>(input.number(8)),
+              static_cast<float>(input.number(1) % 256) / 255, {}, {}};
     for (auto* side : {&pair.first, &pair.second}) {
-      side->resize(input.below(12));
-      for (std::int32_t& token : *side) token = input.take<std::int32_t>();
+      side->resize(input.number(1) % 12);
+      for (std::int32_t& token : *side) token = static_cast<std::int32_t>(input.number(4));
     }
     const auto append = [&](float preference) {
       chain = append_pair(bytes, chain, {pair.step, pair.prompt, preference, pair.first, pair.second});
     };
-    if (const auto wrong = input.take<float>(); pairs.empty() && !(wrong >= 0 && wrong <= 1)) {
+    if (const auto wrong = std::bit_cast<float>(static_cast<std::uint32_t>(input.number(4))); pairs.empty() && !(wrong >= 0 && wrong <= 1)) {
       const std::string before = bytes;
       bool refused = false;
       try {
@@ -123,25 +124,25 @@ void check_written(Input input) {
       } catch (const std::invalid_argument&) {
         refused = bytes == before;
       }
-      require(refused);
+      HOLDS(refused);
     }
     append(pair.preference);
     pairs.push_back(pair);
     ends.push_back(bytes.size());
   }
   const Log whole = read(bytes);
-  require(!whole.damaged && whole.end == bytes.size() && whole.pairs == pairs);
+  HOLDS(!whole.damaged && whole.end == bytes.size() && whole.pairs == pairs);
   if (cut) {
     const std::size_t size = where % (bytes.size() + 1);
     std::size_t kept = 0;
     while (kept < ends.size() && ends[kept] <= size) ++kept;
     const Log log = read(std::string_view(bytes).substr(0, size));
-    require(!log.damaged && log.end == (kept == 0 ? 0 : ends[kept - 1]));
+    HOLDS(!log.damaged && log.end == (kept == 0 ? 0 : ends[kept - 1]));
     pairs.resize(kept == 0 ? 0 : kept - 1);
-    require(log.pairs == pairs);
+    HOLDS(log.pairs == pairs);
   } else {
     bytes[where / 8 % bytes.size()] ^= static_cast<char>(1U << where % 8);
-    require(read(bytes).damaged);
+    HOLDS(read(bytes).damaged);
   }
 }
 
@@ -149,18 +150,13 @@ void check_written(Input input) {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   Input input(data, size);
-  switch (input.below(3)) {
-    case 0:
-      check_whatever(input.rest());
-      break;
-    case 1: {
-      std::string bytes(input.rest());
-      repair(bytes);
-      check_whatever(bytes);
-      break;
-    }
-    default:
-      check_written(input);
+  const std::uint64_t kind = input.number(1) % 3;
+  if (kind == 2) {
+    check_written(input);
+    return 0;
   }
+  std::string bytes(reinterpret_cast<const char*>(data) + (size - input.left()), input.left());
+  if (kind == 1) repair(bytes);
+  check_whatever(bytes);
   return 0;
 }

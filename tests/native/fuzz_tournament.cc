@@ -1,4 +1,5 @@
 // Tournaments under any answers: they end in time, ask only what may be asked, and say what the answers say.
+#include <bit>
 #include <cstdint>
 #include <optional>
 #include <set>
@@ -6,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/tournament.h"
+#include "tournament.h"
 #include "input.h"
 
 namespace {
@@ -39,15 +40,15 @@ bool valid(float p) { return p >= 0 && p <= 1; }
 void check_questions(const Setting& setting, const std::vector<Match>& questions) {
   std::set<std::pair<std::int64_t, std::pair<std::int32_t, std::int32_t>>> met;
   for (const Match& match : questions) {
-    require(match.prompt >= 0 && match.prompt < static_cast<std::int64_t>(setting.ids.size()));
-    for (const std::int32_t side : {match.first, match.second}) require(side >= 0 && side < setting.k);
-    require(match.first != match.second);
+    HOLDS(match.prompt >= 0 && match.prompt < static_cast<std::int64_t>(setting.ids.size()));
+    for (const std::int32_t side : {match.first, match.second}) HOLDS(side >= 0 && side < setting.k);
+    HOLDS(match.first != match.second);
     if (!setting.classes.empty()) {
       const auto row = static_cast<std::size_t>(match.prompt * setting.k);
-      require(setting.classes[row + static_cast<std::size_t>(match.first)] !=
+      HOLDS(setting.classes[row + static_cast<std::size_t>(match.first)] !=
               setting.classes[row + static_cast<std::size_t>(match.second)]);
     }
-    require(met.insert({match.prompt, {match.first, match.second}}).second);
+    HOLDS(met.insert({match.prompt, {match.first, match.second}}).second);
   }
 }
 
@@ -57,7 +58,7 @@ Tournament play(const Setting& setting, Input input, std::vector<float>& noted, 
   std::size_t rounds = 0;
   std::size_t used = 0;
   while (!tournament.questions().empty()) {
-    require(++rounds <= rounds_of(static_cast<std::size_t>(setting.k)));
+    HOLDS(++rounds <= rounds_of(static_cast<std::size_t>(setting.k)));
     const std::vector<Match> questions = tournament.questions();
     check_questions(setting, questions);
     std::vector<float> answers(questions.size());
@@ -66,11 +67,11 @@ Tournament play(const Setting& setting, Input input, std::vector<float>& noted, 
       if (replay) {
         p = noted[used++];
       } else {
-        const std::uint64_t kind = input.below(8);
-        p = kind == 0   ? input.take<float>()
+        const std::uint64_t kind = input.number(1) % 8;
+        p = kind == 0   ? std::bit_cast<float>(static_cast<std::uint32_t>(input.number(4)))
             : kind == 1 ? 0.5F
             : kind < 4  ? static_cast<float>(kind - 2)
-                        : static_cast<float>(input.below(256)) / 255;
+                        : static_cast<float>(input.number(1) % 256) / 255;
       }
       good = good && valid(p);
     }
@@ -81,7 +82,7 @@ Tournament play(const Setting& setting, Input input, std::vector<float>& noted, 
       } catch (const std::invalid_argument&) {
         refused = true;
       }
-      require(refused && same_questions(questions, tournament.questions()));
+      HOLDS(refused && same_questions(questions, tournament.questions()));
       for (float& p : answers) p = valid(p) ? p : 0.5F;
     }
     if (!replay) noted.insert(noted.end(), answers.begin(), answers.end());
@@ -98,14 +99,14 @@ void check_results(const Setting& setting, const Tournament& tournament) {
     const std::int32_t worst = tournament.worst()[i];
     const float p = tournament.preference()[i];
     const Outcome outcome = tournament.outcomes()[i];
-    require(best >= 0 && best < setting.k && worst >= 0 && worst < setting.k && valid(p));
-    require(static_cast<std::size_t>(tournament.asked()[i]) <= most);
-    require((outcome == Outcome::kCyclic) == (best == worst));
-    require((outcome == Outcome::kKept) == (p > 0.5F));
-    require((outcome == Outcome::kWorstWon) == (p < 0.5F));
+    HOLDS(best >= 0 && best < setting.k && worst >= 0 && worst < setting.k && valid(p));
+    HOLDS(static_cast<std::size_t>(tournament.asked()[i]) <= most);
+    HOLDS((outcome == Outcome::kCyclic) == (best == worst));
+    HOLDS((outcome == Outcome::kKept) == (p > 0.5F));
+    HOLDS((outcome == Outcome::kWorstWon) == (p < 0.5F));
     if (setting.classes.empty()) {
-      require(outcome != Outcome::kIdentical);
-      require(static_cast<std::size_t>(tournament.asked()[i]) + (best == worst && k > 3 ? 1 : 0) == most);
+      HOLDS(outcome != Outcome::kIdentical);
+      HOLDS(static_cast<std::size_t>(tournament.asked()[i]) + (best == worst && k > 3 ? 1 : 0) == most);
     }
   }
 }
@@ -115,28 +116,28 @@ void check_results(const Setting& setting, const Tournament& tournament) {
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   Input input(data, size);
   Setting setting;
-  setting.k = input.below(8) == 0 ? input.take<std::int16_t>() : static_cast<std::int64_t>(input.below(24));
+  setting.k = input.number(1) % 8 == 0 ? static_cast<std::int16_t>(input.number(2)) : static_cast<std::int64_t>(input.number(1) % 24);
   // Large ones are slow and no different.
   if (setting.k > 100) setting.k %= 100;
-  setting.step = input.take<std::uint64_t>();
-  setting.seed = input.take<std::uint64_t>();
-  for (std::size_t prompts = input.below(5); prompts > 0; --prompts) setting.ids.push_back(input.take<std::int8_t>());
-  const std::uint64_t kind = input.below(4);
+  setting.step = input.number(8);
+  setting.seed = input.number(8);
+  for (std::size_t prompts = input.number(1) % 5; prompts > 0; --prompts) setting.ids.push_back(static_cast<std::int8_t>(input.number(1)));
+  const std::uint64_t kind = input.number(1) % 4;
   if (kind > 0 && setting.k > 0) {
     setting.classes.resize(setting.ids.size() * static_cast<std::size_t>(setting.k) + (kind == 3 ? 1 : 0));
-    for (std::int32_t& number : setting.classes) number = static_cast<std::int32_t>(input.below(6));
+    for (std::int32_t& number : setting.classes) number = static_cast<std::int32_t>(input.number(1) % 6);
   }
   const bool wrong_size = kind == 3 && setting.k > 0;
   try {
     std::vector<float> noted;
     const Tournament tournament = play(setting, input, noted, false);
-    require(setting.k >= 2 && !wrong_size);
+    HOLDS(setting.k >= 2 && !wrong_size);
     check_results(setting, tournament);
     const Tournament again = play(setting, input, noted, true);
-    require(tournament.best() == again.best() && tournament.worst() == again.worst() &&
+    HOLDS(tournament.best() == again.best() && tournament.worst() == again.worst() &&
             tournament.preference() == again.preference() && tournament.outcomes() == again.outcomes());
   } catch (const std::invalid_argument&) {
-    require(setting.k < 2 || wrong_size);
+    HOLDS(setting.k < 2 || wrong_size);
   }
   return 0;
 }

@@ -1,43 +1,45 @@
-// Takes a fuzzer's bytes apart into numbers. Past the end everything is zero.
+// What a driver reads its case from, and how it says that a rule does not hold.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <string_view>
 
-namespace fastpref {
+// Stops the process where `condition` does not hold, whatever the build.
+#define HOLDS(condition)                                                            \
+  do {                                                                              \
+    if (!(condition)) {                                                             \
+      std::fprintf(stderr, "%s:%d: does not hold: %s\n", __FILE__, __LINE__, #condition); \
+      std::abort();                                                                 \
+    }                                                                               \
+  } while (false)
 
+// Numbers out of bytes; 0 once they have run out.
 class Input {
  public:
-  Input(const std::uint8_t* data, std::size_t size) : rest_(reinterpret_cast<const char*>(data), size) {}
+  Input(const std::uint8_t* data, std::size_t size) : data_(data), size_(size) {}
 
-  template <class T>
-  T take() {
-    T value{};
-    const std::size_t count = std::min(sizeof(T), rest_.size());
-    if (count > 0) std::memcpy(&value, rest_.data(), count);
-    rest_.remove_prefix(count);
+  std::size_t left() const { return size_; }
+
+  std::uint64_t number(std::size_t bytes) {
+    std::uint64_t value = 0;
+    for (std::size_t i = 0; i < std::min(bytes, size_); ++i) value |= std::uint64_t{data_[i]} << (8 * i);
+    const std::size_t taken = std::min(bytes, size_);
+    data_ += taken;
+    size_ -= taken;
     return value;
   }
 
-  // In [0, bound); small bounds take one byte.
-  std::uint64_t below(std::uint64_t bound) {
-    return (bound <= 256 ? take<std::uint8_t>() : take<std::uint64_t>()) % bound;
+  // In [low, high].
+  std::int64_t in(std::int64_t low, std::int64_t high, std::size_t bytes = 2) {
+    return low + static_cast<std::int64_t>(number(bytes) % static_cast<std::uint64_t>(high - low + 1));
   }
 
-  std::string_view rest() const { return rest_; }
-  bool empty() const { return rest_.empty(); }
-
  private:
-  std::string_view rest_;
+  const std::uint8_t* data_;
+  std::size_t size_;
 };
 
-// Ends the process, and so the search, where something that must hold does not.
-inline void require(bool holds) {
-  if (!holds) std::abort();
-}
-
-}  // namespace fastpref
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size);
