@@ -1,12 +1,13 @@
 // The reader of pair logs: any bytes are a log, a torn tail or damage, and what was not written is never read.
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "../../csrc/hash.h"
-#include "../../csrc/pair_log.h"
+#include "hash.h"
+#include "pair_log.h"
 #include "input.h"
 
 namespace {
@@ -100,22 +101,22 @@ void check_written(Input input) {
   std::string bytes;
   std::vector<Pair> pairs;
   std::vector<std::size_t> ends;
-  const std::string judge(input.below(20), 'j');
-  std::uint64_t chain = append_header(bytes, judge, input.take<std::uint64_t>());
-  const bool cut = input.below(2) == 0;
-  const auto where = input.take<std::uint32_t>();
+  const std::string judge(input.number(1) % 20, 'j');
+  std::uint64_t chain = append_header(bytes, judge, input.number(8));
+  const bool cut = input.number(1) % 2 == 0;
+  const auto where = static_cast<std::uint32_t>(input.number(4));
   ends.push_back(bytes.size());
-  while (!input.empty() && pairs.size() < 64) {
-    Pair pair{static_cast<std::int64_t>(input.take<std::uint32_t>()), input.take<std::int64_t>(),
-              static_cast<float>(input.below(256)) / 255, {}, {}};
+  while (input.left() > 0 && pairs.size() < 64) {
+    Pair pair{static_cast<std::int64_t>(input.number(4)), static_cast<std::int64_t>(input.number(8)),
+              static_cast<float>(input.number(1) % 256) / 255, {}, {}};
     for (auto* side : {&pair.first, &pair.second}) {
-      side->resize(input.below(12));
-      for (std::int32_t& token : *side) token = input.take<std::int32_t>();
+      side->resize(input.number(1) % 12);
+      for (std::int32_t& token : *side) token = static_cast<std::int32_t>(input.number(4));
     }
     const auto append = [&](float preference) {
       chain = append_pair(bytes, chain, {pair.step, pair.prompt, preference, pair.first, pair.second});
     };
-    if (const auto wrong = input.take<float>(); pairs.empty() && !(wrong >= 0 && wrong <= 1)) {
+    if (const auto wrong = std::bit_cast<float>(static_cast<std::uint32_t>(input.number(4))); pairs.empty() && !(wrong >= 0 && wrong <= 1)) {
       const std::string before = bytes;
       bool refused = false;
       try {
@@ -149,18 +150,13 @@ void check_written(Input input) {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   Input input(data, size);
-  switch (input.below(3)) {
-    case 0:
-      check_whatever(input.rest());
-      break;
-    case 1: {
-      std::string bytes(input.rest());
-      repair(bytes);
-      check_whatever(bytes);
-      break;
-    }
-    default:
-      check_written(input);
+  const std::uint64_t kind = input.number(1) % 3;
+  if (kind == 2) {
+    check_written(input);
+    return 0;
   }
+  std::string bytes(reinterpret_cast<const char*>(data) + (size - input.left()), input.left());
+  if (kind == 1) repair(bytes);
+  check_whatever(bytes);
   return 0;
 }

@@ -1,4 +1,5 @@
 // Tournaments under any answers: they end in time, ask only what may be asked, and say what the answers say.
+#include <bit>
 #include <cstdint>
 #include <optional>
 #include <set>
@@ -6,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/tournament.h"
+#include "tournament.h"
 #include "input.h"
 
 namespace {
@@ -66,11 +67,11 @@ Tournament play(const Setting& setting, Input input, std::vector<float>& noted, 
       if (replay) {
         p = noted[used++];
       } else {
-        const std::uint64_t kind = input.below(8);
-        p = kind == 0   ? input.take<float>()
+        const std::uint64_t kind = input.number(1) % 8;
+        p = kind == 0   ? std::bit_cast<float>(static_cast<std::uint32_t>(input.number(4)))
             : kind == 1 ? 0.5F
             : kind < 4  ? static_cast<float>(kind - 2)
-                        : static_cast<float>(input.below(256)) / 255;
+                        : static_cast<float>(input.number(1) % 256) / 255;
       }
       good = good && valid(p);
     }
@@ -115,16 +116,16 @@ void check_results(const Setting& setting, const Tournament& tournament) {
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   Input input(data, size);
   Setting setting;
-  setting.k = input.below(8) == 0 ? input.take<std::int16_t>() : static_cast<std::int64_t>(input.below(24));
+  setting.k = input.number(1) % 8 == 0 ? static_cast<std::int16_t>(input.number(2)) : static_cast<std::int64_t>(input.number(1) % 24);
   // Large ones are slow and no different.
   if (setting.k > 100) setting.k %= 100;
-  setting.step = input.take<std::uint64_t>();
-  setting.seed = input.take<std::uint64_t>();
-  for (std::size_t prompts = input.below(5); prompts > 0; --prompts) setting.ids.push_back(input.take<std::int8_t>());
-  const std::uint64_t kind = input.below(4);
+  setting.step = input.number(8);
+  setting.seed = input.number(8);
+  for (std::size_t prompts = input.number(1) % 5; prompts > 0; --prompts) setting.ids.push_back(static_cast<std::int8_t>(input.number(1)));
+  const std::uint64_t kind = input.number(1) % 4;
   if (kind > 0 && setting.k > 0) {
     setting.classes.resize(setting.ids.size() * static_cast<std::size_t>(setting.k) + (kind == 3 ? 1 : 0));
-    for (std::int32_t& number : setting.classes) number = static_cast<std::int32_t>(input.below(6));
+    for (std::int32_t& number : setting.classes) number = static_cast<std::int32_t>(input.number(1) % 6);
   }
   const bool wrong_size = kind == 3 && setting.k > 0;
   try {
