@@ -607,7 +607,7 @@ py::tuple packed_to_numpy(PackedBatch&& batch) {
       sides = {rows, shape.prompt};
     } else if (field == kLengths) {
       sides = {slots, 2};
-    } else if (field == kRefLogps) {
+    } else if (field == kRefLogps || field == kScores) {
       sides = {slots, 2};
       type = float32;
     } else if (field == kPreference) {
@@ -860,11 +860,11 @@ class PairLoader {
 
 py::tuple py_pack_step(const py::object& prompt_tokens, const py::object& prompt_lengths,
                        const py::object& completion_tokens, const py::object& completion_lengths,
-                       const py::object& preference, const py::object& ref_logps, const py::object& where,
-                       const py::object& ids, const py::object& layout, const py::object& start_token,
+                       const py::object& preference, const py::object& ref_logps, const py::object& scores,
+                       const py::object& where, const py::object& ids, const py::object& layout, const py::object& start_token,
                        const py::object& row_tokens, const py::object& prompt_row_tokens, const py::object& max_pairs,
                        const py::object& row_counts) {
-  std::vector<py::ssize_t> prompt_sides, sides, length_sides, logp_sides;
+  std::vector<py::ssize_t> prompt_sides, sides, length_sides, logp_sides, score_sides;
   const auto prompts = contiguous<std::int32_t>(prompt_tokens, "prompt_tokens", 2, &prompt_sides);
   const auto count = static_cast<std::size_t>(prompt_sides[0]);
   const auto prompt_ends = vector<std::int32_t>(prompt_lengths, "prompt_lengths");
@@ -872,6 +872,7 @@ py::tuple py_pack_step(const py::object& prompt_tokens, const py::object& prompt
   const auto ends = contiguous<std::int32_t>(completion_lengths, "completion_lengths", 2, &length_sides);
   const auto chances = vector<float>(preference, "preference");
   const auto logps = contiguous<float>(ref_logps, "ref_logps", 2, &logp_sides);
+  const auto given = contiguous<float>(scores, "scores", 2, &score_sides);
   const auto wanted = vector<bool>(where, "where");
   const auto names = vector<std::int64_t>(ids, "ids");
   const auto group = static_cast<std::size_t>(sides[1]);
@@ -886,9 +887,12 @@ py::tuple py_pack_step(const py::object& prompt_tokens, const py::object& prompt
                           std::to_string(length_sides[1]));
   }
   check_count("preference", chances.size(), count);
-  check_count("ref_logps", static_cast<std::size_t>(logp_sides[0]), count);
-  if (logp_sides[1] != 2) {
-    throw py::value_error("ref_logps must have two entries for each record, got " + std::to_string(logp_sides[1]));
+  for (const auto& [name, sides_of] : {std::pair{"ref_logps", &logp_sides}, std::pair{"scores", &score_sides}}) {
+    check_count(name, static_cast<std::size_t>((*sides_of)[0]), count);
+    if ((*sides_of)[1] != 2) {
+      throw py::value_error(std::string(name) + " must have two entries for each record, got " +
+                            std::to_string((*sides_of)[1]));
+    }
   }
   check_count("where", wanted.size(), count);
   check_count("ids", names.size(), count);
@@ -926,7 +930,7 @@ py::tuple py_pack_step(const py::object& prompt_tokens, const py::object& prompt
         refuse("prompt_lengths must be in [1, " + std::to_string(prompt_sides[1]) + "]", std::to_string(prompt_ends[i]));
       }
       Pair pair{span(prompts, prompt_sides[1], i, prompt_ends[i]), {}, {logps[2 * i], logps[2 * i + 1]}, chances[i],
-                names[i]};
+                names[i], {given[2 * i], given[2 * i + 1]}};
       for (std::size_t k = 0; k < group; ++k) {
         const std::int32_t length = ends[i * group + k];
         if (length < 1 || length > sides[2]) {
@@ -1012,7 +1016,7 @@ void add_pairs(py::module_& module) {
              py::arg("shapes"), py::arg("max_pairs_per_row"), py::arg("window"), py::arg("seed"), py::arg("epoch"));
   module.def("pack_step", &py_pack_step, py::arg("prompt_tokens"), py::arg("prompt_lengths"),
              py::arg("completion_tokens"), py::arg("completion_lengths"), py::arg("preference"), py::arg("ref_logps"),
-             py::arg("where"), py::arg("ids"), py::kw_only(), py::arg("layout"), py::arg("decoder_start"),
+             py::arg("scores"), py::arg("where"), py::arg("ids"), py::kw_only(), py::arg("layout"), py::arg("decoder_start"),
              py::arg("row_tokens"), py::arg("prompt_row_tokens"), py::arg("max_pairs_per_row"), py::arg("row_counts"));
 }
 

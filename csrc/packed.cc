@@ -53,7 +53,7 @@ PackedOffsets offsets_of(const PackedShape& shape) {
   };
   constexpr std::array<Item, kFields> kItems = {{{0, 4}, {0, 4}, {0, 4}, {0, 4}, {0, 4}, {0, 4},
                                                  {1, 4}, {1, 4}, {1, 4},
-                                                 {2, 8}, {2, 4}, {2, 1}, {2, 8}, {2, 8}}};
+                                                 {2, 8}, {2, 4}, {2, 1}, {2, 8}, {2, 8}, {2, 8}}};
   PackedOffsets offsets{};
   for (std::size_t field = 0; field < kFields; ++field) {
     offsets.at[field] = offsets.bytes;
@@ -84,6 +84,7 @@ PackedWriter::PackedWriter(const Layout& layout, const PackedShape& shape, std::
   at(kWhere, where_);
   at(kIds, ids_);
   at(kRefLogps, ref_logps_);
+  at(kScores, scores_);
 }
 
 void PackedWriter::label(std::size_t places, std::int32_t position, std::int32_t pair, std::int32_t stream,
@@ -132,6 +133,7 @@ FASTPREF_WIDE void PackedWriter::write(std::span<const Pair> pairs) {
                      encoder ? 0 : static_cast<std::int32_t>(context.size()), k);
       *lengths_++ = static_cast<std::int32_t>(completion.size());
       *ref_logps_++ = pair.ref_logps[static_cast<std::size_t>(k)];
+      *scores_++ = pair.scores[static_cast<std::size_t>(k)];
     }
     *preference_++ = pair.preference;
     *where_++ = true;
@@ -141,6 +143,7 @@ FASTPREF_WIDE void PackedWriter::write(std::span<const Pair> pairs) {
   const auto empty = static_cast<std::size_t>(shape_.pairs - slot_);
   lengths_ = std::fill_n(lengths_, 2 * empty, 0);
   ref_logps_ = std::fill_n(ref_logps_, 2 * empty, 0.0F);
+  scores_ = std::fill_n(scores_, 2 * empty, 0.0F);
   preference_ = std::fill_n(preference_, empty, 0.0F);
   where_ = std::fill_n(where_, empty, false);
   ids_ = std::fill_n(ids_, empty, std::int64_t{-1});

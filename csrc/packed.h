@@ -25,6 +25,7 @@ struct Pair {
   std::array<float, 2> ref_logps;
   float preference;
   std::int64_t id;
+  std::array<float, 2> scores{};
 };
 
 // Places of a pair with that many tokens; kTooLong in both streams where a stream would need more than kMaxRowTokens.
@@ -45,7 +46,7 @@ struct PackedShape {
 enum Field : std::size_t {
   kTokens, kTargets, kPositions, kPairs, kStreams, kSequences,
   kPromptTokens, kPromptPositions, kPromptPairs,
-  kLengths, kPreference, kWhere, kIds, kRefLogps,
+  kLengths, kPreference, kWhere, kIds, kRefLogps, kScores,
   kFields
 };
 
@@ -84,7 +85,7 @@ class PackedWriter {
   float* preference_;
   bool* where_;
   std::int64_t* ids_;
-  float* ref_logps_;
+  float *ref_logps_, *scores_;
 };
 
 }  // namespace fastpref

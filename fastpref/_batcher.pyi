@@ -172,6 +172,7 @@ def pack_step(
     completion_lengths: _Int32,
     preference: _Float32,
     ref_logps: _Float32,
+    scores: _Float32,
     where: npt.NDArray[np.bool_],
     ids: _Int64,
     *,

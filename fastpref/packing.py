@@ -6,7 +6,7 @@ window of pairs that come one after another in a seeded order: a larger window w
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
@@ -162,7 +162,7 @@ class PairBatcher:
         return self
 
     def __next__(self) -> PackedPairs:
-        return _unscored(self._loader.next())
+        return PackedPairs._make(self._loader.next())
 
     def state(self) -> bytes:
         """Where the next batch is taken from, in less than 1 KB: what `restore` continues at.
@@ -281,6 +281,7 @@ def pack_pairs(
         _as(completion_lengths, np.int32),
         _as(np.ones(count) if preference is None else preference, np.float32),
         _as(np.zeros((count, 2)) if ref_logps is None else ref_logps, np.float32),
+        _as(np.zeros((count, 2)) if scores is None else scores, np.float32),
         _as(np.ones(count) if where is None else where, np.bool_),
         _as(np.arange(count) if ids is None else ids, np.int64),
         layout=layout,
@@ -290,17 +291,7 @@ def pack_pairs(
         max_pairs_per_row=max(min(MAX_PAIRS, count), 1) if max_pairs_per_row is None else max_pairs_per_row,
         row_counts=row_counts(max(count, 1)) if counts is None else counts,
     )
-    pairs = _unscored(fields)
-    if scores is not None:
-        placed = pairs.scores.copy()
-        placed[slots[slots >= 0]] = _as(scores, np.float32)[slots >= 0]
-        pairs = pairs._replace(scores=placed)
-    return Packing(pairs, slots)
-
-
-def _unscored(fields: Iterable[np.ndarray]) -> PackedPairs:
-    *rest, ref_logps = fields
-    return PackedPairs._make((*rest, ref_logps, np.zeros_like(ref_logps)))
+    return Packing(PackedPairs._make(fields), slots)
 
 
 def _as(array: Any, dtype: type[np.generic]) -> np.ndarray:

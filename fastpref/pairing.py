@@ -47,8 +47,8 @@ class Jury:
       texts: the K completions of each.
       tokens: their token ids, [P, K, T].
       lengths: how many of them are real, [P, K].
-      ids: names of the prompts, for the log.
-      step: number of the step, for the log.
+      ids: names of the prompts, for the log and the draw of a tournament.
+      step: number of the step, for the same.
       log: answers what it holds, and writes down what it does not before it is used; None to ask about everything.
     """
 
@@ -66,7 +66,7 @@ class Jury:
     ) -> None:
         self.judge, self.prompts, self.texts = judge, prompts, texts
         self._tokens, self._lengths = tokens, lengths
-        self._ids, self._step, self._log = ids, step, log
+        self.ids, self.step, self._log = ids, step, log
         self.classes = tournament.identical(tokens, lengths)
         """Equal numbers, equal completions, [P, K]."""
         self.asked = 0
@@ -105,7 +105,7 @@ class Jury:
             preference[different] = answer(np.arange(len(prompt)))
         else:
             one, other = self._rows(prompt, first), self._rows(prompt, second)
-            preference[different] = self._log.judge(self._step, self._ids[prompt], one, other, answer)
+            preference[different] = self._log.judge(self.step, self.ids[prompt], one, other, answer)
         return preference
 
     def _ask(
@@ -125,17 +125,13 @@ class Jury:
         return [self._tokens[at, k, : self._lengths[at, k]] for at, k in zip(prompt, which, strict=True)]
 
 
-def select(
-    pairs: str, jury: Jury, *, ids: Int[np.ndarray, " P"], step: int, seed: int, baseline: str = "none"
-) -> Selection:
+def select(pairs: str, jury: Jury, *, seed: int, baseline: str = "none") -> Selection:
     """Judge the completions and choose what is learned from.
 
     Args:
       pairs: see `algorithms.Algorithm`.
       jury: judges the completions; it holds them.
-      ids: name of each prompt, for the draw of a tournament.
-      step: number of the step, for the same.
-      seed: of the run, for the same.
+      seed: of the run, for the draw of a tournament.
       baseline: of rewards; see `TrainConfig`.
 
     Returns:
@@ -149,7 +145,7 @@ def select(
     if pairs == "first" and completions == 1:
         return _rewarded(jury, baseline)
     if pairs == "tournament":
-        found = tournament.run(jury.compare, prompts, completions, ids, step, seed, classes=jury.classes)
+        found = tournament.run(jury.compare, prompts, completions, jury.ids, jury.step, seed, classes=jury.classes)
         chosen, preference, kept = np.stack([found.best, found.worst], 1), found.preference, found.kept
         scores, label = np.zeros((prompts, 2), np.float32), np.ones(prompts, np.float32)
     elif pairs == "win rates":

@@ -101,7 +101,7 @@ class Rollout:
         prompts = [self.texts[int(index)] for index in batch.ids]
         written = decode(self.policy, drawn)
         jury = Jury(self.judge, prompts, written, tokens, lengths, ids=batch.ids, step=step, log=self.log)
-        found = select(row.pairs, jury, ids=batch.ids, step=step, seed=config.seed, baseline=config.baseline)
+        found = select(row.pairs, jury, seed=config.seed, baseline=config.baseline)
         clock.lap("time/judge")
         learned = found.chosen[:, :1] if row.pairs == "first" else found.chosen
 

@@ -314,5 +314,7 @@ def _plain(value: Any) -> Any:
 def _word(value: Any) -> str:
     """A value as it stands in names and tables."""
     if isinstance(value, Mapping):
-        return "~".join(str(part) for part in value.values())
+        # A schedule, which ends with what most of them leave as it is.
+        parts = {name: part for name, part in value.items() if not (name in ("warmup", "repeat") and not part)}
+        return "~".join(str(part) for part in parts.values())
     return str(value).lower() if isinstance(value, bool) else str(value)

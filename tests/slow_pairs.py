@@ -97,6 +97,7 @@ class SlowPair:
     id: int
     preference: float = 1.0
     ref_logps: tuple[float, float] = (0.0, 0.0)
+    scores: tuple[float, float] = (0.0, 0.0)
 
     def places(self, layout: str, start: int) -> list[tuple[int, int, int, int, int]]:
         """Token, target, position, stream and completion (-1 for none) of each decoder place."""
@@ -125,7 +126,8 @@ def write(
     decoder = [np.full((count, length), empty, np.int32) for empty in (0, 0, 0, -1, 0, -1)]
     encoder = [np.full((count, encoded), empty, np.int32) for empty in (0, 0, -1)]
     slots = count * most
-    lengths, logps = np.zeros((slots, 2), np.int32), np.zeros((slots, 2), np.float32)
+    lengths = np.zeros((slots, 2), np.int32)
+    logps, scores = np.zeros((slots, 2), np.float32), np.zeros((slots, 2), np.float32)
     preference, where, ids = np.zeros(slots, np.float32), np.zeros(slots, bool), np.full(slots, -1)
     for r, row in enumerate(rows):
         at = encoder_at = 0
@@ -143,8 +145,9 @@ def write(
                     encoder_at += 1
             for k, completion in enumerate(pair.completions):
                 lengths[slot, k] = len(completion)
-            logps[slot], preference[slot], where[slot], ids[slot] = pair.ref_logps, pair.preference, True, pair.id
-    return PackedPairs(*decoder, *encoder, lengths, preference, where, ids, logps)
+            logps[slot], scores[slot] = pair.ref_logps, pair.scores
+            preference[slot], where[slot], ids[slot] = pair.preference, True, pair.id
+    return PackedPairs(*decoder, *encoder, lengths, preference, where, ids, logps, scores)
 
 
 @dataclass(frozen=True)

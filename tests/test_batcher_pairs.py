@@ -3,6 +3,7 @@
 import gc
 import itertools
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -198,7 +199,7 @@ def check_batch(batch: PackedPairs) -> None:
 def test_steps_are_packed_as_the_python_version(layout: str, completions: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 12), label="count")
     pairs = random_pairs(count, (7, 6), seed=data.draw(st.integers(0, 99), label="seed"))
-    pairs = [SlowPair(p.prompt, p.completions[:completions], p.id, p.preference, p.ref_logps) for p in pairs]
+    pairs = [replace(pair, completions=pair.completions[:completions], scores=(pair.id, -0.5)) for pair in pairs]
     where = np.asarray(data.draw(st.lists(st.booleans(), min_size=count, max_size=count), label="where"))
     arguments = padded(pairs)
     for name in ("prompt_lengths", "completion_lengths"):
@@ -247,6 +248,7 @@ def padded(pairs: list[SlowPair]) -> dict[str, Any]:
         "completion_lengths": lengths,
         "preference": np.asarray([pair.preference for pair in pairs], np.float32),
         "ref_logps": np.asarray([pair.ref_logps for pair in pairs], np.float32),
+        "scores": np.asarray([pair.scores for pair in pairs], np.float32),
         "ids": np.asarray([pair.id for pair in pairs]),
     }
 

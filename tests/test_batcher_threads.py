@@ -260,6 +260,7 @@ def run(body: str, code: int = 0) -> str:
         import gc, os, signal, sys, time
         import numpy as np
         from fastpref.data import PairBatcher, Ragged
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs behind
         rows = [[1, 2, 3]] * 500
         native = PairBatcher(rows, rows, rows, rows=4, row_tokens=40, threads=3, prefetch=16)
         held = next(native)

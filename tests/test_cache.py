@@ -324,7 +324,7 @@ def test_a_batcher_over_a_cache_resumes_exactly(tmp_path: Path) -> None:
 
     def batcher(tokens: TokenRecords) -> PairBatcher:
         return PairBatcher(
-            tokens.prompts, *tokens.completions, tokens.preference, ids=tokens.ids, batch_size=16, **LIMITS
+            tokens.prompts, *tokens.completions, tokens.preference, ids=tokens.ids, rows=4, row_tokens=64
         )
 
     one = batcher(cached(source, tmp_path / "a", chunk=50)[0])
@@ -335,4 +335,4 @@ def test_a_batcher_over_a_cache_resumes_exactly(tmp_path: Path) -> None:
     for _ in range(20):
         a, b = next(one), next(other)
         assert a.ids.tolist() == b.ids.tolist()
-        assert a.completion_tokens.tobytes() == b.completion_tokens.tobytes()
+        assert a.tokens.tobytes() == b.tokens.tobytes()

@@ -22,6 +22,7 @@ from fastpref.algorithms import ALGORITHMS
 from fastpref.config import TrainConfig
 from fastpref.games import PreferenceGame
 from fastpref.models import LanguageModel
+from fastpref.records import PackedPairs
 from fastpref.tokenizer import Tokenizer
 from fastpref.training import train
 
@@ -33,6 +34,8 @@ BETA = 0.5
 
 class Table(nnx.Module):
     """A policy that is its logits, whatever it has read; the last action is EOS."""
+
+    decoder_start = None
 
     def __init__(self, logits: np.ndarray) -> None:
         self.vocab_size = len(logits)
@@ -46,6 +49,9 @@ class Table(nnx.Module):
 
     def hidden_states(self, prompt_tokens: Array, prompt_mask: Array, completion_tokens: Array) -> Array:
         return jnp.ones((*completion_tokens.shape, 1), jnp.float32)
+
+    def packed_hidden_states(self, batch: PackedPairs) -> Array:
+        return jnp.ones((*batch.tokens.shape, 1), jnp.float32)
 
     def head(self) -> Head:
         return Head(self.logits[...])

@@ -74,7 +74,7 @@ def test_kernels_import_nothing_of_the_trainer() -> None:
         ("tensorboardX", {"fastpref.plots", "fastpref.reporting"}),
         ("rich", {"fastpref.plots", "fastpref.reporting", "fastpref.demo"}),
         ("fastpref.cli", set()),
-        ("fastpref.demo", {"fastpref.cli"}),
+        ("fastpref.demo", {"fastpref.cli", "fastpref.reproduce.studies"}),
         ("kernels", set()),
     ],
 )

@@ -39,7 +39,9 @@ def jury(judge: Any, completions: Sequence[Sequence[int]]) -> Jury:
     """Completions of one token each, of prompts that are all the same."""
     tokens = np.asarray(completions, np.int32)[:, :, None]
     texts = [[str(token) for token in row] for row in completions]
-    return Jury(judge, ["x"] * len(texts), texts, tokens, np.ones(tokens.shape[:2], np.int32))
+    return Jury(
+        judge, ["x"] * len(texts), texts, tokens, np.ones(tokens.shape[:2], np.int32), ids=np.arange(len(texts)), step=0
+    )
 
 
 def shuffled(k: int = 4) -> list[list[int]]:
@@ -52,7 +54,7 @@ def taste(rows: list[list[int]]) -> np.ndarray:
 
 
 def chosen(judge: Any, rows: list[list[int]], pairs: str, **options: Any) -> Any:
-    return select(pairs, jury(judge, rows), ids=np.arange(len(rows)), step=0, seed=0, **options)
+    return select(pairs, jury(judge, rows), seed=0, **options)
 
 
 @pytest.mark.parametrize("judge", [Prefers, Rewards])

@@ -124,7 +124,14 @@ def test_several_fields_schedules_and_names(tmp_path: Path) -> None:
         "algorithm=ipo-md,tau=1.0~0.5~4~linear",
         "algorithm=ipo-md,tau=1.0~0.1~4~linear",
     ]
-    assert found.rows()[0]["tau"] == {"start": 1.0, "end": 0.5, "steps": 4, "kind": "linear"}
+    assert found.rows()[0]["tau"] == {
+        "start": 1.0,
+        "end": 0.5,
+        "steps": 4,
+        "kind": "linear",
+        "warmup": 0.0,
+        "repeat": False,
+    }
     # Only seeds, and None among numbers, have a place on the axis too.
     go({"seed": [0, 1]}, Runs(by_tau), tmp_path / "seeds")
     go({"max_grad_norm": [None, 1.0], "tau": [0.1, 0.2]}, Runs(by_tau), tmp_path / "none")

@@ -38,12 +38,14 @@ EVERY = 25
 TAUS = {
     "rl": (0.01, 0.03, 0.1),
     "online-ipo": (0.01, 0.03, 0.1, 0.3),
-    "online-dpo": (0.03, 0.1, 0.3, 1.0),
-    "online-slic": (0.03, 0.1, 0.3, 1.0),
-    "ipo-md": (0.01, 0.03, 0.1, 0.3),
-    "nash-md-pg": (0.003, 0.01, 0.03, 0.1),
+    "online-dpo": (0.01, 0.03, 0.1, 0.3),
+    "online-slic": (0.03, 0.1, 0.3),
+    "ipo-md": (0.01, 0.03, 0.1),
+    "nash-md-pg": (0.003, 0.01, 0.03),
 }
 """Values of τ that each algorithm is tried with; τ means another strength to each."""
+BETAS = (0.0, 0.125, 0.25, 0.5, 0.75)
+"""Weights of the reference in the sampler of IPO-MD."""
 SELECTION_PROMPTS = 256
 
 
@@ -158,9 +160,9 @@ def table_2(lab: Lab) -> list[Path]:
     return _matrix(lab, "ipo-md-table-2", chosen, PAPER_TABLE_2)
 
 
-def inpo_table(lab: Lab) -> list[Path]:
+def inpo_table(lab: Lab, **others: Any) -> list[Path]:
     """INPO, without its pull to the reference (τ = 0), iterative DPO and SPPO, side by side, and against SFT."""
-    few: dict[str, Any] = {"batch_size": 16, "rounds": 3}
+    few: dict[str, Any] = {"batch_size": 16, "rounds": 3, **others}
     chosen: dict[str, Settings] = {
         "inpo": {"algorithm": "inpo", "tau": 0.03, "eta": 0.09, **few},
         "inpo, no KL": {"algorithm": "inpo", "tau": 0.0, "eta": 0.09, **few},
@@ -198,82 +200,66 @@ def _cells(found: WinRates, paper: Mapping[tuple[str, str], float]) -> list[str]
 
 
 def _sweep(
-    lab: Lab,
-    name: str,
-    field_name: str,
-    lines: Mapping[str, Sequence[Settings]],
-    baselines: Mapping[str, Any],
-    title: str,
+    lab: Lab, name: str, along: str, lines: Mapping[str, Sequence[Settings]], against: str, baseline: Any, title: str
 ) -> list[Path]:
-    """Win rates along one setting, a curve for each line and baseline; bars are 95 % intervals over articles."""
+    """Win rates along one setting, a curve for each line; bars are 95 % intervals over articles."""
     records, curves = [], []
-    for against, baseline in baselines.items():
-        for label, points in lines.items():
-            rates = [lab.against(lab.run(point, SEEDS[0]), baseline) for point in points]
-            x = [point[field_name] for point in points]
-            full = label if len(baselines) == 1 else f"{label} against {against}"
-            y, low, high = ([getattr(rate, end) for rate in rates] for end in ("value", "low", "high"))
-            curves.append(plots.Curve(full, x, y, low, high))
-            records += [
-                {
-                    "algorithm": label,
-                    field_name: at,
-                    "baseline": against,
-                    "win_rate": r.value,
-                    "low": r.low,
-                    "high": r.high,
-                }
-                for at, r in zip(x, rates, strict=True)
-            ]
-    against = " or ".join(baselines)
+    for label, points in lines.items():
+        rates = [lab.against(lab.run(point, SEEDS[0]), baseline) for point in points]
+        x = [point[along] for point in points]
+        y, low, high = ([getattr(rate, end) for rate in rates] for end in ("value", "low", "high"))
+        curves.append(plots.Curve(label, x, y, low, high))
+        records += [
+            {"algorithm": label, along: at, "baseline": against, "win_rate": r.value, "low": r.low, "high": r.high}
+            for at, r in zip(x, rates, strict=True)
+        ]
     image = plots.plot_curves(
         lab.folder / f"{name}.png",
         curves,
-        x_label=field_name,
+        x_label=along,
         y_label=f"win rate against {against}",
         title=title,
         line=0.5,
+        logarithmic=along == "tau",
     )
     return [_csv(lab.folder / f"{name}.csv", records), image]
 
 
-def _taus(algorithm: str, values: Sequence[float] = TAUS["online-ipo"]) -> list[Settings]:
-    return [{"algorithm": algorithm, "tau": tau} for tau in values]
+def _taus(*algorithms: str) -> dict[str, list[Settings]]:
+    """The same values of τ for each, so that one run serves several studies."""
+    return {name: [{"algorithm": name, "tau": tau} for tau in TAUS["online-ipo"]] for name in algorithms}
 
 
 def figure_1(lab: Lab) -> list[Path]:
     """Online IPO and DPO over τ, against RL."""
     rl = lab.run(lab.best("rl"), SEEDS[0])
-    values = (0.01, 0.03, 0.1, 0.3, 1.0)
-    lines = {name: _taus(name, values) for name in ("online-ipo", "online-dpo")}
-    return _sweep(lab, "ipo-md-figure-1", "tau", lines, {"RL": rl}, "Strength of the regularisation")
+    lines = _taus("online-ipo", "online-dpo")
+    return _sweep(lab, "ipo-md-figure-1", "tau", lines, "RL", rl, "Strength of the regularisation")
 
 
 def figures_3_and_4(lab: Lab) -> list[Path]:
     """Online and offline IPO and DPO over τ, against RL and against SFT."""
     rl = lab.run(lab.best("rl"), SEEDS[0])
-    values = (0.01, 0.03, 0.1, 0.3, 1.0)
-    names = ("online-ipo", "offline-ipo", "online-dpo", "offline-dpo")
     baselines = {"RL": rl, "SFT": lab.ready.reference}
-    lines = {name: _taus(name, values) for name in names}
+    lines = _taus("online-ipo", "offline-ipo", "online-dpo", "offline-dpo")
     return [
         path
         for number, (against, baseline) in zip((3, 4), baselines.items(), strict=True)
-        for path in _sweep(lab, f"ipo-md-figure-{number}", "tau", lines, {against: baseline}, "Online and offline")
+        for path in _sweep(lab, f"ipo-md-figure-{number}", "tau", lines, against, baseline, "Online and offline")
     ]
 
 
 def figure_5(lab: Lab) -> list[Path]:
     """IPO-MD over β, against RL."""
     rl = lab.run(lab.best("rl"), SEEDS[0])
-    points = [{"algorithm": "ipo-md", "mixture_beta": beta} for beta in (0.0, 0.125, 0.25, 0.5, 0.75)]
-    return _sweep(lab, "ipo-md-figure-5", "mixture_beta", {"ipo-md": points}, {"RL": rl}, "Weight of the reference")
+    points = [{"algorithm": "ipo-md", "mixture_beta": beta} for beta in BETAS]
+    return _sweep(lab, "ipo-md-figure-5", "mixture_beta", {"ipo-md": points}, "RL", rl, "Weight of the reference")
 
 
 def figure_2(lab: Lab) -> list[Path]:
     """Online IPO while it learns, for several τ, against SFT on the articles for selection."""
     records, curves = [], []
-    for settings in _taus("online-ipo"):
+    for settings in _taus("online-ipo")["online-ipo"]:
         lines = (lab.run(settings, SEEDS[0]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         steps = [step for step in map(orjson.loads, lines) if "eval/win_rate" in step]
         x = [step["step"] for step in steps]
