@@ -1,5 +1,6 @@
 """Batches of token ids in few static shapes, from the native core: seeded, exactly resumable, taken without a copy.
 
+    tokenizer = Tokenizer.load("checkpoints/sft")
     records, dropped = read_records("pairs.jsonl", columns=("prompt", "chosen", "rejected"))
     tokens, cut = tokenize_completions(records, tokenizer, max_prompt_tokens=512, max_completion_tokens=256)
     with PairBatcher(
@@ -7,6 +8,7 @@
     ) as batches:
         for batch in batches:  # PackedPairs: whole pairs in rows of 4096 places
             ...
+        state = batches.state()  # restore(state) goes on with the very next batch
 
 The parts: `readers` and `tokenization` make token ids of files; `batchers` pads, `packing` packs pairs; `columns`
 checks what both are given. The last three alone import the native extension.

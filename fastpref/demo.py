@@ -70,7 +70,7 @@ PREFERENCE = SupervisedConfig(
     max_prompt_tokens=MAX_PROMPT_TOKENS,
     overlong="truncate",
     optimizer="adamw",
-    learning_rate=Schedule(start=1e-3, end=1e-4, steps=700, kind="cosine"),
+    learning_rate=Schedule(start=1e-3, end=1e-4, steps=700, kind="cosine", warmup=0.1),
     max_grad_norm=1.0,
     max_shapes=1,
     eval_every=100,

@@ -91,6 +91,7 @@ METRICS: dict[str, Metric] = {
     "eval/accuracy": Metric(
         "1 if the model prefers what the label does, ½ if either ties, else 0", "", "held-out pairs", "higher"
     ),
+    "time/data": Metric("waiting for the next batch", "s", "", "lower"),
     "time/generate": Metric("sampling both completions", "s", "", "lower"),
     "time/judge": Metric("asking the judge", "s", "", "lower"),
     "time/learn": Metric("loss, gradient and update", "s", "", "lower"),

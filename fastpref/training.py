@@ -151,7 +151,9 @@ def train(
         parameters, opt_state, round_params = arrays
         if row.in_rounds and done % config.round_steps == 0:
             round_params = copy(parameters)
+        waiting = rollout.Clock()
         batch: PromptBatch | PackedPairs = source.__next__()
+        waiting.lap("time/data")
         gathered = gather(done, batch, parameters, round_params)
         clock = rollout.Clock()
         tau, eta = config.strengths(done)
@@ -176,6 +178,7 @@ def train(
             **({"eta": eta} if row.strength == "eta" else {}),
             **({"round": float(done // config.round_steps + 1)} if row.in_rounds else {}),
             **gathered.metrics,
+            **waiting.laps,
             **clock.laps,
         }
         if held_out is not None and ((done + 1) % config.eval_every == 0 or done + 1 == config.steps):

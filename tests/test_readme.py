@@ -59,6 +59,14 @@ def test_the_kernel_example_runs(tmp_path: Path) -> None:
     assert run(snippet("kernels"), tmp_path)
 
 
+def test_the_data_example_runs(tmp_path: Path) -> None:
+    save(language_model(), tmp_path / "checkpoints" / "sft")
+    rows = [{"prompt": prompt, "chosen": "w1 w2", "rejected": "w3"} for prompt in PROMPTS]
+    (tmp_path / "pairs.jsonl").write_bytes(b"\n".join(map(orjson.dumps, rows)))
+    # A model whose log-probs equal the reference's would give log 2; this one has no reference, and little to say.
+    assert 0 < float(run(snippet("data").replace("2048", "128"), tmp_path)) < 10
+
+
 def test_the_new_algorithm_runs(tmp_path: Path) -> None:
     ask = "print(config.row.mixture_betas(1.0), config.row.pairs, fastpref.ALGORITHMS['inpo'].pairs)"
     assert run(snippet("algorithm") + ask, tmp_path).strip() == "(0.0, 0.0) both tournament"

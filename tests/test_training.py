@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -331,6 +332,25 @@ def test_a_judge_that_fails_loses_no_step(tmp_path: Path) -> None:
     train(language_model(), PROMPTS, fails_third, config, run_dir=tmp_path / "a", quiet=True)
     train(language_model(), PROMPTS, prefers_w1, config, run_dir=tmp_path / "b", quiet=True)
     assert metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b")
+
+
+def test_a_run_that_goes_on_does_not_ask_again_what_was_judged(tmp_path: Path) -> None:
+    """What was asked since the last checkpoint is answered by `pairs/`, as a killed run leaves it."""
+    asked: list[tuple[str, str, str]] = []
+
+    def counts(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        asked.extend(zip(prompts, first, second, strict=True))
+        return prefers_w1(prompts, first, second)
+
+    config = TrainConfig(**SMALL, steps=4, checkpoint_every=2)
+    train(language_model(), PROMPTS, counts, config, run_dir=tmp_path, quiet=True)
+    before, questions = metrics_of(tmp_path), len(asked)
+    assert questions
+    shutil.rmtree(tmp_path / "checkpoints" / "00000004")
+    shutil.rmtree(tmp_path / "policy")
+    train(language_model(), PROMPTS, counts, config, run_dir=tmp_path, quiet=True)
+    assert len(asked) == questions
+    assert metrics_of(tmp_path) == before
 
 
 def test_a_run_of_another_configuration_is_refused_and_a_longer_one_goes_on(tmp_path: Path) -> None:
