@@ -36,7 +36,7 @@ def lab(folder: Path, monkeypatch: pytest.MonkeyPatch) -> studies.Lab:
     pairs = [{"prompt": prompt, "chosen": "w1", "rejected": "w2 w3", "preference": 0.9} for prompt in PROMPTS]
     model = language_model("t5")
     judge = PreferenceModel(model, template="{prompt} 1 {first} 2 {second}")
-    made = studies.Lab(folder, settings={"eval_every": 1}, prompts=4, quiet=True)
+    made = studies.Lab(folder, settings={"steps": 2, "eval_every": 1}, prompts=4, quiet=True)
     made.__dict__["ready"] = Prepared(Splits(examples, examples, examples, examples), model, pairs, judge, None)
     return made
 
