@@ -4,46 +4,18 @@ import gc
 import itertools
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_pairs import MASK, permutation
 
 from fastpref import _batcher
 
 NO_LENGTHS = np.zeros(0, np.int32)
-MASK = 2**64 - 1
-GOLDEN = 0x9E3779B97F4A7C15
-
-
-def mix(x: int) -> int:
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
-    return x ^ (x >> 31)
-
-
-def draws(seed: int, epoch: int, purpose: int) -> Iterator[int]:
-    state = 0
-    for part in (seed, epoch, purpose):
-        state = mix((state + part + GOLDEN) & MASK)
-    while True:
-        state = (state + GOLDEN) & MASK
-        yield mix(state)
-
-
-@lru_cache(maxsize=64)
-def permutation(size: int, seed: int, epoch: int, purpose: int) -> tuple[int, ...]:
-    random = draws(seed, epoch, purpose)
-    order = list(range(size))
-    for i in range(size):
-        j = i + (next(random) * (size - i) >> 64)
-        order[i], order[j] = order[j], order[i]
-    return tuple(order)
 
 
 def plan(shape_of: list[int], batch_size: int, seed: int, epoch: int) -> tuple[list[list[int]], list[int]]:
