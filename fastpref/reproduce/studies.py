@@ -39,7 +39,7 @@ STEPS = 75
 EVERY = 25
 """Steps between held-out evaluations: what learning curves are made of."""
 TAUS = {
-    "rl": (0.01, 0.03, 0.1),
+    "rl": (0.01, 0.03, 0.1, 0.3),
     "online-ipo": (0.01, 0.03, 0.1, 0.3),
     "online-dpo": (0.01, 0.03, 0.1, 0.3),
     "online-slic": (0.03, 0.1, 0.3),
@@ -191,8 +191,10 @@ def _matrix(lab: Lab, name: str, chosen: Mapping[str, Settings], paper: Mapping[
     lines = [
         "Win rate of the row over the column by the gold judge, standard deviation between 3 × 3 runs in brackets."
     ]
-    lines += ["", *_cells(found, paper), "", "Settings:", ""]
-    lines += [f"- {label}: {orjson.dumps(dict(settings)).decode()}" for label, settings in chosen.items()]
+    lines += ["", *_cells(found, paper), "", "Against SFT, with 95 % intervals over articles, and the settings:", ""]
+    for i, (label, settings) in enumerate(chosen.items()):
+        rate, low, high = (float(ends[i, len(chosen)]) for ends in (found.value, found.low, found.high))
+        lines.append(f"- {label}: {rate:.3f}, {low:.3f} to {high:.3f}; `{orjson.dumps(dict(settings)).decode()}`")
     text = lab.folder / f"{name}.md"
     text.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return [text, table, image]
