@@ -50,6 +50,14 @@ def vmem_limit() -> int:
     return capacity - _RESERVED_VMEM
 
 
+def matrix_unit() -> int:
+    """Columns of a matrix unit of the TPU at hand, or that it is being compiled for: 256 on a v6e, else 128."""
+    try:
+        return int(pltpu.get_tpu_info().mxu_column_size)
+    except ValueError:
+        return LANES
+
+
 def tile_bytes(rows: int, columns: int, dtype: Any) -> int:
     """Bytes of a [rows, columns] array in VMEM, where tiles are 8 × 128 words of 32 bits."""
     size = int(jnp.dtype(dtype).itemsize)

@@ -140,10 +140,20 @@ def test_rows_that_do_not_fit_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @interpreted_tpu
-@pytest.mark.parametrize("tiles", [Tiles(128, 1024), Tiles(256, 512), Tiles(384, 512)], ids=str)
+@pytest.mark.parametrize(
+    ("tiles", "vocab_axis"),
+    [
+        (Tiles(128, 1024), 0),
+        (Tiles(256, 512), 0),
+        (Tiles(384, 512), 0),
+        (Tiles(256, 1024, columns=256), 0),
+        (Tiles(512, 512, columns=256), 1),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("frozen_head", [False, True], ids=["trained", "frozen"])
-def test_tiles_change_nothing(tiles: Tiles, frozen_head: bool) -> None:
-    case = Case(1300, rows=300, width=8, soft_cap=4.0, scale=0.7)
+def test_tiles_change_nothing(tiles: Tiles, vocab_axis: int, frozen_head: bool) -> None:
+    case = Case(1300, rows=300, width=8, vocab_axis=vocab_axis, soft_cap=4.0, scale=0.7)
     ours = score(case, scorer, interpret=True, tiles=tiles, frozen_head=frozen_head)
     assert_close(ours, score(case, reference("token_logprobs"), frozen_head=frozen_head))
 

@@ -18,8 +18,7 @@ from fastpref.kernels.token_logprobs.tiles import (
     by_unit,
     choose,
     columns_of,
-    halves,
-    lanes_of,
+    cuts,
     loop,
     parameters,
     read_logits,
@@ -36,7 +35,6 @@ from fastpref.kernels.token_logprobs.tiles import (
 )
 from fastpref.kernels.vmem import (
     CHUNK,
-    LANES,
     UNIT,
     product,
     tile_bytes,
@@ -66,7 +64,7 @@ def backward_bytes(head: Head, tiles: Tiles) -> int:
         + weights
         + gradients
         + 2 * tile_bytes(rows, width, jnp.float32)
-        + 2 * tile_bytes(UNIT, LANES, jnp.float32)
+        + 2 * tile_bytes(UNIT, tiles.unit(head), jnp.float32)
     )
 
 
@@ -99,7 +97,8 @@ def backward(
     """
     total, vocab, width, dtype = targets.shape[0], head.slice_size, head.width, head.weight.dtype
     steps, blocks = -(-vocab // tiles.tokens), total // tiles.rows
-    lane_blocks, columns = tiles.rows // LANES, columns_of(width)
+    unit_rows, columns = tiles.unit(head), columns_of(width, tiles)
+    lane_blocks = tiles.rows // unit_rows
     units = tiles.tokens // UNIT * lane_blocks
     side = units_at_once(head, units)
 
@@ -124,17 +123,17 @@ def backward(
             )
 
         def unit(masked: bool, number: Any, place: int) -> None:
-            lanes, logits = lanes_of(number % lane_blocks), buffers.at[place]
+            lanes, logits = rows_of(number % lane_blocks, unit_rows), buffers.at[place]
             first = pl.multiple_of(number // lane_blocks * UNIT, UNIT)
-            wanted = (target[0, 0:1, lanes] - (step * tiles.tokens + first)).reshape(1, 1, LANES)
-            lses = row_lse[0, 0:1, lanes].reshape(1, 1, LANES)
-            scales = coefficient[0, 0:1, lanes].reshape(1, 1, LANES)
-            ids = unit_ids(LANES)
+            wanted = (target[0, 0:1, lanes] - (step * tiles.tokens + first)).reshape(1, 1, unit_rows)
+            lses = row_lse[0, 0:1, lanes].reshape(1, 1, unit_rows)
+            scales = coefficient[0, 0:1, lanes].reshape(1, 1, unit_rows)
+            ids = unit_ids(unit_rows)
             product(
                 head,
                 weight,
                 first,
-                read_states(head, states_turned if head.vocab_axis == 0 else states, lanes, scalars),
+                read_states(head, tiles, states_turned if head.vocab_axis == 0 else states, lanes, scalars),
                 logits,
             )
             for chunk in range(0, UNIT, CHUNK):
@@ -145,7 +144,7 @@ def backward(
                     probability = jnp.where(inside, probability, 0.0)
                 one = scales * ((ids + chunk == wanted).astype(jnp.float32) - probability)
                 one = head.product_gradient(one, jnp.where(inside, values, 0.0) if masked else values)
-                by_token[pl.ds(first + chunk, CHUNK), lanes] = one.reshape(CHUNK, LANES).astype(dtype)
+                by_token[pl.ds(first + chunk, CHUNK), lanes] = one.reshape(CHUNK, unit_rows).astype(dtype)
             gradient[lanes, pl.ds(first, UNIT)] = turned(by_token[pl.ds(first, UNIT), lanes])
 
         def add_weight(number: Any, carry: Any) -> Any:
@@ -160,8 +159,8 @@ def backward(
 
         def add_hidden(masked: bool, number: Any, carry: Any) -> Any:
             part = rows_of(number, columns)
-            for half, rows in enumerate(halves(tiles.rows)):
-                tile = read_weight(head, weight, part, scalars[half], masked, vocab - step * tiles.tokens)
+            for cut, rows in enumerate(cuts(tiles)):
+                tile = read_weight(head, weight, part, scalars[cut], masked, vocab - step * tiles.tokens)
                 dimensions = (((1,), (head.vocab_axis,)), ((), ()))
                 hidden_sum[slot, rows, part] += jax.lax.dot_general(
                     gradient[rows, :], tile, dimensions, preferred_element_type=jnp.float32
@@ -228,7 +227,7 @@ def backward(
             ],
             out_specs=[pl.BlockSpec(memory_space=pl.ANY), weight_tile],
             scratch_shapes=[
-                pltpu.VMEM((side, UNIT, LANES), jnp.float32),
+                pltpu.VMEM((side, UNIT, unit_rows), jnp.float32),
                 pltpu.VMEM((tiles.rows, tiles.tokens), dtype),
                 pltpu.VMEM((tiles.tokens, tiles.rows), dtype),
                 pltpu.VMEM(weight_block(head, tiles.tokens), jnp.float32),

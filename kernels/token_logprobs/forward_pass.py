@@ -12,12 +12,12 @@ from fastpref.kernels.token_logprobs.tiles import (
     by_tile,
     by_unit,
     choose,
-    lanes_of,
     loop,
     parameters,
     read_logits,
     read_states,
     row_spec,
+    rows_of,
     scalar_memory,
     states_spec,
     units_at_once,
@@ -26,7 +26,6 @@ from fastpref.kernels.token_logprobs.tiles import (
 )
 from fastpref.kernels.vmem import (
     CHUNK,
-    LANES,
     NEVER,
     SUBLANES,
     UNIT,
@@ -47,7 +46,9 @@ def forward_bytes(head: Head, tiles: Tiles) -> int:
     """VMEM of the forward pass: hidden states and weights twice each, one unit of logits, running results."""
     dtype = head.weight.dtype
     blocks = 2 * tile_bytes(head.width, tiles.rows, dtype) + 2 * weight_bytes(head, tiles.tokens, dtype)
-    return blocks + 2 * tile_bytes(UNIT, LANES, jnp.float32) + tile_bytes(3 * SUBLANES, tiles.rows, jnp.float32)
+    return (
+        blocks + 2 * tile_bytes(UNIT, tiles.unit(head), jnp.float32) + tile_bytes(3 * SUBLANES, tiles.rows, jnp.float32)
+    )
 
 
 def forward_tiles(head: Head, rows: int) -> Tiles:
@@ -74,17 +75,18 @@ def forward(
       interpret: Pallas's.
     """
     total, vocab = targets.shape[0], head.slice_size
-    steps, blocks, units = -(-vocab // tiles.tokens), total // tiles.rows, tiles.rows // LANES
+    steps, blocks, width = -(-vocab // tiles.tokens), total // tiles.rows, tiles.unit(head)
+    units = tiles.rows // width
     side = units_at_once(head, units)
 
     def kernel(scalars: Any, states: Any, weight: Any, target: Any, out: Any, buffers: Any, state: Any) -> None:
         block, step = pl.program_id(0), pl.program_id(1)
 
         def unit(masked: bool, number: Any, place: int) -> None:
-            lanes, logits = lanes_of(number), buffers.at[place]
-            wanted = (target[0, 0:1, lanes] - step * UNIT).reshape(1, 1, LANES)
-            ids = unit_ids(LANES)
-            product(head, weight, 0, read_states(head, states, lanes, scalars), logits)
+            lanes, logits = rows_of(number, width), buffers.at[place]
+            wanted = (target[0, 0:1, lanes] - step * UNIT).reshape(1, 1, width)
+            ids = unit_ids(width)
+            product(head, weight, 0, read_states(head, tiles, states, lanes, scalars), logits)
 
             def values(again: int, chunk: int) -> Array:
                 shaped = read_logits(head, logits, scalars[again], chunk)
@@ -106,15 +108,15 @@ def forward(
         def _active() -> None:
             @pl.when(step == 0)
             def _start() -> None:
-                state[:, 0] = jnp.full((units, SUBLANES, LANES), NEVER, jnp.float32)
-                state[:, 1:] = jnp.zeros((units, 2, SUBLANES, LANES), jnp.float32)
+                state[:, 0] = jnp.full((units, SUBLANES, width), NEVER, jnp.float32)
+                state[:, 1:] = jnp.zeros((units, 2, SUBLANES, width), jnp.float32)
 
             by_tile(step, vocab, UNIT, lambda masked: by_unit(units, side, partial(unit, masked)))
 
             @pl.when(step == steps - 1)
             def _finish() -> None:
                 def one(number: Any, carry: Any) -> Any:
-                    lanes = lanes_of(number)
+                    lanes = rows_of(number, width)
                     out[0, 0:1, lanes] = log_of_sum(*over_sublanes(state[number, 0], state[number, 1]))
                     out[0, 1:2, lanes] = jnp.sum(state[number, 2], axis=0, keepdims=True)
                     return carry
@@ -133,8 +135,8 @@ def forward(
             ],
             out_specs=row_spec(2, tiles, lambda i, j: i),
             scratch_shapes=[
-                pltpu.VMEM((side, UNIT, LANES), jnp.float32),
-                pltpu.VMEM((units, 3, SUBLANES, LANES), jnp.float32),
+                pltpu.VMEM((side, UNIT, width), jnp.float32),
+                pltpu.VMEM((units, 3, SUBLANES, width), jnp.float32),
             ],
         ),
         out_shape=result_shape((blocks, 2, tiles.rows), jnp.float32, head),

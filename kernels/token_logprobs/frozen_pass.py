@@ -14,8 +14,7 @@ from fastpref.kernels.token_logprobs.tiles import (
     by_unit,
     choose,
     columns_of,
-    halves,
-    lanes_of,
+    cuts,
     loop,
     parameters,
     per_row,
@@ -56,7 +55,8 @@ def frozen_bytes(head: Head, tiles: Tiles) -> int:
     dtype, rows, tokens, width = head.weight.dtype, tiles.rows, tiles.tokens, head.width
     blocks = 2 * (tile_bytes(width, rows, dtype) + weight_bytes(head, tokens, dtype))
     outputs = 2 * tile_bytes(rows, width, jnp.float32) + tile_bytes(rows, LANES, jnp.float32)
-    column = tile_bytes(tokens, LANES, jnp.float32) + tile_bytes(tokens, LANES, dtype)
+    unit = tiles.unit(head)
+    column = tile_bytes(tokens, unit, jnp.float32) + tile_bytes(tokens, unit, dtype)
     scratch = 2 * column + tile_bytes(rows, tokens, dtype)
     return blocks + outputs + scratch + tile_bytes(3 * SUBLANES, rows, jnp.float32)
 
@@ -81,7 +81,8 @@ def frozen(
     """
     total, vocab, width, dtype = targets.shape[0], head.slice_size, head.width, head.weight.dtype
     steps, blocks = -(-vocab // tiles.tokens), total // tiles.rows
-    units, columns = tiles.rows // LANES, columns_of(width)
+    unit_rows, columns = tiles.unit(head), columns_of(width, tiles)
+    units = tiles.rows // unit_rows
     side = units_at_once(head, units)
 
     def kernel(
@@ -91,12 +92,12 @@ def frozen(
         block, step = pl.program_id(0), pl.program_id(1)
 
         def unit(masked: bool, number: Any, place: int) -> None:
-            lanes, logits, by_token = lanes_of(number), buffers.at[place], by_tokens.at[place]
-            wanted = (target[0, 0:1, lanes] - step * tiles.tokens).reshape(1, 1, LANES)
-            ids = unit_ids(LANES)
+            lanes, logits, by_token = rows_of(number, unit_rows), buffers.at[place], by_tokens.at[place]
+            wanted = (target[0, 0:1, lanes] - step * tiles.tokens).reshape(1, 1, unit_rows)
+            ids = unit_ids(unit_rows)
             for first in range(0, tiles.tokens, UNIT):
                 buffer = logits.at[first : first + UNIT, :]
-                product(head, weight, first, read_states(head, states, lanes, scalars), buffer)
+                product(head, weight, first, read_states(head, tiles, states, lanes, scalars), buffer)
 
             def values(again: int, chunk: int) -> Array:
                 shaped = read_logits(head, logits, scalars[again], chunk)
@@ -118,16 +119,16 @@ def frozen(
                 weights = jnp.exp(one - base[None])
                 sums += jnp.sum(weights, axis=0)
                 weights = head.product_gradient(weights, finite_or_zero(one))
-                by_token[pl.ds(chunk, CHUNK), :] = weights.reshape(CHUNK, LANES).astype(dtype)
+                by_token[pl.ds(chunk, CHUNK), :] = weights.reshape(CHUNK, unit_rows).astype(dtype)
             for first in range(0, tiles.tokens, UNIT):
                 probability[lanes, first : first + UNIT] = by_token[first : first + UNIT, :].T
-            decay[lanes, :] = jnp.broadcast_to(shrink[0:1], (LANES, LANES)).T
+            decay[lanes, :] = jnp.broadcast_to(shrink[0:1], (LANES, unit_rows)).T
             state[number, 0], state[number, 1], state[number, 2] = top, sums, picked
 
         def add_mean(masked: bool, number: Any, carry: Any) -> Any:
             part = rows_of(number, columns)
-            for half, rows in enumerate(halves(tiles.rows)):
-                tile = read_weight(head, weight, part, scalars[half], masked, vocab - step * tiles.tokens)
+            for cut, rows in enumerate(cuts(tiles)):
+                tile = read_weight(head, weight, part, scalars[cut], masked, vocab - step * tiles.tokens)
                 dimensions = (((1,), (head.vocab_axis,)), ((), ()))
                 added = jax.lax.dot_general(probability[rows, :], tile, dimensions, preferred_element_type=jnp.float32)
                 mean[rows, part] = mean[rows, part] * per_row(decay[rows, :], columns) + added
@@ -137,8 +138,8 @@ def frozen(
         def _active() -> None:
             @pl.when(step == 0)
             def _start() -> None:
-                state[:, 0] = jnp.full((units, SUBLANES, LANES), NEVER, jnp.float32)
-                state[:, 1:] = jnp.zeros((units, 2, SUBLANES, LANES), jnp.float32)
+                state[:, 0] = jnp.full((units, SUBLANES, unit_rows), NEVER, jnp.float32)
+                state[:, 1:] = jnp.zeros((units, 2, SUBLANES, unit_rows), jnp.float32)
                 mean[...] = jnp.zeros(mean.shape, jnp.float32)
 
             by_tile(step, vocab, tiles.tokens, lambda masked: by_unit(units, side, partial(unit, masked)))
@@ -147,11 +148,11 @@ def frozen(
             @pl.when(step == steps - 1)
             def _finish() -> None:
                 def one(number: Any, carry: Any) -> Any:
-                    lanes = lanes_of(number)
+                    lanes = rows_of(number, unit_rows)
                     top, sums = over_sublanes(state[number, 0], state[number, 1])
                     out[0, 0:1, lanes] = log_of_sum(top, sums)
                     out[0, 1:2, lanes] = jnp.sum(state[number, 2], axis=0, keepdims=True)
-                    decay[lanes, :] = jnp.broadcast_to(1.0 / sums, (LANES, LANES)).T
+                    decay[lanes, :] = jnp.broadcast_to(1.0 / sums, (LANES, unit_rows)).T
                     return carry
 
                 def scale(number: Any, carry: Any) -> Any:
@@ -174,11 +175,11 @@ def frozen(
             ],
             out_specs=[row_spec(2, tiles, lambda i, j: i), states_spec(False, head, tiles, lambda i, j: i)],
             scratch_shapes=[
-                pltpu.VMEM((side, tiles.tokens, LANES), jnp.float32),
-                pltpu.VMEM((side, tiles.tokens, LANES), dtype),
+                pltpu.VMEM((side, tiles.tokens, unit_rows), jnp.float32),
+                pltpu.VMEM((side, tiles.tokens, unit_rows), dtype),
                 pltpu.VMEM((tiles.rows, tiles.tokens), dtype),
                 pltpu.VMEM((tiles.rows, LANES), jnp.float32),
-                pltpu.VMEM((units, 3, SUBLANES, LANES), jnp.float32),
+                pltpu.VMEM((units, 3, SUBLANES, unit_rows), jnp.float32),
             ],
         ),
         out_shape=[

@@ -4,6 +4,9 @@ Rows are compacted before they come to a kernel: the first `count` of them count
 skipped. What binds each kernel, compiled for a v5e, is the matrix unit: elementwise work on a unit's logits lies under
 its product (see `fastpref.kernels.vmem`).
 
+A matrix unit of 256 columns, as a v6e has, is half idle under products of 128, so `Tiles.columns` follows it; there the
+work on the logits then takes more of the schedule than the products do.
+
 Tried and rejected: products of 512 columns, whose sums fill the registers (200 to 700 spills each, none at 128); a tile
 size that divides V, which V = 251 · 128 would make 128: the last tile overhangs.
 """
@@ -22,6 +25,7 @@ from fastpref.kernels.vmem import (
     SUBLANES,
     UNIT,
     as_registers,
+    matrix_unit,
     opaque_zeros,
     tile_bytes,
     vmem_limit,
@@ -34,8 +38,6 @@ from jaxtyping import Int
 ZEROS = max(PARTS)
 """Scalars that are zero, before the number of blocks."""
 _ROW_BLOCKS = (1024, 512, 256, LANES)
-_COLUMNS = 128
-"""Columns of D that one product of a gradient makes."""
 _NARROW = 2048
 """Below this D a unit's product is too short to cover the work on its logits."""
 
@@ -48,15 +50,26 @@ class Tiles:
     """Rows of hidden states: a multiple of 128."""
     tokens: int
     """Rows of the head: a multiple of 512."""
+    columns: int = LANES
+    """Columns of every product, which are those of the matrix units: 128, or 256 on a v6e."""
+
+    def unit(self, head: Head) -> int:
+        """Rows of a unit: they are the columns of its product with a [V, D] weight."""
+        return self.columns if head.vocab_axis == 0 else LANES
+
+    def parts(self, head: Head) -> int:
+        """Products that make a unit, each with sums of 32 registers."""
+        return PARTS[0] * self.columns // LANES if head.vocab_axis == 0 else PARTS[1] * LANES // self.columns
 
 
 def choose(bytes_of: Any, head: Head, rows: int, tokens: tuple[int, ...], largest: int) -> Tiles:
     """The largest tiles that the VMEM at hand holds, more tokens before more rows, no larger than the problem."""
-    needed = -(-rows // LANES) * LANES
+    columns = matrix_unit() if rows > LANES else LANES
+    needed = -(-rows // columns) * columns
     for tile in tokens:
         for block in _ROW_BLOCKS:
-            tiles = Tiles(min(block, needed), tile)
-            if block <= largest and bytes_of(head, tiles) <= vmem_limit():
+            tiles = Tiles(min(block, needed), tile, columns)
+            if columns <= block <= largest and bytes_of(head, tiles) <= vmem_limit():
                 return tiles
     return Tiles(LANES, UNIT)
 
@@ -66,14 +79,16 @@ def weight_bytes(head: Head, tokens: int, dtype: Any) -> int:
     return tile_bytes(*weight_block(head, tokens), dtype)
 
 
-def columns_of(width: int) -> int:
+def columns_of(width: int, tiles: Tiles) -> int:
     """Columns of D in one product of a gradient."""
-    return _COLUMNS if width % _COLUMNS == 0 else width
+    return tiles.columns if width % tiles.columns == 0 else width
 
 
-def halves(rows: int) -> list[slice]:
-    """Rows in two parts: the sums of one product are then 32 registers."""
-    return [slice(0, rows // 2), slice(rows // 2, rows)]
+def cuts(tiles: Tiles) -> list[slice]:
+    """Rows in parts, two for 128 columns: the sums of one product of 512 rows are then 32 registers."""
+    count = 2 * tiles.columns // LANES
+    size = tiles.rows // count
+    return [slice(number * size, (number + 1) * size) for number in range(count)]
 
 
 def parameters() -> pltpu.CompilerParams:
@@ -119,11 +134,6 @@ def weight_spec(head: Head, tokens: int, tile: Any) -> pl.BlockSpec:
     return pl.BlockSpec(weight_block(head, tokens), at)
 
 
-def lanes_of(number: Any) -> Any:
-    """The rows of a unit."""
-    return rows_of(number, LANES)
-
-
 def rows_of(number: Any, size: int) -> Any:
     """Cut number `number` of this size."""
     return pl.ds(pl.multiple_of(number * size, size), size)
@@ -160,11 +170,12 @@ def by_tile(step: Any, vocab: int, tokens: int, work: Any) -> None:
         pl.when(step == steps - 1)(partial(work, True))
 
 
-def read_states(head: Head, states: Any, lanes: Any, scalars: Any) -> list[Array]:
-    """LANES rows of hidden states, read anew for every part of a unit's product."""
+def read_states(head: Head, tiles: Tiles, states: Any, lanes: Any, scalars: Any) -> list[Array]:
+    """A unit's rows of hidden states, read anew for every part of its product."""
+    parts = range(tiles.parts(head))
     if head.vocab_axis == 0:
-        return [states[pl.ds(pl.multiple_of(scalars[part], LANES), head.width), lanes] for part in range(PARTS[0])]
-    return [states[pl.ds(pl.multiple_of(lanes.start + scalars[part], LANES), LANES), :] for part in range(PARTS[1])]
+        return [states[pl.ds(pl.multiple_of(scalars[part], LANES), head.width), lanes] for part in parts]
+    return [states[pl.ds(pl.multiple_of(lanes.start + scalars[part], LANES), LANES), :] for part in parts]
 
 
 def read_logits(head: Head, logits: Any, again: Any, chunk: int) -> Array:

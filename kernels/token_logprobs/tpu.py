@@ -1,5 +1,6 @@
 """Token log-probs for TPUs: rows that count are brought together, then one kernel makes a pass over them."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -68,7 +69,7 @@ def forward(
     interpret: Any,
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """Log-prob and log-sum-exp of the rows that count, 0 elsewhere."""
-    tiles = Tiles(tiles.rows, UNIT) if tiles else forward_pass.forward_tiles(head, hidden.shape[0])
+    tiles = replace(tiles, tokens=UNIT) if tiles else forward_pass.forward_tiles(head, hidden.shape[0])
     rows = Compacted.of(where, tiles.rows)
     # Here a mask costs nothing: with it XLA gathers and transposes in one pass, without it in two, with a copy between.
     counts = jnp.arange(rows.order.shape[0])[:, None] < rows.total
