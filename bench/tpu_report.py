@@ -171,4 +171,7 @@ keep the MXUs busy and so has more values alive than registers; loads and stores
 is the MXU or HBM as shown. One head for both models at B = 64 reads half the bytes for as many products: the MXU binds.
 Not slower than XLA, forward and backward, where XLA has room to keep the logits: it then needs three products, for the
 four that it takes to compute them again.
+
+**Other chips.** Nothing is asked of them. On a v6e, whose matrix units are wider and faster beside the same vector units,
+the work on the logits takes more bundles than the products take cycles. On a v5p one of the two cores idles.
 """

@@ -16,8 +16,10 @@ void plan_of_pairs(Input& input) {
   std::vector<RowShape> shapes;
   Size capacity{0, 0};
   for (std::int64_t i = input.in(1, 3, 1); i > 0; --i) {
-    capacity.tokens += static_cast<std::int32_t>(input.in(1, 1 << 15, 2));
-    if (encoder) capacity.prompt += static_cast<std::int32_t>(input.in(1, 1 << 15, 2));
+    // Wide rows cost time and are seldom needed: as many of each power of two.
+    const std::int64_t widest = std::int64_t{1} << input.in(0, 15, 1);
+    capacity.tokens += static_cast<std::int32_t>(input.in(1, widest, 2));
+    if (encoder) capacity.prompt += static_cast<std::int32_t>(input.in(1, widest, 2));
     shapes.push_back({static_cast<std::int32_t>(input.in(1, 9, 1)), capacity});
   }
   const fastpref::PackConfig config{shapes, static_cast<std::int32_t>(input.in(1, 40, 1)),

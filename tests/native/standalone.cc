@@ -223,7 +223,8 @@ int main(int count, char** arguments) {
     const std::size_t newest = std::min<std::size_t>(corpus.size(), 16);
     Bytes bytes = corpus[random.below(2) == 0 ? corpus.size() - 1 - random.below(newest) : random.below(corpus.size())];
     mutate(bytes, corpus, random, max_size);
-    if ((++done & (done - 1)) == 0 && done >= kFirstPulse) {
+    ++done;
+    if ((done & (done - 1)) == 0 && done >= kFirstPulse) {
       std::fprintf(stderr, "%llu runs in %.0f s\n", static_cast<unsigned long long>(done), elapsed());
     }
     if (run(bytes)) {
