@@ -172,6 +172,6 @@ is the MXU or HBM as shown. One head for both models at B = 64 reads half the by
 Not slower than XLA, forward and backward, where XLA has room to keep the logits: it then needs three products, for the
 four that it takes to compute them again.
 
-**Other chips.** Nothing is asked of them. On a v6e, whose matrix units are wider and faster beside the same vector units,
-the work on the logits takes more bundles than the products take cycles. On a v5p one of the two cores idles.
+**Other chips.** Nothing is asked of them. On a v6e, whose matrix units are wider and faster beside the same vector
+units, the work on the logits takes more bundles than the products take cycles. On a v5p one of the two cores idles.
 """
