@@ -80,6 +80,8 @@ def preference_loss(
     counted = jnp.ones(pairs, bool) if where is None else where
     check_length("where", counted, (pairs,), "one flag per pair")
     run = choose("preference_loss", IMPLEMENTATIONS, implementation)
+    # A batch on the host is NumPy's, whose arrays cannot be indexed by what is traced.
+    targets, segment_ids, counted = jnp.asarray(targets), jnp.asarray(segment_ids), jnp.asarray(counted)
     if rows == 0:
         hidden, targets = jnp.zeros((1, hidden.shape[1]), hidden.dtype), jnp.zeros(1, jnp.int32)
         segment_ids = jnp.full(1, -1, jnp.int32)
@@ -88,8 +90,8 @@ def preference_loss(
         jax.lax.stop_gradient(head) if frozen_head else head,
         targets,
         segment_ids,
-        ref_logps.astype(jnp.float32),
-        preference.astype(jnp.float32),
+        jnp.asarray(ref_logps, jnp.float32),
+        jnp.asarray(preference, jnp.float32),
         loss=loss if isinstance(loss, Partial) else Partial(loss),  # type: ignore[no-untyped-call]
         where=counted,
         frozen_head=frozen_head,
