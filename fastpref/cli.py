@@ -15,12 +15,13 @@ from typing import Any
 
 from fastpref import demo, reporting
 from fastpref.checkpoints import CheckpointError
-from fastpref.config import ConfigError, SupervisedConfig, TrainConfig, from_mapping
+from fastpref.config import SupervisedConfig, TrainConfig, from_mapping
 from fastpref.data import read_records
 from fastpref.evaluation import compare, evaluate
 from fastpref.judging import Judge, JudgeError
 from fastpref.preference import PreferenceModel, RewardModel
 from fastpref.reproduce import EXPERIMENTS, reproduce
+from fastpref.rules import ConfigError
 from fastpref.runs import locate
 from fastpref.supervised import fit_preference_model, fit_reward_model, sft
 from fastpref.sweeps import sweep

@@ -15,7 +15,7 @@ from flax import nnx
 from jax import Array
 
 from fastpref import loop, optimizers, reporting
-from fastpref.config import SupervisedConfig, to_json, value_at
+from fastpref.config import SupervisedConfig, to_json
 from fastpref.data import (
     CompletionBatcher,
     DropReport,
@@ -36,6 +36,7 @@ from fastpref.preference import (
     rewards,
 )
 from fastpref.records import CompletionBatch
+from fastpref.schedules import value_at
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from fastpref import learner, loop, optimizers, reporting, rollout
-from fastpref.config import ConfigError, TrainConfig, to_json, value_at
+from fastpref.config import TrainConfig, to_json
 from fastpref.data import (
     DataError,
     DropReport,
@@ -31,7 +31,8 @@ from fastpref.pair_log import PairLog
 from fastpref.preference import PreferenceModel, RewardModel
 from fastpref.records import PackedPairs, PromptBatch
 from fastpref.rows import RowPlan, pair_sizes, plan_rows
-from fastpref.schedules import require
+from fastpref.rules import ConfigError, require
+from fastpref.schedules import value_at
 
 Prompts = str | Path | Iterable[str | Mapping[str, Any]]
 """Texts, mappings with a `prompt`, or a JSONL, Parquet or Arrow file with that column."""

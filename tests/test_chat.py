@@ -11,8 +11,8 @@ import tokenizers
 from small import tokenizer as small_tokenizer
 from tokenizers import models, pre_tokenizers, processors
 
-from fastpref.chat import ChatError, ChatTemplate
 from fastpref.data import DataError, DropReport, Record, read_records, tokenize_completions, tokenize_prompts
+from fastpref.data.chat import ChatError, ChatTemplate
 from fastpref.tokenizer import Tokenizer
 
 CHATML = """{{ bos_token }}{% for message in messages %}

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from fastpref.config import ConfigError, Schedule, SupervisedConfig, TrainConfig, from_mapping, to_json, value_at
+from fastpref.config import SupervisedConfig, TrainConfig, from_mapping, to_json
+from fastpref.rules import ConfigError
+from fastpref.schedules import Schedule, value_at
 
 
 def test_the_defaults_are_the_papers() -> None:

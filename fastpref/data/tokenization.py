@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from fastpref.readers import BadRecord, DataError, DropReport, Ledger, OnBadRecord, Record
+from fastpref.data.readers import BadRecord, DataError, DropReport, Ledger, OnBadRecord, Record
 
 Overlong = str
 """"drop", "raise" or "truncate"."""

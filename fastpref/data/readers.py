@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastpref.chat import ChatError, ChatTemplate, is_conversation
-from fastpref.sources import COLUMNS, Row, Source, open_rows
-from fastpref.sources import BadRecord as BadRecord
-from fastpref.sources import DataError as DataError
+from fastpref.data.chat import ChatError, ChatTemplate, is_conversation
+from fastpref.data.sources import COLUMNS, Row, Source, open_rows
+from fastpref.data.sources import BadRecord as BadRecord
+from fastpref.data.sources import DataError as DataError
 
 OnBadRecord = Literal["raise", "skip", "warn"]
 

@@ -31,10 +31,10 @@ import tokenizers
 import xxhash
 from jaxtyping import Int64
 
-from fastpref.chat import ChatTemplate
-from fastpref.readers import DataError, DropReport, OnBadRecord, RecordStream
-from fastpref.sources import Source, unchanged
-from fastpref.tokenization import CHUNK, Encoder, Overlong, Ragged, TokenRecords, TokenStream
+from fastpref.data.chat import ChatTemplate
+from fastpref.data.readers import DataError, DropReport, OnBadRecord, RecordStream
+from fastpref.data.sources import Source, unchanged
+from fastpref.data.tokenization import CHUNK, Encoder, Overlong, Ragged, TokenRecords, TokenStream
 
 FORMAT = 1
 ABANDONED_SECONDS = 24 * 3600.0
