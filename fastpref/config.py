@@ -33,6 +33,21 @@ def _check_optimizer(config: "TrainConfig | SupervisedConfig") -> None:
     )
 
 
+def _check_policies(config: "TrainConfig | SupervisedConfig") -> None:
+    require(
+        config.overlong in ("drop", "truncate", "raise"),
+        "overlong must be 'drop', 'truncate' or 'raise'",
+        config.overlong,
+        "Choose what happens to prompts above max_prompt_tokens.",
+    )
+    require(
+        config.on_bad_record in ("raise", "skip", "warn"),
+        "on_bad_record must be 'raise', 'skip' or 'warn'",
+        config.on_bad_record,
+        "Choose what happens to records that cannot be used.",
+    )
+
+
 def _check_positive(config: object, *names: str) -> None:
     for name in names:
         received = getattr(config, name)
@@ -66,6 +81,8 @@ class TrainConfig:
         must divide batch_size.
       max_prompt_tokens: longer prompts are handled as `overlong` says.
       overlong: "drop" (counted), "truncate" (keeps the first tokens) or "raise".
+      on_bad_record: "raise", "skip" (counted) or "warn" (counted, one warning); `fastpref.data.read_records` says what
+        is bad.
       max_shapes: at most so many padded prompt widths, each of which is compiled once.
       row_tokens: places of a row, in which the learner packs whole pairs; None for twice the longest.
       prompt_row_tokens: the same of the encoder's rows, for encoder-decoder models.
@@ -101,6 +118,7 @@ class TrainConfig:
     gradient_accumulation: int = 1
     max_prompt_tokens: int = 512
     overlong: str = "drop"
+    on_bad_record: str = "raise"
     max_shapes: int = 4
     row_tokens: int | None = None
     prompt_row_tokens: int | None = None
@@ -156,12 +174,7 @@ class TrainConfig:
             self.gradient_accumulation,
             "Choose a divisor, so that every part has the same shape.",
         )
-        require(
-            self.overlong in ("drop", "truncate", "raise"),
-            "overlong must be 'drop', 'truncate' or 'raise'",
-            self.overlong,
-            "Choose what happens to prompts above max_prompt_tokens.",
-        )
+        _check_policies(self)
         _check_algorithm(self)
         require(self.temperature > 0, "temperature must be above 0", self.temperature, "The losses assume 1.")
         require(self.eval_every >= 0, "eval_every must not be negative", self.eval_every, "0 switches it off.")
@@ -278,6 +291,8 @@ class SupervisedConfig:
       max_prompt_tokens: longer prompts are handled as `overlong` says; a preference model shortens them.
       max_completion_tokens: longer completions, EOS included, are dropped and counted.
       overlong: "drop" (counted), "truncate" (keeps the first tokens) or "raise".
+      on_bad_record: "raise", "skip" (counted) or "warn" (counted, one warning); `fastpref.data.read_records` says what
+        is bad.
       max_shapes: at most so many padded shapes, each of which is compiled once.
       optimizer: "adafactor" or "adamw".
       learning_rate: a number or a `Schedule`.
@@ -296,6 +311,7 @@ class SupervisedConfig:
     max_prompt_tokens: int = 512
     max_completion_tokens: int = 64
     overlong: str = "drop"
+    on_bad_record: str = "raise"
     max_shapes: int = 2
     optimizer: str = "adafactor"
     learning_rate: Value = 1e-3
@@ -317,12 +333,7 @@ class SupervisedConfig:
             "checkpoint_every",
             "keep_checkpoints",
         )
-        require(
-            self.overlong in ("drop", "truncate", "raise"),
-            "overlong must be 'drop', 'truncate' or 'raise'",
-            self.overlong,
-            "Choose what happens to prompts above max_prompt_tokens.",
-        )
+        _check_policies(self)
         _check_optimizer(self)
 
 

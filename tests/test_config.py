@@ -33,6 +33,7 @@ def test_the_defaults_are_the_papers() -> None:
         ({"learning_rate": -1e-4}, r"learning_rate must not be negative"),
         ({"max_grad_norm": 0.0}, r"max_grad_norm must be above 0, or None"),
         ({"temperature": 0.0}, r"temperature must be above 0"),
+        ({"on_bad_record": "drop"}, r"on_bad_record must be 'raise', 'skip' or 'warn', but received 'drop'"),
         ({"overlong": "cut"}, r"overlong must be 'drop', 'truncate' or 'raise', but received 'cut'"),
         ({"eval_every": -1}, r"eval_every must not be negative"),
         (

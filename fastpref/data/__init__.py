@@ -16,16 +16,30 @@ native extension.
 """
 
 from fastpref.data.batchers import CompletionBatcher, PaddedPairBatcher, PromptBatcher
+from fastpref.data.cache import CacheWarning, tokenized
+from fastpref.data.chat import ChatError, ChatTemplate
 from fastpref.data.packing import Packing, PairBatcher, pack_pairs, row_counts
-from fastpref.data.readers import DataError, DropReport, Record, read_records
-from fastpref.data.tokenization import Encoder, Ragged, TokenRecords, tokenize_completions, tokenize_prompts
+from fastpref.data.readers import DataError, DropReport, OnBadRecord, Record, RecordStream, read_prompts, read_records
+from fastpref.data.sources import Source
+from fastpref.data.tokenization import (
+    Encoder,
+    Ragged,
+    TokenRecords,
+    TokenStream,
+    tokenize_completions,
+    tokenize_prompts,
+)
 from fastpref.records import PackedPairs
 
 __all__ = [
+    "CacheWarning",
+    "ChatError",
+    "ChatTemplate",
     "CompletionBatcher",
     "DataError",
     "DropReport",
     "Encoder",
+    "OnBadRecord",
     "PackedPairs",
     "Packing",
     "PaddedPairBatcher",
@@ -33,10 +47,15 @@ __all__ = [
     "PromptBatcher",
     "Ragged",
     "Record",
+    "RecordStream",
+    "Source",
     "TokenRecords",
+    "TokenStream",
     "pack_pairs",
+    "read_prompts",
     "read_records",
     "row_counts",
     "tokenize_completions",
     "tokenize_prompts",
+    "tokenized",
 ]
