@@ -24,7 +24,7 @@ import xxhash
 from tokenizers import models, pre_tokenizers
 
 from fastpref import pair_log, tournament
-from fastpref.cache import tokenized
+from fastpref.data.cache import tokenized
 from fastpref.pair_log import PairLog
 from fastpref.tokenizer import Tokenizer
 

@@ -31,12 +31,13 @@ from flax import nnx
 
 from fastpref import learner, optimizers
 from fastpref.algorithms import ALGORITHMS
-from fastpref.config import TrainConfig, value_at
+from fastpref.config import TrainConfig
 from fastpref.data import PromptBatcher, Ragged, pack_pairs
 from fastpref.generation import decode, generate_jit, num_valid_tokens
 from fastpref.judging import ask
 from fastpref.models import Decoder, DecoderConfig, LanguageModel
 from fastpref.rows import plan_rows
+from fastpref.schedules import value_at
 from fastpref.tokenizer import Tokenizer
 
 MODEL = DecoderConfig(vocab_size=512, width=256, hidden=1024, layers=4, heads=4, kv_heads=4, head_dim=64)

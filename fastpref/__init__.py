@@ -7,14 +7,16 @@ Rooms: `fastpref.kernels` (three functions for anybody's JAX trainer), `fastpref
 """
 
 from fastpref.algorithms import ALGORITHMS
-from fastpref.config import ConfigError, Schedule, SupervisedConfig, TrainConfig
+from fastpref.config import SupervisedConfig, TrainConfig
 from fastpref.evaluation import compare, evaluate
 from fastpref.generation import write
 from fastpref.held_out import exact_kl
 from fastpref.judging import Judge, JudgeError
 from fastpref.models import LanguageModel, Policy, load, save
 from fastpref.preference import PreferenceModel, RewardModel
+from fastpref.rules import ConfigError
 from fastpref.runs import read_model
+from fastpref.schedules import Schedule
 from fastpref.selection import Ranking, select_checkpoint
 from fastpref.supervised import FitResult, fit_preference_model, fit_reward_model, sft
 from fastpref.sweeps import SweepResult, sweep

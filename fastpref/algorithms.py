@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastpref import losses
+from fastpref.rules import require
 
 Writer = Literal["data", "policy", "round", "mixture"]
 """The recorded data; π; π_t, which is π as it was when the round began; π^(1−β)·π_ref^β, one token at a time."""
@@ -37,7 +38,7 @@ class Algorithm:
       source: paper and equation.
 
     Raises:
-      ValueError: the parts do not fit together.
+      ConfigError: the parts do not fit together.
     """
 
     writers: tuple[Writer, ...]
@@ -51,49 +52,49 @@ class Algorithm:
     strength: Literal["tau", "eta"] = "tau"
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             ("data" in self.writers) == (self.judged_by == "labels"),
             "labels and completions come from the data together",
             (self.writers, self.judged_by),
             "Let judged_by='labels' stand with writers=('data', 'data') and with no others.",
         )
-        _require(
+        require(
             self.judged_by != "labels" or (self.writers == ("data", "data") and self.pairs == "both"),
             "recorded pairs are learned from as they are",
             (self.writers, self.pairs),
             "Use writers=('data', 'data') and pairs='both'.",
         )
-        _require(
+        require(
             (self.judged_by == "reward") == (len(self.writers) == 1),
             "a reward judges one completion, a preference two or more",
             (self.judged_by, self.writers),
             "Use one writer with judged_by='reward' and no other. A reward model can be asked for preferences too.",
         )
-        _require(
+        require(
             self.pairs != "both" or len(self.writers) == 2,
             "pairs='both' learns from two completions",
             self.writers,
             "Name two writers, or choose the pair by pairs='tournament'.",
         )
-        _require(
+        require(
             self.pairs == "first" or len(self.writers) >= 2,
             f"pairs={self.pairs!r} learns from two completions",
             self.writers,
             "Repeat the writer, such as ('round',) * 8, or use pairs='first'.",
         )
-        _require(
+        require(
             "round" not in self.writers or set(self.writers) == {"round"},
             "one model writes all completions of a step",
             self.writers,
             "Use 'round' for all of them or for none.",
         )
-        _require(
+        require(
             not self.contrastive or self.pairs != "first",
             "a contrastive loss needs both completions",
             self.pairs,
             "Set contrastive=False with a loss of single completions, or another `pairs`.",
         )
-        _require(
+        require(
             self.contrastive or self.pairs in ("first", "win rates"),
             "a loss of single completions needs a score for each",
             self.pairs,
@@ -131,11 +132,6 @@ class Algorithm:
         """Weights of log π_ref and log π_t in the anchor; "both" is INPO's h_t (section 3.2)."""
         share = {"ref": 1.0, "round": 0.0, "both": tau / eta}[self.anchor]
         return share, 1.0 - share
-
-
-def _require(holds: bool, rule: str, received: object, remedy: str) -> None:
-    if not holds:
-        raise ValueError(f"{rule}, but received {received!r}. {remedy}")
 
 
 def _offline(loss: losses.Loss, fixed_point: str, source: str) -> Algorithm:

@@ -15,14 +15,15 @@ from typing import Any
 
 from fastpref import demo, reporting
 from fastpref.checkpoints import CheckpointError
-from fastpref.config import ConfigError, SupervisedConfig, TrainConfig, from_mapping
-from fastpref.data import read_records
+from fastpref.config import SupervisedConfig, TrainConfig, from_mapping
+from fastpref.data import read_prompts
 from fastpref.evaluation import compare, evaluate
 from fastpref.judging import Judge, JudgeError
 from fastpref.preference import PreferenceModel, RewardModel
 from fastpref.reproduce import EXPERIMENTS, reproduce
-from fastpref.runs import locate
-from fastpref.supervised import fit_preference_model, fit_reward_model, sft
+from fastpref.rules import ConfigError
+from fastpref.runs import locate, read_tokenizer
+from fastpref.supervised import FitResult, fit_preference_model, fit_reward_model, sft
 from fastpref.sweeps import sweep
 from fastpref.training import DivergedError, train
 
@@ -30,8 +31,19 @@ USER_ERRORS = (JudgeError, CheckpointError, DivergedError, ValueError, OSError)
 """What ends a command with one line instead of a traceback."""
 
 KEYS: dict[str, tuple[str, ...]] = {
-    "train": ("policy", "prompts", "judge", "run_dir", "ref", "behaviour", "eval_prompts", "eval_judge", "settings"),
-    "sft": ("policy", "data", "run_dir", "held_out", "settings"),
+    "train": (
+        "policy",
+        "prompts",
+        "judge",
+        "run_dir",
+        "cache",
+        "ref",
+        "behaviour",
+        "eval_prompts",
+        "eval_judge",
+        "settings",
+    ),
+    "sft": ("policy", "data", "run_dir", "cache", "held_out", "settings"),
     "preference": ("policy", "data", "run_dir", "held_out", "kind", "settings"),
     "evaluate": ("policy", "baseline", "policies", "prompts", "judge", "output", "settings"),
     "sweep": (
@@ -138,6 +150,7 @@ def _train(values: Mapping[str, Any]) -> None:
         ref=values.get("ref"),
         behaviour=values.get("behaviour"),
         run_dir=values["run_dir"],
+        cache=values.get("cache"),
         eval_prompts=values.get("eval_prompts", ()),
         eval_judge=eval_judge,
     )
@@ -151,12 +164,13 @@ def _sft(values: Mapping[str, Any]) -> None:
         from_mapping(SupervisedConfig, values.get("settings", {})),
         held_out=values.get("held_out", ()),
         run_dir=values["run_dir"],
+        cache=values.get("cache"),
     )
     print(f"{result.report}\nThe fine-tuned model is in {Path(values['run_dir']) / 'model'}.")
 
 
 def _preference(values: Mapping[str, Any]) -> None:
-    kinds = {"preference": fit_preference_model, "reward": fit_reward_model}
+    kinds: dict[str, Callable[..., FitResult]] = {"preference": fit_preference_model, "reward": fit_reward_model}
     kind = values.get("kind", "preference")
     if kind not in kinds:
         raise ConfigError(f"kind must be 'preference' or 'reward', but received {kind!r}. Choose one of them.")
@@ -169,6 +183,11 @@ def _preference(values: Mapping[str, Any]) -> None:
     )
     agreement = "" if result.held_out is None else f" Held-out agreement: {result.held_out:.3f}."
     print(f"{result.report}\nThe {kind} model is in {Path(values['run_dir']) / 'model'}.{agreement}")
+
+
+def _prompts(source: str, policy: str | None) -> list[str]:
+    """The prompts of a file; conversations by the chat template that comes with a policy."""
+    return read_prompts(source, None if policy is None else read_tokenizer(policy))
 
 
 def _evaluate(values: Mapping[str, Any]) -> None:
@@ -190,14 +209,16 @@ def _evaluate(values: Mapping[str, Any]) -> None:
                 f"{key} must be of type {type(known[key]).__name__}, but received {value!r}. "
                 f"Its default is {known[key]!r}."
             )
-    prompts = [record.prompt for record in read_records(values["prompts"])[0]]
     judge = load_judge(values["judge"])
+    named = {"policy": values["policy"]} if pair else values["policies"]
+    for name, models in named.items():
+        if not models or not all(isinstance(one, str) for one in (models if isinstance(models, list) else [models])):
+            raise ConfigError(
+                f"a policy must be a directory or a list of directories, but {name} is {models!r}. Mind the quotes."
+            )
+    first = next(iter(named.values()), None)
+    prompts = _prompts(values["prompts"], first[0] if isinstance(first, list) else first)
     if not pair:
-        for name, models in values["policies"].items():
-            if not all(isinstance(model, str) for model in (models if isinstance(models, list) else [models])):
-                raise ConfigError(
-                    f"a policy must be a directory or a list of directories, but {name} is {models!r}. Mind the quotes."
-                )
         found = evaluate(values["policies"], prompts, judge, **settings)
         found.table()
         if "output" in values:
@@ -246,7 +267,7 @@ def _sweep(values: Mapping[str, Any]) -> None:
         return compare(
             folder,
             values["baseline"],
-            [record.prompt for record in read_records(held_out)[0]],
+            _prompts(held_out, values["baseline"]),
             eval_judge,
             max_new_tokens=config.max_new_tokens,
             max_prompt_tokens=config.max_prompt_tokens,

@@ -1,38 +1,31 @@
 """What a run is asked to do: frozen, validated, and written to the run directory as JSON."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from fastpref.algorithms import ALGORITHMS, Algorithm
-from fastpref.schedules import ConfigError as ConfigError
-from fastpref.schedules import Schedule as Schedule
-from fastpref.schedules import Value as Value
-from fastpref.schedules import bounds as bounds
-from fastpref.schedules import require
-from fastpref.schedules import value_at as value_at
-
-_require = require
+from fastpref.rules import nearest, require
+from fastpref.schedules import Schedule, Value, bounds, value_at
 
 OPTIMIZERS = ("adafactor", "adamw")
 
 
 def _check_optimizer(config: "TrainConfig | SupervisedConfig") -> None:
-    _require(
+    require(
         config.optimizer in OPTIMIZERS,
         f"optimizer must be one of {', '.join(OPTIMIZERS)}",
         config.optimizer,
         "For any other, pass an optax.GradientTransformation as the `optimizer` argument of the function.",
     )
-    _require(
+    require(
         bounds(config.learning_rate)[0] >= 0,
         "learning_rate must not be negative",
         config.learning_rate,
         "The paper's is 1e-4.",
     )
-    _require(
+    require(
         config.max_grad_norm is None or config.max_grad_norm > 0,
         "max_grad_norm must be above 0, or None for no clipping",
         config.max_grad_norm,
@@ -40,10 +33,25 @@ def _check_optimizer(config: "TrainConfig | SupervisedConfig") -> None:
     )
 
 
+def _check_policies(config: "TrainConfig | SupervisedConfig") -> None:
+    require(
+        config.overlong in ("drop", "truncate", "raise"),
+        "overlong must be 'drop', 'truncate' or 'raise'",
+        config.overlong,
+        "Choose what happens to prompts above max_prompt_tokens.",
+    )
+    require(
+        config.on_bad_record in ("raise", "skip", "warn"),
+        "on_bad_record must be 'raise', 'skip' or 'warn'",
+        config.on_bad_record,
+        "Choose what happens to records that cannot be used.",
+    )
+
+
 def _check_positive(config: object, *names: str) -> None:
     for name in names:
         received = getattr(config, name)
-        _require(
+        require(
             isinstance(received, int) and received >= 1,
             f"{name} must be a whole number of at least 1",
             received,
@@ -73,6 +81,8 @@ class TrainConfig:
         must divide batch_size.
       max_prompt_tokens: longer prompts are handled as `overlong` says.
       overlong: "drop" (counted), "truncate" (keeps the first tokens) or "raise".
+      on_bad_record: "raise", "skip" (counted) or "warn" (counted, one warning); `fastpref.data.read_records` says what
+        is bad.
       max_shapes: at most so many padded prompt widths, each of which is compiled once.
       row_tokens: places of a row, in which the learner packs whole pairs; None for twice the longest.
       prompt_row_tokens: the same of the encoder's rows, for encoder-decoder models.
@@ -108,6 +118,7 @@ class TrainConfig:
     gradient_accumulation: int = 1
     max_prompt_tokens: int = 512
     overlong: str = "drop"
+    on_bad_record: str = "raise"
     max_shapes: int = 4
     row_tokens: int | None = None
     prompt_row_tokens: int | None = None
@@ -126,15 +137,15 @@ class TrainConfig:
     eval_prompts: int = 256
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.algorithm in ALGORITHMS,
             f"algorithm must be one of {', '.join(ALGORITHMS)}",
             self.algorithm,
-            _nearest(self.algorithm, ALGORITHMS),
+            nearest(self.algorithm, ALGORITHMS),
         )
         _check_strength(self)
         low, high = bounds(self.mixture_beta)
-        _require(
+        require(
             low >= 0 and high <= 1,
             "mixture_beta must lie in [0, 1]",
             self.mixture_beta,
@@ -157,21 +168,16 @@ class TrainConfig:
         _check_positive(
             self, *(name for name in ("row_tokens", "prompt_row_tokens") if getattr(self, name) is not None)
         )
-        _require(
+        require(
             self.batch_size % self.gradient_accumulation == 0,
             f"gradient_accumulation must divide batch_size ({self.batch_size})",
             self.gradient_accumulation,
             "Choose a divisor, so that every part has the same shape.",
         )
-        _require(
-            self.overlong in ("drop", "truncate", "raise"),
-            "overlong must be 'drop', 'truncate' or 'raise'",
-            self.overlong,
-            "Choose what happens to prompts above max_prompt_tokens.",
-        )
+        _check_policies(self)
         _check_algorithm(self)
-        _require(self.temperature > 0, "temperature must be above 0", self.temperature, "The losses assume 1.")
-        _require(self.eval_every >= 0, "eval_every must not be negative", self.eval_every, "0 switches it off.")
+        require(self.temperature > 0, "temperature must be above 0", self.temperature, "The losses assume 1.")
+        require(self.eval_every >= 0, "eval_every must not be negative", self.eval_every, "0 switches it off.")
         _check_optimizer(self)
 
     @property
@@ -198,17 +204,17 @@ class TrainConfig:
 def _check_strength(config: TrainConfig) -> None:
     low, high = bounds(config.tau)
     if config.row.strength == "tau":
-        _require(
+        require(
             low > 0,
             "tau must be above 0",
             config.tau,
             "It is the strength of the pull towards the reference; the paper's default is 1.",
         )
         return
-    _require(low >= 0, "tau must not be negative", config.tau, "0 leaves the reference out of the loss.")
+    require(low >= 0, "tau must not be negative", config.tau, "0 leaves the reference out of the loss.")
     least = low if config.eta is None else bounds(config.eta)[0]
-    _require(least > 0, "eta must be above 0", config.eta, "Set it where tau is 0; left out, it is 3 tau.")
-    _require(
+    require(least > 0, "eta must be above 0", config.eta, "Set it where tau is 0; left out, it is 3 tau.")
+    require(
         config.row.anchor != "both" or config.eta is None or high <= least,
         f"eta must not be below tau ({config.tau!r}), so that no exponent of {config.algorithm} is negative",
         config.eta,
@@ -219,55 +225,55 @@ def _check_strength(config: TrainConfig) -> None:
 def _check_algorithm(config: TrainConfig) -> None:
     row, name = config.row, config.algorithm
     if config.completions is not None:
-        _require(
+        require(
             row.selects or config.completions == len(row.writers),
             f"{name} draws {len(row.writers)} completions a prompt",
             config.completions,
             "Leave completions out; only algorithms that choose a pair from K of them read it.",
         )
-        _require(
+        require(
             config.completions >= 2 or not row.selects,
             f"{name} chooses a pair, so completions must be at least 2",
             config.completions,
             "INPO's is 8.",
         )
-    _require(
+    require(
         config.mixture_partner in ("ref", "behaviour"),
         "mixture_partner must be 'ref' or 'behaviour'",
         config.mixture_partner,
         "Choose the model that the policy is mixed with.",
     )
-    _require(
+    require(
         config.mixture_partner == "ref" or "mixture" in row.writers,
         f"mixture_partner must be 'ref' for {name}, which samples from no mixture",
         config.mixture_partner,
         "Leave it out, or choose ipo-md or nash-md-pg.",
     )
-    _require(
+    require(
         config.baseline in ("none", "batch"),
         "baseline must be 'none' or 'batch'",
         config.baseline,
         "Choose one of them.",
     )
-    _require(
+    require(
         config.baseline == "none" or row.judged_by == "reward",
         f"baseline must be 'none' for {name}, which has no reward",
         config.baseline,
         "Leave it out, or choose rl.",
     )
-    _require(
+    require(
         config.baseline == "none" or config.batch_size >= 2,
         "batch_size must be at least 2 for a baseline of the batch's other completions",
         config.batch_size,
         "Raise it or leave the baseline out.",
     )
-    _require(
+    require(
         not row.in_rounds or config.rounds <= config.steps,
         f"rounds must not exceed steps ({config.steps})",
         config.rounds,
         "A round has at least one step.",
     )
-    _require(
+    require(
         not config.length_normalize or row.contrastive,
         f"length_normalize must be False for {name}, whose loss is of single completions",
         config.length_normalize,
@@ -285,6 +291,8 @@ class SupervisedConfig:
       max_prompt_tokens: longer prompts are handled as `overlong` says; a preference model shortens them.
       max_completion_tokens: longer completions, EOS included, are dropped and counted.
       overlong: "drop" (counted), "truncate" (keeps the first tokens) or "raise".
+      on_bad_record: "raise", "skip" (counted) or "warn" (counted, one warning); `fastpref.data.read_records` says what
+        is bad.
       max_shapes: at most so many padded shapes, each of which is compiled once.
       optimizer: "adafactor" or "adamw".
       learning_rate: a number or a `Schedule`.
@@ -303,6 +311,7 @@ class SupervisedConfig:
     max_prompt_tokens: int = 512
     max_completion_tokens: int = 64
     overlong: str = "drop"
+    on_bad_record: str = "raise"
     max_shapes: int = 2
     optimizer: str = "adafactor"
     learning_rate: Value = 1e-3
@@ -324,12 +333,7 @@ class SupervisedConfig:
             "checkpoint_every",
             "keep_checkpoints",
         )
-        _require(
-            self.overlong in ("drop", "truncate", "raise"),
-            "overlong must be 'drop', 'truncate' or 'raise'",
-            self.overlong,
-            "Choose what happens to prompts above max_prompt_tokens.",
-        )
+        _check_policies(self)
         _check_optimizer(self)
 
 
@@ -346,7 +350,7 @@ def from_mapping(kind: type[Config], settings: Mapping[str, Any]) -> Config:
     hints = get_type_hints(kind)
     values = {}
     for key, value in settings.items():
-        _require(key in known, f"{kind.__name__} has no setting of that name", key, _nearest(key, known))
+        require(key in known, f"{kind.__name__} has no setting of that name", key, nearest(key, known))
         values[key] = _parse(key, value, get_args(hints[key]) or (hints[key],), known[key])
     return kind(**values)
 
@@ -354,7 +358,7 @@ def from_mapping(kind: type[Config], settings: Mapping[str, Any]) -> Config:
 def _parse(key: str, value: Any, kinds: tuple[type, ...], default: Any) -> Any:
     if isinstance(value, Mapping) and Schedule in kinds:
         names = {entry.name for entry in dataclasses.fields(Schedule)}
-        _require(
+        require(
             set(value) <= names and {"start", "end", "steps"} <= set(value),
             f"{key} as a table must have start, end and steps, and may have kind, warmup and repeat",
             dict(value),
@@ -364,13 +368,8 @@ def _parse(key: str, value: Any, kinds: tuple[type, ...], default: Any) -> Any:
     if float in kinds and type(value) is int:
         return float(value)
     wanted = " or ".join(kind.__name__ for kind in kinds if kind not in (Schedule, type(None)))
-    _require(type(value) in kinds, f"{key} must be of type {wanted}", value, f"Its default is {default!r}.")
+    require(type(value) in kinds, f"{key} must be of type {wanted}", value, f"Its default is {default!r}.")
     return value
-
-
-def _nearest(name: str, known: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
 
 
 def to_json(config: TrainConfig | SupervisedConfig) -> dict[str, Any]:

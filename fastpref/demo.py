@@ -23,12 +23,13 @@ from flax import nnx
 from rich.console import Console
 
 from fastpref import docstrings, reporting
-from fastpref.config import Schedule, SupervisedConfig, TrainConfig
+from fastpref.config import SupervisedConfig, TrainConfig
 from fastpref.evaluation import compare
 from fastpref.generation import write
 from fastpref.gold import GoldJudge
 from fastpref.models import T5, LanguageModel, T5Config
 from fastpref.preference import PreferenceModel
+from fastpref.schedules import Schedule
 from fastpref.supervised import fit_preference_model, sft
 from fastpref.tokenizer import Tokenizer
 from fastpref.training import train

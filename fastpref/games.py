@@ -16,9 +16,9 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from fastpref.algorithms import ALGORITHMS
-from fastpref.config import ConfigError, _require
 from fastpref.equilibrium import equilibrium
 from fastpref.losses import Objective
+from fastpref.rules import ConfigError, require
 
 Vector = Float[np.ndarray, " A"]
 
@@ -42,7 +42,7 @@ class PreferenceGame:
     def __init__(self, preferences: ArrayLike, ref: ArrayLike, tau: float) -> None:
         matrix = preference_matrix(preferences)
         self.ref = distribution(ref, len(matrix), "ref", full_support=True)
-        _require(bool(np.isfinite(tau) and tau > 0), "tau must be a finite number above 0", tau, "Give 0.1, say.")
+        require(bool(np.isfinite(tau) and tau > 0), "tau must be a finite number above 0", tau, "Give 0.1, say.")
         self.preferences, self.tau = matrix, float(tau)
 
     def win_rate(self, opponent: ArrayLike) -> Vector:
@@ -111,10 +111,8 @@ class PreferenceGame:
           The policies π_0 to π_N, shape [T, A], T = N + 1.
         """
         rates = np.asarray(etas, np.float64)
-        _require(rates.ndim == 1, "etas must have the shape [N]", rates.shape, "Give one η per step.")
-        _require(
-            bool(np.all(rates > 0)), "every η must be above 0", float(rates.min(initial=np.inf)), "Give τ or more."
-        )
+        require(rates.ndim == 1, "etas must have the shape [N]", rates.shape, "Give one η per step.")
+        require(bool(np.all(rates > 0)), "every η must be above 0", float(rates.min(initial=np.inf)), "Give τ or more.")
         log_ref = np.log(self.ref)
         policies = [self.ref if start is None else self._policy(start)]
         for eta in rates:
@@ -177,7 +175,7 @@ class PreferenceGame:
         Raises:
           ConfigError: an unknown algorithm, or an argument that breaks its rule.
         """
-        _require(steps >= 0 and every >= 1, "steps must be 0 or more and every 1 or more", (steps, every), "Raise it.")
+        require(steps >= 0 and every >= 1, "steps must be 0 or more and every 1 or more", (steps, every), "Raise it.")
         first = self.ref if start is None else distribution(start, len(self.ref), "start", full_support=True)
         setting, objective = self._setting(algorithm, mixture_beta, behaviour)
         with jax.enable_x64(True):
@@ -202,7 +200,7 @@ class PreferenceGame:
         # What is left out chooses its pairs from many, has a reward, or goes in rounds.
         left_out = {name for name, row in ALGORITHMS.items() if row.selects or row.in_rounds or len(row.writers) != 2}
         known = [name for name in ALGORITHMS if name not in left_out]
-        _require(algorithm in known, "algorithm must be one of " + ", ".join(known), algorithm, "Choose one.")
+        require(algorithm in known, "algorithm must be one of " + ", ".join(known), algorithm, "Choose one.")
         row = ALGORITHMS[algorithm]
         partner = self.ref if behaviour is None else distribution(behaviour, len(self.ref), "behaviour")
         shares = {"policy": 1.0, "mixture": 1 - beta, "data": 0.0}
@@ -219,12 +217,12 @@ def preference_matrix(preferences: ArrayLike) -> Float[np.ndarray, "A A"]:
     """
     matrix = _array(preferences, "preferences")
     square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1] and len(matrix) >= 2
-    _require(square, "preferences must have the shape [A, A], A of 2 or more", matrix.shape, "Give one row per action.")
+    require(square, "preferences must have the shape [A, A], A of 2 or more", matrix.shape, "Give one row per action.")
     outside = matrix[~((matrix >= 0) & (matrix <= 1))]
-    _require(not outside.size, "preferences must lie in [0, 1]", outside[:1].tolist(), "Give probabilities.")
+    require(not outside.size, "preferences must lie in [0, 1]", outside[:1].tolist(), "Give probabilities.")
     off = np.abs(matrix + matrix.T - 1)
     row, column = np.unravel_index(off.argmax(), off.shape)
-    _require(
+    require(
         bool(off.max() <= 1e-6),
         f"p(y ≻ y') + p(y' ≻ y) must be 1, for y = {row} and y' = {column} too",
         (float(matrix[row, column]), float(matrix[column, row])),
@@ -241,7 +239,7 @@ def distribution(values: ArrayLike, actions: int, name: str, *, full_support: bo
       ConfigError: a wrong shape, a negative value, with full_support a zero, or a sum further than 1e-6 from 1.
     """
     probabilities = _array(values, name)
-    _require(
+    require(
         probabilities.shape == (actions,),
         f"{name} must have the shape [A] = [{actions}]",
         probabilities.shape,
@@ -250,10 +248,10 @@ def distribution(values: ArrayLike, actions: int, name: str, *, full_support: bo
     least = probabilities.min()
     if full_support:
         remedy = "Remove actions that never occur, or give them a small probability."
-        _require(bool(least > 0), f"{name} must be above 0 for every action", float(least), remedy)
-    _require(bool(least >= 0), f"{name} must not be below 0", float(least), "Give probabilities.")
+        require(bool(least > 0), f"{name} must be above 0 for every action", float(least), remedy)
+    require(bool(least >= 0), f"{name} must not be below 0", float(least), "Give probabilities.")
     total = float(probabilities.sum())
-    _require(abs(total - 1) <= 1e-6, f"{name} must sum to 1", total, "Divide it by its sum.")
+    require(abs(total - 1) <= 1e-6, f"{name} must sum to 1", total, "Divide it by its sum.")
     return probabilities / total
 
 
@@ -273,7 +271,7 @@ def _array(values: ArrayLike, name: str) -> np.ndarray:
 
 
 def _mixture_weight(mixture_beta: float) -> float:
-    _require(0 <= mixture_beta <= 1, "mixture_beta must lie in [0, 1]", mixture_beta, "It is the reference's weight.")
+    require(0 <= mixture_beta <= 1, "mixture_beta must lie in [0, 1]", mixture_beta, "It is the reference's weight.")
     return float(mixture_beta)
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from fastpref.config import ConfigError, TrainConfig
+from fastpref.config import TrainConfig
 from fastpref.generation import Written, write
 from fastpref.judging import Judge
 from fastpref.kernels import Head, token_logprobs
@@ -19,6 +19,7 @@ from fastpref.kernels.chunks import chunk_rows, compact
 from fastpref.metrics import ended
 from fastpref.models import LanguageModel
 from fastpref.models.policy import Policy
+from fastpref.rules import ConfigError
 from fastpref.win_rates import both_orders, summarise
 
 

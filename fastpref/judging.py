@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
-from fastpref.readers import Record
+from fastpref.data.readers import Record
 
 
 @runtime_checkable

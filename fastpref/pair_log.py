@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from fastpref import _batcher
-from fastpref.tokenization import Ragged
+from fastpref.data.tokenization import Ragged
 
 FILE_BYTES = 64 * 2**20
 """A file that has grown to this size is followed by another."""

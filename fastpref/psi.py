@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from fastpref.config import _require
 from fastpref.games import Vector, distribution, kl, preference_matrix
+from fastpref.rules import require
 
 Psi = Callable[[np.ndarray], np.ndarray]
 """A non-decreasing function of probabilities, elementwise on arrays of any shape."""
@@ -48,7 +48,7 @@ def scores(preferences: ArrayLike, behaviour: ArrayLike, psi: Psi = identity) ->
     weights = distribution(behaviour, len(matrix), "behaviour")
     values = _apply(psi, matrix)[:, weights > 0]
     torn = np.isposinf(values).any(1) & np.isneginf(values).any(1)
-    _require(
+    require(
         not bool(torn.any()),
         "an action's Ψ may be +∞ or −∞ but not both",
         f"both for action {int(torn.argmax())}",
@@ -82,7 +82,7 @@ def optimal_policy(
     values, reference = scores(preferences, behaviour, psi), _reference(ref, tau, preferences)
     endless = np.isposinf(values)
     certain = int(endless.sum())
-    _require(
+    require(
         certain <= 1 and not bool(np.isneginf(values).all()),
         "Ψ must leave one optimum: +∞ for at most one action, −∞ not for all",
         values.tolist(),
@@ -125,13 +125,13 @@ def _apply(psi: Psi, matrix: Float[np.ndarray, "A A"]) -> Float[np.ndarray, "A A
     # Ψ is held to its rule at all preferences and between them, so that a wiggle does not hide.
     grid = np.unique(np.concatenate([matrix.ravel(), np.linspace(0, 1, 101)]))
     values = np.asarray(psi(grid), np.float64)
-    _require(values.shape == grid.shape, "Ψ must return one value per preference", values.shape, "Write it with numpy.")
-    _require(
+    require(values.shape == grid.shape, "Ψ must return one value per preference", values.shape, "Write it with numpy.")
+    require(
         not bool(np.isnan(values).any()), "Ψ must be defined on [0, 1]", "nan", "Let it be ±∞ at the ends if it must."
     )
     falls = values[1:] < values[:-1]
     where = int(falls.argmax()) if falls.any() else 0
-    _require(
+    require(
         not bool(falls.any()),
         "Ψ must be non-decreasing",
         f"{values[where]:g} at {grid[where]:g} and {values[where + 1 :][:1].sum():g} at {grid[where + 1]:g}",
@@ -141,5 +141,5 @@ def _apply(psi: Psi, matrix: Float[np.ndarray, "A A"]) -> Float[np.ndarray, "A A
 
 
 def _reference(ref: ArrayLike, tau: float, preferences: ArrayLike) -> Vector:
-    _require(bool(np.isfinite(tau) and tau > 0), "tau must be a finite number above 0", tau, "Give 0.1, say.")
+    require(bool(np.isfinite(tau) and tau > 0), "tau must be a finite number above 0", tau, "Give 0.1, say.")
     return distribution(ref, len(np.asarray(preferences)), "ref", full_support=True)

@@ -11,16 +11,17 @@ from jax import Array
 from jaxtyping import Float
 
 from fastpref import learner
-from fastpref.config import TrainConfig, value_at
+from fastpref.config import TrainConfig
+from fastpref.data.packing import pack_pairs
 from fastpref.generation import decode, generate_jit, num_valid_tokens
 from fastpref.judging import Judge, Rewarder
 from fastpref.metrics import sampling_metrics
 from fastpref.models import LanguageModel
-from fastpref.packing import pack_pairs
 from fastpref.pair_log import PairLog
 from fastpref.pairing import Jury, Selection, select
 from fastpref.records import Completions, PackedPairs, PromptBatch
 from fastpref.rows import RowPlan
+from fastpref.schedules import value_at
 
 
 class Frozen(NamedTuple):

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from fastpref.config import ConfigError, TrainConfig
-from fastpref.packing import Layout, row_counts
-from fastpref.tokenization import Ragged
+from fastpref.config import TrainConfig
+from fastpref.data.packing import Layout, row_counts
+from fastpref.data.tokenization import Ragged
+from fastpref.rules import ConfigError
 
 ROOM = 2
 """Longest pairs that a row holds where nothing else is asked for: most are shorter, and so fill it well."""

@@ -7,6 +7,7 @@ from flax import nnx
 
 from fastpref import checkpoints
 from fastpref.models import LanguageModel, load
+from fastpref.tokenizer import Tokenizer
 
 Model = LanguageModel | str | Path
 """A model, a Hugging Face directory, a run directory (its final model), or one checkpoint of a run."""
@@ -64,17 +65,33 @@ def read_model(source: Model, *, like: Model | None = None) -> LanguageModel:
     folder = locate(source)
     if not (folder / "manifest").is_file():
         return load(folder)
-    if like is None:
-        run_dir = folder.absolute().parent.parent
-        final = next((run_dir / name for name in ("policy", "model") if (run_dir / name).is_dir()), None)
-        if final is None:
-            raise FileNotFoundError(
-                f"a checkpoint holds parameters alone, and the run of {folder} has no final model to take the rest "
-                "from. Pass like=, a model of the same architecture such as the one that the run began with."
-            )
-        like = final
-    pattern = read_model(like)
+    pattern = read_model(_final(folder) if like is None else like)
     definition, params = nnx.split(pattern.module)
     # The loop saves (parameters, ...): what follows the parameters stays on disk.
     (restored,) = checkpoints.read(folder, (params,))
     return dataclasses.replace(pattern, module=nnx.merge(definition, restored))
+
+
+def read_tokenizer(source: Model) -> Tokenizer:
+    """The tokenizer of the model that a source names, as for `read_model`; no weights are read.
+
+    Raises:
+      FileNotFoundError: there is no such model, or a checkpoint of an unfinished run.
+      ValueError: a file of the tokenizer cannot be read.
+    """
+    if isinstance(source, LanguageModel):
+        return source.tokenizer
+    folder = locate(source)
+    return Tokenizer.load(_final(folder) if (folder / "manifest").is_file() else folder)
+
+
+def _final(checkpoint: Path) -> Path:
+    """The final model of the run that a checkpoint belongs to."""
+    run_dir = checkpoint.absolute().parent.parent
+    final = next((run_dir / name for name in ("policy", "model") if (run_dir / name).is_dir()), None)
+    if final is None:
+        raise FileNotFoundError(
+            f"a checkpoint holds parameters alone, and the run of {checkpoint} has no final model to take the rest "
+            "from. Pass like=, a model of the same architecture such as the one that the run began with."
+        )
+    return final

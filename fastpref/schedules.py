@@ -1,4 +1,4 @@
-"""Settings that change over training steps, and the error of every setting that breaks its rule."""
+"""Settings that change over training steps."""
 
 import math
 from dataclasses import dataclass
@@ -6,15 +6,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import Array
 
-
-class ConfigError(ValueError):
-    """A setting breaks its rule. The message says the rule, what was received, and the remedy."""
-
-
-def require(holds: bool, rule: str, received: object, remedy: str) -> None:
-    """Raise ConfigError with the three unless the rule holds."""
-    if not holds:
-        raise ConfigError(f"{rule}, but received {received!r}. {remedy}")
+from fastpref.rules import require
 
 
 @dataclass(frozen=True, kw_only=True)

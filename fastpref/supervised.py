@@ -15,77 +15,32 @@ from flax import nnx
 from jax import Array
 
 from fastpref import loop, optimizers, reporting
-from fastpref.config import SupervisedConfig, to_json, value_at
+from fastpref.config import SupervisedConfig, to_json
 from fastpref.data import (
+    ChatTemplate,
     CompletionBatcher,
     DropReport,
     PaddedPairBatcher,
+    Record,
     TokenRecords,
     read_records,
-    tokenize_completions,
+    tokenized,
 )
 from fastpref.judging import agreement, columns_of
-from fastpref.kernels import token_logprobs
 from fastpref.models import LanguageModel, as_model, save
+from fastpref.objectives import Batch, Objective, preference_loss, reward_loss, token_loss
 from fastpref.preference import (
     SUMMARY_PROMPT,
     PreferenceModel,
     RewardModel,
-    answer_margins,
-    bradley_terry,
-    rewards,
 )
 from fastpref.records import CompletionBatch
+from fastpref.schedules import value_at
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 
 Data = str | Path | Iterable[Mapping[str, Any]]
 """A JSONL, Parquet or Arrow file, or records."""
-
-Batch = dict[str, Array]
-Objective = Callable[[Any, Batch], tuple[Array, Array]]
-"""A module and a batch to the sum of its losses and their number, two scalars."""
-
-
-def _mask(lengths: Array, width: int) -> Array:
-    return jnp.expand_dims(jnp.arange(width), tuple(range(lengths.ndim))) < lengths[..., None]
-
-
-def token_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
-    """Sum of −log π over completion tokens, and how many there are: maximum likelihood."""
-    tokens = batch["completion_tokens"]
-    real = _mask(batch["completion_lengths"], tokens.shape[-1])
-    hidden = module.hidden_states(
-        batch["prompt_tokens"], _mask(batch["prompt_lengths"], batch["prompt_tokens"].shape[1]), tokens
-    )
-    logps = token_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]), module.head(), tokens.reshape(-1), where=real.reshape(-1)
-    )
-    return -logps.sum(), real.sum().astype(jnp.float32)
-
-
-def preference_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
-    """Sum of the cross-entropy of the answers with the recorded preferences, and the number of answers.
-
-    Completions 0 and 1 are the readings of a pair in its two orders. Where `symmetric` is true they give one answer.
-    """
-    margins = answer_margins(module, batch["answers"], *_readings(batch))
-    preference = batch["preference"]
-    apart = bradley_terry(margins[:, 0], preference) + bradley_terry(-margins[:, 1], preference)
-    together = 2 * bradley_terry((margins[:, 0] - margins[:, 1]) / 2, preference)
-    losses = jnp.where(batch["symmetric"], together, apart)
-    return losses.sum(), jnp.asarray(2 * losses.size, jnp.float32)
-
-
-def reward_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
-    """Sum of the Bradley-Terry cross-entropy of the reward difference, and the number of pairs."""
-    scores = rewards(module, *_readings(batch))
-    losses = bradley_terry(scores[:, 0] - scores[:, 1], batch["preference"])
-    return losses.sum(), jnp.asarray(losses.size, jnp.float32)
-
-
-def _readings(batch: Batch) -> tuple[Array, Array, Array, Array]:
-    return batch["prompt_tokens"], batch["prompt_lengths"], batch["completion_tokens"], batch["completion_lengths"]
 
 
 @partial(jax.jit, static_argnames=("definition", "objective", "optimizer"), donate_argnames=("params", "opt_state"))
@@ -195,19 +150,29 @@ def _arrays(batch: CompletionBatch) -> dict[str, Any]:
 
 
 def _tokens(
-    data: Data, model: LanguageModel, columns: Sequence[str], config: SupervisedConfig
+    data: Data,
+    model: LanguageModel,
+    columns: Sequence[str],
+    config: SupervisedConfig,
+    cache: str | Path | None = None,
 ) -> tuple[TokenRecords, DropReport]:
-    records, read = read_records(data, columns=columns)
-    tokens, kept = tokenize_completions(
-        records,
+    return tokenized(
+        data,
         model.tokenizer,
+        columns=columns,
         max_prompt_tokens=config.max_prompt_tokens,
         max_completion_tokens=config.max_completion_tokens,
+        cache=cache,
         vocab_size=model.module.vocab_size,
         overlong=config.overlong,
-        on_bad_record="skip",
+        on_bad_record=config.on_bad_record,
+        template=ChatTemplate.find(model.tokenizer),
     )
-    return tokens, read.then(kept)
+
+
+def _pairs(data: Data, model: LanguageModel, config: SupervisedConfig) -> tuple[list[Record], DropReport]:
+    template = ChatTemplate.find(model.tokenizer)
+    return read_records(data, columns=PAIR_COLUMNS, on_bad_record=config.on_bad_record, template=template)
 
 
 def sft(
@@ -217,6 +182,7 @@ def sft(
     *,
     held_out: Data = (),
     run_dir: str | Path | None = None,
+    cache: str | Path | None = None,
     optimizer: optax.GradientTransformation | None = None,
     quiet: bool = False,
 ) -> FitResult:
@@ -226,10 +192,12 @@ def sft(
 
     Args:
       policy: a `LanguageModel`, or the directory of a Hugging Face checkpoint. It is not changed.
-      data: records with `prompt` and `completion`: a JSONL, Parquet or Arrow file, or an iterable of mappings.
+      data: records with `prompt` and `completion`: a JSONL, Parquet or Arrow file, or an iterable of mappings. Messages
+        may stand for text, as in `train`.
       config: settings.
       held_out: records of the same form; the model with the lowest loss on them is returned.
       run_dir: where config, metrics, checkpoints, plots and the model are written; the same call goes on from there.
+      cache: a directory that keeps the tokens of `data`, so that the next run maps them.
       optimizer: any optax transformation, instead of the one that the config names.
       quiet: show no progress bar.
 
@@ -243,7 +211,7 @@ def sft(
     """
     config = SupervisedConfig() if config is None else config
     model = as_model(policy)
-    tokens, report = _tokens(data, model, ("prompt", "completion"), config)
+    tokens, report = _tokens(data, model, ("prompt", "completion"), config, cache)
     checks, held = _tokens(held_out, model, ("prompt", "completion"), config)
 
     def batches(of: TokenRecords) -> CompletionBatcher:
@@ -306,7 +274,8 @@ def fit_preference_model(
 
     Args:
       model: where to start; a `LanguageModel` or the directory of a checkpoint. It is not changed.
-      data: records with `prompt`, `chosen`, `rejected` and optionally `preference`, in a file or an iterable.
+      data: records with `prompt`, `chosen`, `rejected` and optionally `preference`, in a file or an iterable; messages
+        may stand for text, as in `train`.
       config: settings; `max_prompt_tokens` limits a reading up to the end of the prompt, which is shortened to fit.
       held_out: records of the same form; the model with the highest agreement with them is returned.
       template: the text to read, with {prompt}, {first} and {second}.
@@ -329,8 +298,8 @@ def fit_preference_model(
     judge = PreferenceModel(
         as_model(model), template, answers, symmetric=symmetric, max_tokens=config.max_prompt_tokens
     )
-    records, report = read_records(data, columns=PAIR_COLUMNS)
-    checks, _ = read_records(held_out, columns=PAIR_COLUMNS)
+    records, report = _pairs(data, judge.model, config)
+    checks, _ = _pairs(held_out, judge.model, config)
     prompts, chosen, rejected, preference = columns_of(records)
     opened, forward = judge.readings(prompts, chosen, rejected)
     _, backward = judge.readings(prompts, rejected, chosen)
@@ -377,6 +346,7 @@ def fit_reward_model(
     *,
     held_out: Data = (),
     run_dir: str | Path | None = None,
+    cache: str | Path | None = None,
     optimizer: optax.GradientTransformation | None = None,
     quiet: bool = False,
 ) -> FitResult:
@@ -384,10 +354,12 @@ def fit_reward_model(
 
     Args:
       model: where to start; a `LanguageModel` or the directory of a checkpoint. It is not changed.
-      data: records with `prompt`, `chosen`, `rejected` and optionally `preference`, in a file or an iterable.
+      data: records with `prompt`, `chosen`, `rejected` and optionally `preference`, in a file or an iterable; messages
+        may stand for text, as in `train`.
       config: settings.
       held_out: records of the same form; the model with the highest agreement with them is returned.
       run_dir: where everything is written; the same call goes on from there.
+      cache: a directory that keeps the tokens of `data`, so that the next run maps them.
       optimizer: any optax transformation, instead of the one that the config names.
       quiet: show no progress bar.
 
@@ -401,8 +373,8 @@ def fit_reward_model(
     """
     config = SupervisedConfig() if config is None else config
     judge = RewardModel.from_model(as_model(model), max_prompt_tokens=config.max_prompt_tokens)
-    tokens, report = _tokens(data, judge.model, PAIR_COLUMNS, config)
-    checks, _ = read_records(held_out, columns=PAIR_COLUMNS)
+    tokens, report = _tokens(data, judge.model, PAIR_COLUMNS, config, cache)
+    checks, _ = _pairs(held_out, judge.model, config)
     chosen, rejected = tokens.completions
     with PaddedPairBatcher(
         tokens.prompts,

@@ -21,8 +21,10 @@ import numpy as np
 import orjson
 
 from fastpref import plots, reporting
-from fastpref.config import Config, ConfigError, Schedule, _nearest, from_mapping, to_json
+from fastpref.config import Config, from_mapping, to_json
 from fastpref.metrics import METRICS
+from fastpref.rules import ConfigError, nearest
+from fastpref.schedules import Schedule
 from fastpref.training import DivergedError
 
 
@@ -242,7 +244,7 @@ def _plans(grid: Mapping[str, Any], base: Config, folder: Path) -> list[_Plan[Co
 
 def _check_metric(metric: str, plans: Sequence[_Plan[Any]]) -> None:
     if metric not in METRICS:
-        raise ConfigError(f"metric must be one that runs log, but received {metric!r}. {_nearest(metric, METRICS)}")
+        raise ConfigError(f"metric must be one that runs log, but received {metric!r}. {nearest(metric, METRICS)}")
     if metric.startswith("eval/") and any(plan.config.eval_every == 0 for plan in plans):
         raise ConfigError(
             f"metric {metric!r} needs held-out evaluation, but received eval_every=0. "

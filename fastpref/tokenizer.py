@@ -23,6 +23,12 @@ FILES = (
 """Files of a checkpoint that a tokenizer reads or keeps, byte for byte."""
 
 
+class Rendered(str):
+    """A prompt as a chat template wrote it: it holds its special tokens already, and is encoded without adding any."""
+
+    __slots__ = ()
+
+
 class Tokenizer:
     """A `tokenizers.Tokenizer` that knows its end-of-sequence and padding tokens.
 
@@ -72,12 +78,12 @@ class Tokenizer:
             )
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each prompt, with the special tokens that the checkpoint's post-processor adds."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts))]
-
-    def encode_rendered(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each prompt that a chat template wrote, which holds its special tokens already."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Token ids of each prompt, with the special tokens that the post-processor adds; `Rendered` ones get none."""
+        rendered = [text for text in texts if isinstance(text, Rendered)]
+        plain = [text for text in texts if not isinstance(text, Rendered)]
+        bare = iter(self.backend.encode_batch_fast(rendered, add_special_tokens=False))
+        full = iter(self.backend.encode_batch_fast(plain))
+        return [next(bare if isinstance(text, Rendered) else full).ids for text in texts]
 
     @property
     def fingerprint(self) -> bytes:

@@ -14,15 +14,17 @@ import optax
 from flax import nnx
 
 from fastpref import learner, loop, optimizers, reporting, rollout
-from fastpref.config import ConfigError, TrainConfig, to_json, value_at
+from fastpref.config import TrainConfig, to_json
 from fastpref.data import (
+    ChatTemplate,
     DataError,
     DropReport,
     PairBatcher,
     PromptBatcher,
+    read_prompts,
     read_records,
-    tokenize_completions,
     tokenize_prompts,
+    tokenized,
 )
 from fastpref.held_out import HeldOut
 from fastpref.judging import Judge, Rewarder
@@ -31,7 +33,8 @@ from fastpref.pair_log import PairLog
 from fastpref.preference import PreferenceModel, RewardModel
 from fastpref.records import PackedPairs, PromptBatch
 from fastpref.rows import RowPlan, pair_sizes, plan_rows
-from fastpref.schedules import require
+from fastpref.rules import ConfigError, require
+from fastpref.schedules import value_at
 
 Prompts = str | Path | Iterable[str | Mapping[str, Any]]
 """Texts, mappings with a `prompt`, or a JSONL, Parquet or Arrow file with that column."""
@@ -83,6 +86,7 @@ def train(
     ref: LanguageModel | str | Path | None = None,
     behaviour: LanguageModel | str | Path | None = None,
     run_dir: str | Path | None = None,
+    cache: str | Path | None = None,
     optimizer: optax.GradientTransformation | None = None,
     eval_prompts: Prompts = (),
     eval_judge: Judge | None = None,
@@ -99,7 +103,9 @@ def train(
     Args:
       policy: a `LanguageModel`, or the directory of a Hugging Face checkpoint. It is not changed.
       prompts: texts, mappings with a `prompt`, or a JSONL, Parquet or Arrow file with that column. For offline
-        algorithms each record also has `chosen`, `rejected` and, where labels are soft, `preference`.
+        algorithms each record also has `chosen`, `rejected` and, where labels are soft, `preference`. Messages, lists
+        of `role` and `content`, may stand for text: the chat template of the policy's tokenizer writes them, and the
+        judge reads prompts as it wrote them.
       judge: p(first ≻ second) for each prompt; see `fastpref.Judge`. A plain function will do. For `rl` a
         `RewardModel`, or anything with its `scores`; which any other algorithm takes for p = σ(r − r'). None for
         offline algorithms.
@@ -107,6 +113,7 @@ def train(
       ref: π_ref; None for the policy as it is given.
       behaviour: μ, for `mixture_partner="behaviour"`. It shares the policy's tokenizer.
       run_dir: where config, metrics, samples, checkpoints, plots and the aligned model are written; None for nowhere.
+      cache: of offline algorithms, a directory that keeps the tokens of the pairs, so that the next run maps them.
       optimizer: any optax transformation, instead of the one that the config names.
       eval_prompts: held-out prompts, compared with the reference every `config.eval_every` steps.
       eval_judge: the judge of those comparisons; None for `judge`.
@@ -127,11 +134,17 @@ def train(
     config = TrainConfig() if config is None else config
     row = config.row
     _check_sources(config, judge, behaviour)
+    require(
+        cache is None or row.offline,
+        f"cache must be None for {config.algorithm}, which is online: its judge reads text",
+        cache,
+        "Leave it out, or choose an offline algorithm.",
+    )
     policy = as_model(policy)
     ref = policy if ref is None else as_model(ref)
     frozen = rollout.Frozen(*nnx.split(ref.module))
     partner = frozen if behaviour is None else rollout.Frozen(*nnx.split(as_model(behaviour).module))
-    texts, source, rows, report = _source(prompts, policy, config)
+    texts, source, rows, report = _source(prompts, policy, config, cache)
     chain = optimizers.build(config) if optimizer is None else optimizer
     definition, start = nnx.split(policy.module)
 
@@ -139,7 +152,7 @@ def train(
         # The learner donates its buffers, and these are still the caller's, or π_t's.
         return jax.tree.map(jnp.copy, parameters)
 
-    checks = [record.prompt for record in read_records(eval_prompts)[0]][: config.eval_prompts]
+    checks = read_prompts(eval_prompts, policy.tokenizer, on_bad_record=config.on_bad_record)[: config.eval_prompts]
     held_out = None
     if config.eval_every:
         held_out = HeldOut(ref, checks, _as_judge(eval_judge or judge, config), config)
@@ -284,21 +297,30 @@ def _check_sources(config: TrainConfig, judge: Judge | Rewarder | None, behaviou
 
 
 def _source(
-    prompts: Prompts, policy: LanguageModel, config: TrainConfig
+    prompts: Prompts, policy: LanguageModel, config: TrainConfig, cache: str | Path | None
 ) -> tuple[dict[int, str], PromptBatcher | PairBatcher, RowPlan, DropReport]:
     """The prompts by id, the batcher of what is learned from, how it is packed, and what became of the records."""
-    limits: dict[str, Any] = {"vocab_size": policy.module.vocab_size, "overlong": config.overlong}
+    template = ChatTemplate.find(policy.tokenizer)
+    limits: dict[str, Any] = {
+        "vocab_size": policy.module.vocab_size,
+        "overlong": config.overlong,
+        "on_bad_record": config.on_bad_record,
+    }
     start = policy.module.decoder_start
     if config.row.offline:
         try:
-            records, read = read_records(prompts, columns=("prompt", "chosen", "rejected"))
+            tokens, report = tokenized(
+                prompts,
+                policy.tokenizer,
+                columns=("prompt", "chosen", "rejected"),
+                max_prompt_tokens=config.max_prompt_tokens,
+                max_completion_tokens=config.max_new_tokens,
+                cache=cache,
+                template=template,
+                **limits,
+            )
         except DataError as error:
             raise DataError(f"{config.algorithm} learns from recorded pairs: {error}") from error
-        both: dict[str, Any] = {
-            "max_prompt_tokens": config.max_prompt_tokens,
-            "max_completion_tokens": config.max_new_tokens,
-        }
-        tokens, kept = tokenize_completions(records, policy.tokenizer, **both, **limits, on_bad_record="skip")
         rows = plan_rows(config, decoder_start=start, prompts=tokens.prompts)
         chosen, rejected = tokens.completions
         sizes = pair_sizes(tokens.prompts, chosen, rejected, layout=rows.layout)
@@ -312,8 +334,8 @@ def _source(
             seed=config.seed,
             **rows.shape,
         )
-        return {}, pairs, rows, read.then(kept)
-    records, read = read_records(prompts)
+        return {}, pairs, rows, report
+    records, read = read_records(prompts, on_bad_record=config.on_bad_record, template=template)
     encoded, kept = tokenize_prompts(records, policy.tokenizer, max_tokens=config.max_prompt_tokens, **limits)
     batcher = PromptBatcher(
         encoded.prompts,

@@ -15,10 +15,11 @@ from small import PROMPTS, language_model, prefers_w1
 
 from fastpref import losses
 from fastpref.algorithms import ALGORITHMS, Algorithm
-from fastpref.config import ConfigError, TrainConfig
+from fastpref.config import TrainConfig
 from fastpref.data import DataError
 from fastpref.metrics import METRICS
 from fastpref.preference import RewardModel
+from fastpref.rules import ConfigError
 from fastpref.training import Step, TrainResult, train
 
 SMALL: dict[str, Any] = {

@@ -16,10 +16,10 @@ import pyarrow.parquet
 import pytest
 from small import tokenizer
 
-from fastpref.cache import CacheWarning, tokenized
-from fastpref.chat import ChatTemplate
 from fastpref.data import DataError, DropReport, PairBatcher, TokenRecords, read_records, tokenize_completions
-from fastpref.tokenization import TokenStream
+from fastpref.data.cache import CacheWarning, tokenized
+from fastpref.data.chat import ChatTemplate
+from fastpref.data.tokenization import TokenStream
 
 PAIR = ("prompt", "chosen", "rejected")
 LIMITS: dict[str, Any] = {"max_prompt_tokens": 9, "max_completion_tokens": 4}
@@ -270,7 +270,7 @@ sys.modules["fastpref"] = top
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 from pathlib import Path
-from fastpref.cache import tokenized
+from fastpref.data.cache import tokenized
 from fastpref.tokenizer import Tokenizer
 words = ["<pad>", "</s>", "<unk>", "1", "2", *(f"w{number}" for number in range(28))]
 backend = tokenizers.Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))

@@ -11,9 +11,17 @@ import tokenizers
 from small import tokenizer as small_tokenizer
 from tokenizers import models, pre_tokenizers, processors
 
-from fastpref.chat import ChatError, ChatTemplate
-from fastpref.data import DataError, DropReport, Record, read_records, tokenize_completions, tokenize_prompts
-from fastpref.tokenizer import Tokenizer
+from fastpref.data import (
+    DataError,
+    DropReport,
+    Record,
+    read_prompts,
+    read_records,
+    tokenize_completions,
+    tokenize_prompts,
+)
+from fastpref.data.chat import ChatError, ChatTemplate
+from fastpref.tokenizer import Rendered, Tokenizer
 
 CHATML = """{{ bos_token }}{% for message in messages %}
 <{{ message['role'] }}>{{ message['content'] }}{{ eos_token }}
@@ -45,17 +53,18 @@ PAIRS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("row", PAIRS, ids=range(len(PAIRS)))
 def test_every_layout_of_a_pair_gives_the_same_text(row: dict[str, Any]) -> None:
-    expected = Record(0, WRITTEN, ("yes", "no"), 1.0, rendered=True)
-    assert read_records([row], columns=PAIR, template=TEMPLATE) == ([expected], DropReport(1, 1))
+    records, report = read_records([row], columns=PAIR, template=TEMPLATE)
+    assert (records, report) == ([Record(0, WRITTEN, ("yes", "no"), 1.0)], DropReport(1, 1))
+    assert isinstance(records[0].prompt, Rendered)
 
 
 def test_prompts_and_examples_come_from_messages_too() -> None:
     supervised = ("prompt", "completion")
     for row in ({"prompt": [USER], "completion": [YES]}, {"messages": [USER, YES]}, {"completion": [USER, YES]}):
         records, _ = read_records([row], columns=supervised, template=TEMPLATE)
-        assert records == [Record(0, WRITTEN, ("yes",), rendered=True)]
+        assert records == [Record(0, WRITTEN, ("yes",))]
     for row in ({"prompt": [USER]}, {"messages": [USER]}, {"messages": [USER, YES]}, {"messages": [USER, YES, NO]}):
-        assert read_records([row], template=TEMPLATE)[0] == [Record(0, WRITTEN, rendered=True)]
+        assert read_records([row], template=TEMPLATE)[0] == [Record(0, WRITTEN)]
     turns = [says("system", "s"), USER, YES, USER]
     text = "<s><system>s</s>\n<user>q</s>\n<assistant>yes</s>\n<user>q</s>\n<assistant>"
     assert read_records([{"messages": [*turns, NO]}], template=TEMPLATE)[0][0].prompt == text
@@ -63,7 +72,9 @@ def test_prompts_and_examples_come_from_messages_too() -> None:
     several = [{"prompt": [USER], "completion": [YES, NO]}]
     assert read_records(several, columns=supervised, template=TEMPLATE)[0][0].completions == ("yes</s>\n<assistant>no",)
     # Text is left alone, with and without a template.
-    assert read_records(["a", {"prompt": "b"}], template=TEMPLATE)[0] == [Record(0, "a"), Record(1, "b")]
+    texts = read_records(["a", {"prompt": "b"}], template=TEMPLATE)[0]
+    assert texts == [Record(0, "a"), Record(1, "b")]
+    assert not any(isinstance(record.prompt, Rendered) for record in texts)
 
 
 LAYOUT = "bad conversation"
@@ -197,13 +208,11 @@ def test_rendered_prompts_get_no_second_special_tokens() -> None:
     assert report == DropReport(2, 2)
     assert tokenize_prompts(records, tokenizer, max_tokens=9)[0].prompts[0].tolist() == [1, 2, 4, 0, 3]
 
-    class Plain:
-        vocab_size = 8
-        encode_prompts = staticmethod(tokenizer.encode_prompts)
-        encode_completions = staticmethod(tokenizer.encode_completions)
-
-    with pytest.raises(ValueError, match="need a tokenizer with encode_rendered, got Plain"):
-        tokenize_completions(records, Plain(), **limits)  # type: ignore[arg-type]
+    texts = read_prompts(rows, tokenizer)
+    assert texts == [WRITTEN, "q"]
+    assert tokenizer.encode_prompts(texts[::-1]) == [[1, 4], [1, 2, 4, 0, 3]]
+    # The mark is lost with the text around it, as what is made of it begins anew.
+    assert tokenizer.encode_prompts(["" + texts[0] + " q"])[0][:3] == [1, 1, 2]
 
 
 def test_the_template_of_a_directory_is_found() -> None:

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from fastpref.config import ConfigError, Schedule, SupervisedConfig, TrainConfig, from_mapping, to_json, value_at
+from fastpref.config import SupervisedConfig, TrainConfig, from_mapping, to_json
+from fastpref.rules import ConfigError
+from fastpref.schedules import Schedule, value_at
 
 
 def test_the_defaults_are_the_papers() -> None:
@@ -31,6 +33,7 @@ def test_the_defaults_are_the_papers() -> None:
         ({"learning_rate": -1e-4}, r"learning_rate must not be negative"),
         ({"max_grad_norm": 0.0}, r"max_grad_norm must be above 0, or None"),
         ({"temperature": 0.0}, r"temperature must be above 0"),
+        ({"on_bad_record": "drop"}, r"on_bad_record must be 'raise', 'skip' or 'warn', but received 'drop'"),
         ({"overlong": "cut"}, r"overlong must be 'drop', 'truncate' or 'raise', but received 'cut'"),
         ({"eval_every": -1}, r"eval_every must not be negative"),
         (

@@ -7,8 +7,8 @@ from scipy import optimize
 from theory_cases import Case, cases
 
 from fastpref import equilibrium, psi
-from fastpref.config import ConfigError
 from fastpref.games import PreferenceGame, kl
+from fastpref.rules import ConfigError
 
 EVEN = [[0.5, 0.8, 0.1], [0.2, 0.5, 0.8], [0.9, 0.2, 0.5]]
 UNIFORM = [1 / 3, 1 / 3, 1 / 3]

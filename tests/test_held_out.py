@@ -14,9 +14,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from small import PROMPTS, language_model, prefers_w1
 
 from fastpref import held_out
-from fastpref.config import ConfigError, TrainConfig
+from fastpref.config import TrainConfig
 from fastpref.generation import write
 from fastpref.held_out import HeldOut, exact_kl
+from fastpref.rules import ConfigError
 
 CONFIG = TrainConfig(batch_size=4, max_prompt_tokens=8, max_new_tokens=6, eval_every=2)
 HELD_OUT = PROMPTS[:11]

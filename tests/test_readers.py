@@ -15,10 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpref import sources
-from fastpref.data import DataError, DropReport, Record, read_records, tokenize_completions, tokenize_prompts
-from fastpref.readers import RecordStream
-from fastpref.tokenization import Ragged, TokenRecords, TokenStream
+from fastpref.data import DataError, DropReport, Record, read_records, sources, tokenize_completions, tokenize_prompts
+from fastpref.data.readers import RecordStream
+from fastpref.data.tokenization import Ragged, TokenRecords, TokenStream
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 
 from fastpref import reproduce
 from fastpref.cli import main
-from fastpref.config import ConfigError
 from fastpref.games import PreferenceGame
 from fastpref.reproduce import ipo_figures, simplex
+from fastpref.rules import ConfigError
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 PAPERS = FIGURES.parent / "papers.md"

@@ -18,9 +18,11 @@ from PIL import Image
 from small import PROMPTS, language_model, prefers_w1
 
 from fastpref.cli import main
-from fastpref.config import ConfigError, Schedule, TrainConfig
+from fastpref.config import TrainConfig
 from fastpref.models import save
+from fastpref.rules import ConfigError
 from fastpref.runs import read_model, step_directory
+from fastpref.schedules import Schedule
 from fastpref.sweeps import SweepResult, sweep
 from fastpref.training import DivergedError, Step, train
 

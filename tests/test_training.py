@@ -21,10 +21,12 @@ from small import PROMPTS, language_model, prefers_w1
 from fastpref import learner
 from fastpref.algorithms import ALGORITHMS
 from fastpref.checkpoints import CheckpointError
-from fastpref.config import ConfigError, Schedule, TrainConfig
+from fastpref.config import TrainConfig
 from fastpref.judging import JudgeError
 from fastpref.models import load
 from fastpref.records import PackedPairs
+from fastpref.rules import ConfigError
+from fastpref.schedules import Schedule
 from fastpref.training import Step, TrainResult, train
 
 SGD = optax.sgd(1.0)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastpref.config import _require
 from fastpref.reproduce import ipo_figures, simplex, studies
+from fastpref.rules import require
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def reproduce(name: str, out: Path | str) -> list[Path]:
     Raises:
       ConfigError: no experiment has that name.
     """
-    _require(name in EXPERIMENTS, "name must be one of " + ", ".join(EXPERIMENTS), name, "Choose one of them.")
+    require(name in EXPERIMENTS, "name must be one of " + ", ".join(EXPERIMENTS), name, "Choose one of them.")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     return EXPERIMENTS[name].run(folder)

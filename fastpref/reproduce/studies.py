@@ -21,11 +21,12 @@ import orjson
 
 from fastpref import demo, plots
 from fastpref.algorithms import ALGORITHMS
-from fastpref.config import Schedule, TrainConfig, bounds
+from fastpref.config import TrainConfig
 from fastpref.evaluation import compare, evaluate
 from fastpref.gold import GoldJudge
 from fastpref.models import LanguageModel
 from fastpref.preference import RewardModel
+from fastpref.schedules import Schedule, bounds
 from fastpref.supervised import fit_reward_model
 from fastpref.training import train
 from fastpref.win_rates import WinRate, WinRates

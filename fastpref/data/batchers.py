@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from fastpref import _batcher
-from fastpref.columns import Numbers, Rows, check_lengths, column, fingerprint, per_record, preferences, ragged
-from fastpref.readers import DataError
+from fastpref.data.columns import Numbers, Rows, check_lengths, column, fingerprint, per_record, preferences, ragged
+from fastpref.data.readers import DataError
 from fastpref.records import CompletionBatch, PromptBatch
 
 Shape = tuple[int, int]

@@ -5,16 +5,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from fastpref.chat import ChatError, ChatTemplate, is_conversation
-from fastpref.sources import COLUMNS, Row, Source, open_rows
-from fastpref.sources import BadRecord as BadRecord
-from fastpref.sources import DataError as DataError
+from fastpref.data.chat import ChatError, ChatTemplate, is_conversation
+from fastpref.data.sources import COLUMNS, Row, Source, open_rows
+from fastpref.data.sources import BadRecord as BadRecord
+from fastpref.data.sources import DataError as DataError
 
-OnBadRecord = Literal["raise", "skip", "warn"]
+OnBadRecord = str
+""""raise", "skip" or "warn"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +25,10 @@ class Record:
     id: int
     """Position in the source, from 0, bad records counted too."""
     prompt: str
+    """A `Rendered` one where a chat template wrote it."""
     completions: tuple[str, ...] = ()
     preference: float = 1.0
     """Probability that completion 0 beats completion 1."""
-    rendered: bool = False
-    """Whether a chat template wrote the prompt, which then holds its special tokens already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +93,9 @@ class Ledger:
     def drop(self, place: str, bad: BadRecord, *, counted: bool | None = None) -> None:
         """Count a bad record; raise DataError instead if the policy, or `counted=False`, says so."""
         if not (self.on_bad_record != "raise" if counted is None else counted):
+            setting = "on_bad_record='skip'" if counted is None else "overlong='drop'"
             raise DataError(
-                f"{place}: {bad} [{bad.reason}]. Repair it, or have such records dropped and counted."
+                f"{place}: {bad} [{bad.reason}]. Repair it, or have such records dropped and counted: {setting}."
             ) from None
         self.first = self.first or f"{place}: {bad}"
         self.dropped[bad.reason] += 1
@@ -142,6 +143,24 @@ def read_records(
     """
     stream = RecordStream(source, columns=columns, on_bad_record=on_bad_record, template=template)
     return list(stream), stream.report
+
+
+def read_prompts(source: Source, tokenizer: object = None, *, on_bad_record: OnBadRecord = "raise") -> list[str]:
+    """Read prompts as text; conversations by the chat template of `tokenizer`, where it brings one.
+
+    Args:
+      source: as for `read_records`.
+      tokenizer: a `fastpref.Tokenizer`, or None.
+      on_bad_record: what becomes of bad records, as for `read_records`.
+
+    Returns:
+      The prompts; those that the template wrote are `Rendered`.
+
+    Raises:
+      DataError: as `read_records` does.
+    """
+    records, _ = read_records(source, on_bad_record=on_bad_record, template=ChatTemplate.find(tokenizer))
+    return [record.prompt for record in records]
 
 
 class RecordStream:
@@ -212,8 +231,7 @@ def _record(index: int, row: object, columns: tuple[str, ...], template: ChatTem
         row = {"prompt": row}
     if not isinstance(row, Mapping):
         raise BadRecord("not a record", f"a record must map {', '.join(columns)} to text, got {type(row).__name__}")
-    rendered = template is not None and is_conversation(row, columns)
-    if template is not None and rendered:
+    if template is not None and is_conversation(row, columns):
         try:
             row = {**row, **template.texts(row, columns)}
         except ChatError as error:
@@ -228,11 +246,11 @@ def _record(index: int, row: object, columns: tuple[str, ...], template: ChatTem
     elif "chosen" in columns:
         completions = (_text(row, "chosen"), _text(row, "rejected"))
     else:
-        return Record(index, prompt, rendered=rendered)
+        return Record(index, prompt)
     if not all(text.strip() for text in completions):
         raise BadRecord("empty completion", "a completion must hold more than white space")
     if len(completions) == 1:
-        return Record(index, prompt, completions, rendered=rendered)
+        return Record(index, prompt, completions)
     if completions[0] == completions[1]:
         raise BadRecord("identical completions", "chosen and rejected must differ")
     if "preference" in columns and "preference" not in row:
@@ -245,7 +263,7 @@ def _record(index: int, row: object, columns: tuple[str, ...], template: ChatTem
         or not 0 <= preference <= 1
     ):
         raise BadRecord("bad preference", f"preference must be a number in [0, 1], got {preference!r}")
-    return Record(index, prompt, completions, float(preference), rendered)
+    return Record(index, prompt, completions, float(preference))
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:

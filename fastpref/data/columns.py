@@ -7,8 +7,8 @@ import xxhash
 from jaxtyping import Int32
 
 from fastpref import _batcher
-from fastpref.readers import DataError
-from fastpref.tokenization import Ragged
+from fastpref.data.readers import DataError
+from fastpref.data.tokenization import Ragged
 
 Rows = Ragged | Sequence[Sequence[int]] | Sequence[np.ndarray]
 """Token ids of N records."""

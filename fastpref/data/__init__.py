@@ -10,21 +10,36 @@
             ...
         state = batches.state()  # restore(state) goes on with the very next batch
 
-The parts: `readers` and `tokenization` make token ids of files; `batchers` pads, `packing` packs pairs; `columns`
-checks what both are given. The last three alone import the native extension.
+The parts: `sources`, `readers` and `chat` make records of files, `tokenization` token ids of records, and `cache` keeps
+them; `batchers` pads, `packing` packs pairs, and `columns` checks what both are given. The last three alone import the
+native extension.
 """
 
-from fastpref.batchers import CompletionBatcher, PaddedPairBatcher, PromptBatcher
-from fastpref.packing import Packing, PairBatcher, pack_pairs, row_counts
-from fastpref.readers import DataError, DropReport, Record, read_records
+from fastpref.data.batchers import CompletionBatcher, PaddedPairBatcher, PromptBatcher
+from fastpref.data.cache import CacheWarning, tokenized
+from fastpref.data.chat import ChatError, ChatTemplate
+from fastpref.data.packing import Packing, PairBatcher, pack_pairs, row_counts
+from fastpref.data.readers import DataError, DropReport, OnBadRecord, Record, RecordStream, read_prompts, read_records
+from fastpref.data.sources import Source
+from fastpref.data.tokenization import (
+    Encoder,
+    Ragged,
+    TokenRecords,
+    TokenStream,
+    tokenize_completions,
+    tokenize_prompts,
+)
 from fastpref.records import PackedPairs
-from fastpref.tokenization import Encoder, Ragged, TokenRecords, tokenize_completions, tokenize_prompts
 
 __all__ = [
+    "CacheWarning",
+    "ChatError",
+    "ChatTemplate",
     "CompletionBatcher",
     "DataError",
     "DropReport",
     "Encoder",
+    "OnBadRecord",
     "PackedPairs",
     "Packing",
     "PaddedPairBatcher",
@@ -32,10 +47,15 @@ __all__ = [
     "PromptBatcher",
     "Ragged",
     "Record",
+    "RecordStream",
+    "Source",
     "TokenRecords",
+    "TokenStream",
     "pack_pairs",
+    "read_prompts",
     "read_records",
     "row_counts",
     "tokenize_completions",
     "tokenize_prompts",
+    "tokenized",
 ]

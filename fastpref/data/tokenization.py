@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from fastpref.readers import BadRecord, DataError, DropReport, Ledger, OnBadRecord, Record
+from fastpref.data.readers import BadRecord, DataError, DropReport, Ledger, OnBadRecord, Record
 
 Overlong = str
 """"drop", "raise" or "truncate"."""
@@ -26,18 +26,10 @@ class Encoder(Protocol):
         """Ids are below it."""
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, ready to be continued."""
+        """Token ids of each text, ready to be continued. No special tokens are added to a `Rendered` one."""
 
     def encode_completions(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, ending with EOS."""
-
-
-@runtime_checkable
-class RenderedEncoder(Protocol):
-    """What a tokenizer must be able to do besides, for prompts that a chat template wrote."""
-
-    def encode_rendered(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without adding special tokens."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,8 +166,7 @@ def tokenize_completions(
 
     Raises:
       DataError: a record that the policies refuse; the message names its place in the source.
-      ValueError: a limit below 1, an unknown policy, mixed numbers of completions, or records written by a chat
-        template for a tokenizer that cannot encode them.
+      ValueError: a limit below 1, an unknown policy, or mixed numbers of completions.
     """
     stream = TokenStream(
         records,
@@ -207,8 +198,7 @@ class TokenStream:
 
     Raises:
       DataError: from the iterator, as `tokenize_completions` does.
-      ValueError: a limit or chunk below 1, an unknown policy; from the iterator, mixed numbers of completions, or
-        records written by a chat template for a tokenizer that cannot encode them.
+      ValueError: a limit or chunk below 1, an unknown policy; from the iterator, mixed numbers of completions.
     """
 
     def __init__(
@@ -262,7 +252,7 @@ class TokenStream:
         limits = (self._limits[0], *[self._limits[1]] * completions)
         kept: list[Record] = []
         rows: list[list[list[int]]] = []
-        columns = [_prompts(records, self._tokenizer)]
+        columns = [self._tokenizer.encode_prompts([record.prompt for record in records])]
         for k in range(completions):
             columns.append(self._tokenizer.encode_completions([record.completions[k] for record in records]))
         for record, *row in zip(records, *columns, strict=True):
@@ -289,20 +279,6 @@ class TokenStream:
             np.asarray([record.preference for record in kept], np.float32),
             np.asarray([record.id for record in kept], np.int64),
         )
-
-
-def _prompts(records: Sequence[Record], tokenizer: Encoder) -> list[list[int]]:
-    plain = iter(tokenizer.encode_prompts([record.prompt for record in records if not record.rendered]))
-    rendered = [record.prompt for record in records if record.rendered]
-    if not rendered:
-        return list(plain)
-    if not isinstance(tokenizer, RenderedEncoder):
-        raise ValueError(
-            "records written by a chat template need a tokenizer with encode_rendered, got "
-            f"{type(tokenizer).__name__}; use fastpref.Tokenizer, or add the method"
-        )
-    written = iter(tokenizer.encode_rendered(rendered))
-    return [next(written if record.rendered else plain) for record in records]
 
 
 def _overlong(row: list[list[int]], limits: Sequence[int]) -> BadRecord | None:

@@ -31,10 +31,11 @@ import tokenizers
 import xxhash
 from jaxtyping import Int64
 
-from fastpref.chat import ChatTemplate
-from fastpref.readers import DataError, DropReport, OnBadRecord, RecordStream
-from fastpref.sources import Source, unchanged
-from fastpref.tokenization import CHUNK, Encoder, Overlong, Ragged, TokenRecords, TokenStream
+from fastpref.data.chat import ChatTemplate
+from fastpref.data.readers import DataError, DropReport, OnBadRecord, RecordStream
+from fastpref.data.sources import Source, unchanged
+from fastpref.data.tokenization import CHUNK, Encoder, Overlong, Ragged, TokenRecords, TokenStream
+from fastpref.tokenizer import Rendered
 
 FORMAT = 1
 ABANDONED_SECONDS = 24 * 3600.0
@@ -58,9 +59,9 @@ def tokenized(
     source: Source,
     tokenizer: Encoder,
     *,
-    cache: str | Path,
     max_prompt_tokens: int,
     max_completion_tokens: int = 1,
+    cache: str | Path | None = None,
     columns: Sequence[str] = ("prompt",),
     vocab_size: int | None = None,
     overlong: Overlong = "drop",
@@ -68,7 +69,7 @@ def tokenized(
     template: ChatTemplate | None = None,
     chunk: int = CHUNK,
 ) -> tuple[TokenRecords, DropReport]:
-    """Read and encode a source, or map what an earlier call with the same content and arguments wrote.
+    """Read and encode a source; with a cache, or map what an earlier call with the same content and arguments wrote.
 
     Several processes may do so at once: each writes a file of its own, and one rename makes it appear. Nobody else may
     change files in the directory in place; deleting them is safe. What is mapped is checked first, every byte of it.
@@ -76,10 +77,10 @@ def tokenized(
     Args:
       source: as for `read_records`. Of files only the content counts, not the name; other sources are read as a whole
         before they are looked up.
-      tokenizer: encodes, and has a `fingerprint`, as `fastpref.Tokenizer` does.
-      cache: the directory; made if need be.
+      tokenizer: encodes; for a cache it has a `fingerprint`, as `fastpref.Tokenizer` does.
       max_prompt_tokens: limit of a prompt, as for `tokenize_completions`, as are the others there.
       max_completion_tokens: limit of a completion with its EOS.
+      cache: the directory, made if need be; None to keep the tokens in memory alone.
       columns: what the records hold, as for `read_records`.
       vocab_size: ids are below it.
       overlong: what becomes of a record over a limit.
@@ -88,16 +89,16 @@ def tokenized(
       chunk: records that are in memory at a time.
 
     Returns:
-      The tokens, read-only and mapped, and the account from the source to here.
+      The tokens, read-only and mapped where there is a cache, and the account from the source to here.
 
     Raises:
       DataError: as `read_records` and `tokenize_completions` do; or the directory cannot be written.
-      ValueError: a setting is unknown or out of range, or the tokenizer has no fingerprint.
+      ValueError: a setting is unknown or out of range, or there is a cache and the tokenizer has no fingerprint.
 
     Warns:
       CacheWarning: a damaged file was found and is replaced.
     """
-    if not isinstance(tokenizer, Fingerprinted):
+    if cache is not None and not isinstance(tokenizer, Fingerprinted):
         raise ValueError(
             f"a tokenizer must have a fingerprint to be cached by, got {type(tokenizer).__name__}; "
             "add the property, or use tokenize_completions"
@@ -107,7 +108,7 @@ def tokenized(
         for path in files:
             stack.enter_context(unchanged(path))
         read = RecordStream(source, columns=columns, on_bad_record=on_bad_record, template=template)
-        records = read if files else list(read)
+        records = read if files or cache is None else list(read)
         encoded = TokenStream(
             records,
             tokenizer,
@@ -118,6 +119,10 @@ def tokenized(
             on_bad_record=on_bad_record,
             chunk=chunk,
         )
+        if cache is None:
+            tokens = TokenRecords.joined(list(encoded))
+            return tokens, read.report.then(encoded.report)
+        assert isinstance(tokenizer, Fingerprinted)
         described = {
             "format": FORMAT,
             "content": _digest_files(files) if files else _digest_records(records, read.report),
@@ -170,7 +175,7 @@ def _digest_files(paths: Sequence[Path]) -> list[list[str]]:
 def _digest_records(records: Any, report: DropReport) -> str:
     digest = xxhash.xxh3_128(orjson.dumps(asdict(report), option=orjson.OPT_SORT_KEYS))
     for record in records:
-        digest.update(orjson.dumps(record))
+        digest.update(orjson.dumps([record, isinstance(record.prompt, Rendered)]))
     return digest.hexdigest()
 
 

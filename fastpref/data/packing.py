@@ -15,8 +15,8 @@ import xxhash
 from jaxtyping import Bool, Float, Int, Int32, Int64
 
 from fastpref import _batcher
-from fastpref.columns import Numbers, Rows, column, fingerprint, per_record, preferences, ragged
-from fastpref.readers import DataError, DropReport
+from fastpref.data.columns import Numbers, Rows, column, fingerprint, per_record, preferences, ragged
+from fastpref.data.readers import DataError, DropReport
 from fastpref.records import PackedPairs
 
 Layout = Literal["shared", "separate", "encoder-decoder"]

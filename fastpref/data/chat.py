@@ -10,7 +10,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from fastpref.tokenizer import Tokenizer, read_json
+from fastpref.tokenizer import Rendered, Tokenizer, read_json
 
 Message = Mapping[str, Any]
 """`role` and `content`, both text, and whatever else the template reads."""
@@ -23,10 +23,9 @@ class ChatError(ValueError):
 class ChatTemplate:
     """Writes conversations as the text that a model was trained on.
 
-    What a template writes holds its own special tokens; it is to be encoded without adding any
-    (`Tokenizer.encode_rendered`). Templates have no clock here: where Hugging Face offers the function `strftime_now`
-    they find none, and those that ask whether it is there write their own fixed date. So the same data gives the same
-    tokens on every day.
+    What a template writes holds its own special tokens, and is `Rendered`, so that encoding adds none. Templates have
+    no clock here: where Hugging Face offers the function `strftime_now` they find none, and those that ask whether it
+    is there write their own fixed date. So the same data gives the same tokens on every day.
 
     Args:
       text: the template, in Jinja.
@@ -58,6 +57,19 @@ class ChatTemplate:
         Raises:
           ChatError: there is none.
         """
+        found = ChatTemplate.find(tokenizer)
+        if found is None:
+            raise ChatError(
+                "a tokenizer must bring a chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json), got one without. Make a ChatTemplate from text, or use plain text records."
+            )
+        return found
+
+    @staticmethod
+    def find(tokenizer: object) -> "ChatTemplate | None":
+        """The template that `of` gives, or None where there is none."""
+        if not isinstance(tokenizer, Tokenizer):
+            return None
         config = read_json(tokenizer.files, "special_tokens_map.json")
         config |= read_json(tokenizer.files, "tokenizer_config.json")
         text = config.get("chat_template")
@@ -66,10 +78,7 @@ class ChatTemplate:
         if "chat_template.jinja" in tokenizer.files:
             text = tokenizer.files["chat_template.jinja"].decode()
         if not isinstance(text, str):
-            raise ChatError(
-                "a tokenizer must bring a chat template (chat_template.jinja, or chat_template in "
-                "tokenizer_config.json), got one without. Make a ChatTemplate from text, or use plain text records."
-            )
+            return None
         # Some checkpoints number their end of sequence and do not name it.
         tokens: dict[str, str] = {"eos_token": tokenizer.backend.id_to_token(tokenizer.eos_id) or ""}
         for name, value in config.items():
@@ -77,7 +86,7 @@ class ChatTemplate:
                 tokens[name] = content
         return ChatTemplate(text, tokens)
 
-    def prompt(self, messages: Sequence[Message]) -> str:
+    def prompt(self, messages: Sequence[Message]) -> Rendered:
         """The text that the assistant's next message follows.
 
         Raises:
@@ -85,7 +94,7 @@ class ChatTemplate:
         """
         if not messages or messages[-1]["role"] == "assistant":
             raise ChatError("a prompt must end with a message that is not the assistant's")
-        return self._render(messages, True)
+        return Rendered(self._render(messages, True))
 
     def completion(self, messages: Sequence[Message], reply: Sequence[Message]) -> str:
         """What follows `prompt(messages)` where `reply` is the answer, without a closing end-of-sequence token.
