@@ -35,8 +35,8 @@ def compare(
     Args:
       policy: the policy that is evaluated: a `LanguageModel`, a Hugging Face directory, a run directory, a checkpoint.
       baseline: what it is compared with, usually the reference.
-      prompts: P texts that neither was trained on, at least 2; for conversations, what `fastpref.data.read_prompts` makes of
-        them with a policy's tokenizer.
+      prompts: P texts that neither was trained on, at least 2; of conversations, what
+        `fastpref.data.read_prompts` makes of them with a policy's tokenizer.
       judge: says p(first ≻ second).
       max_new_tokens: longest completion, EOS included.
       max_prompt_tokens: longest prompt; longer ones keep their first tokens.
@@ -84,8 +84,8 @@ def evaluate(
       policies: at least 2, by name or as a list: `LanguageModel`s, Hugging Face directories, run directories or
         checkpoints; or a list of those under one name. Models are read one at a time. A list names directories by
         their path and models "policy 0", "policy 1", …
-      prompts: P texts that none was trained on, at least 2; for conversations, what `fastpref.data.read_prompts` makes of
-        them with a policy's tokenizer.
+      prompts: P texts that none was trained on, at least 2; of conversations, what
+        `fastpref.data.read_prompts` makes of them with a policy's tokenizer.
       judge: says p(first ≻ second).
       max_new_tokens: longest completion, EOS included.
       max_prompt_tokens: longest prompt; longer ones keep their first tokens.
