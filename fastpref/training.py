@@ -330,6 +330,7 @@ def _source(
             rejected,
             tokens.preference,
             ids=tokens.ids,
+            tokenizer_hash=policy.tokenizer.fingerprint,
             rows=rows.rows_for(sizes, config.batch_size),
             seed=config.seed,
             **rows.shape,
