@@ -10,9 +10,9 @@
             ...
         state = batches.state()  # restore(state) goes on with the very next batch
 
-`tokenized` reads and encodes in one call, and keeps the tokens in a mapped file where it is given a `cache`; for data that
-does not fit, `RecordStream` and `TokenStream` hand over the same records and tokens in parts. Conversations are written by
-`ChatTemplate.of(tokenizer)`, passed as `template`.
+`tokenized` reads and encodes in one call, and keeps the tokens in a mapped file where it is given a `cache`; for data
+that does not fit, `RecordStream` and `TokenStream` hand over the same records and tokens in parts. Conversations are
+written by `ChatTemplate.of(tokenizer)`, passed as `template`.
 
 The parts: `sources`, `readers` and `chat` make records of files, `tokenization` token ids of records, and `cache` keeps
 them; `batchers` pads, `packing` packs pairs, and `columns` checks what both are given. The last three alone import the
