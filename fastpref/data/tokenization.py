@@ -13,6 +13,9 @@ from fastpref.data.readers import BadRecord, DataError, DropReport, Ledger, OnBa
 Overlong = str
 """"drop", "raise" or "truncate"."""
 
+IDENTICAL = "identical completions"
+"""The reason of a pair that teaches nothing."""
+
 CHUNK = 8192
 """Records that are encoded together."""
 
@@ -159,7 +162,8 @@ def tokenize_completions(
         "truncate" keeps the first tokens and counts it as truncated. A cut completion has no EOS, like a sampled one
         that ran into the limit.
       on_bad_record: for a record without tokens, with an id outside the vocabulary, or whose completions are the same
-        tokens (after cutting): "raise", "skip" (counted), or "warn" (counted, one warning).
+        tokens: "raise", "skip" (counted), or "warn" (counted, one warning). Those that only cutting makes the same are
+        counted.
 
     Returns:
       The tokens in the order of the records, and the account of those dropped.
@@ -258,20 +262,21 @@ class TokenStream:
         for record, *row in zip(records, *columns, strict=True):
             self._ledger.read += 1
             place = f"record {record.id}"
-            long = _overlong(row, limits)
+            long, cut = _overlong(row, limits), row
+            if long is not None and self._overlong == "truncate":
+                cut = [tokens[:limit] for tokens, limit in zip(row, limits, strict=True)]
             try:
-                if long is not None and self._overlong == "truncate":
-                    row = [tokens[:limit] for tokens, limit in zip(row, limits, strict=True)]
-                _check(row, self._vocab_size)
+                _check(cut, self._vocab_size)
             except BadRecord as bad:
-                self._ledger.drop(place, bad)
+                cut_alike = bad.reason == IDENTICAL and row[1] != row[2]
+                self._ledger.drop(place, bad, counted=True if cut_alike else None)
                 continue
             if long is not None and self._overlong != "truncate":
                 self._ledger.drop(place, long, counted=self._overlong == "drop")
                 continue
             self._ledger.truncated += long is not None
             kept.append(record)
-            rows.append(row)
+            rows.append(cut)
         ragged = [Ragged.from_rows([row[column] for row in rows]) for column in range(len(limits))]
         return TokenRecords(
             ragged[0],
@@ -301,4 +306,4 @@ def _check(row: list[list[int]], vocab_size: int) -> None:
                 f"token ids must be in [0, {vocab_size}), got {low if low < 0 else high} in a {side}",
             )
     if len(row) == 3 and row[1] == row[2]:
-        raise BadRecord("identical completions", "chosen and rejected must differ in their tokens")
+        raise BadRecord(IDENTICAL, "chosen and rejected must differ in their tokens")
