@@ -150,7 +150,7 @@ def run(
     bundles: str,
     utilization: str,
     operands: Mapping[int, Sequence[int]] | None = None,
-    rates: Rates = Rates(),  # noqa: B008
+    rates: Rates | None = None,
     limit: int = 1_000_000,
 ) -> Schedule:
     """Run the scalar part of a schedule.
@@ -159,13 +159,14 @@ def run(
       bundles: text of `*-final_bundles.txt`.
       utilization: text of the same program's `*-final_hlo-static-per-bundle-utilization.txt`.
       operands: contents of the scalar operands, by their place in the call.
-      rates: of the chip.
+      rates: of the chip; None for the defaults of `Rates`.
       limit: regions to run, after which it is given up.
 
     Raises:
       ValueError: if the texts are not of one program.
       TooLong: if the limit is passed.
     """
+    rates = Rates() if rates is None else rates
     program, capacity = _parse(bundles, utilization)
     labels = {label: place for place, bundle in reversed(list(enumerate(program))) for label in bundle.labels}
     jumps = [(place, step.label) for place, bundle in enumerate(program) for step in bundle.steps if step.label]

@@ -82,10 +82,11 @@ _MARK = re.compile(r"`+_{0,2}|\*\*|(?<!\w)\*(?=\w)|(?<=\w)\*(?!\w)|(?<!\w)~\.?(?
 _SENTENCE_END = re.compile(r"(?<=[a-z)]\.)(?<!e\.g\.)(?<!i\.e\.)(?<!vs\.)(?<!cf\.)(?<!etc\.) +(?=[A-Z])")
 _NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _PLAIN = str.maketrans("", "", string.ascii_letters + " \n,.'-")
-_COMMON = frozenset(
-    """a an and are as at be but by can does for from has have if in into is it its may must not of on or should so
-    than that the then there these this to use used using was when where which will with you""".split()  # noqa: SIM905
-)
+_COMMON_WORDS = """
+    a an and are as at be but by can does for from has have if in into is it its may must not of on or should so
+    than that the then there these this to use used using was when where which will with you
+"""
+_COMMON = frozenset(_COMMON_WORDS.split())
 
 Progress = Callable[[int, int], None]
 """Called with the files read so far and the files in all."""

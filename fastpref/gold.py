@@ -15,22 +15,19 @@ from typing import NamedTuple
 from fastpref.docstrings import PREFIX
 
 _DETERMINERS = frozenset({"a", "an", "the", "its", "their"})
-_LINKS = frozenset(
-    """and are as at be by can for from has in into is must of on or per should than to via was were which will with
-    """.split()  # noqa: SIM905
-)
-_FUNCTION_WORDS = (
-    _DETERMINERS
-    | _LINKS
-    | frozenset(
-        """about after all also any because been before being both but could did do does doing done each either else
-        etc few get given got had have having he her here his how however if it itself just least less let like made
-        make many may me might more most much my neither no nor not now off often once one only onto other otherwise
-        our out over own rather same see set shall she since so some such that them then there therefore these they
-        this those though through thus too under unless until up upon use used uses using very we what when whether
-        while who whose why within without would yet you your""".split()  # noqa: SIM905
-    )
-)
+_LINK_WORDS = """
+    and are as at be by can for from has in into is must of on or per should than to via was were which will with
+"""
+_OTHER_FUNCTION_WORDS = """
+    about after all also any because been before being both but could did do does doing done each either else
+    etc few get given got had have having he her here his how however if it itself just least less let like made
+    make many may me might more most much my neither no nor not now off often once one only onto other otherwise
+    our out over own rather same see set shall she since so some such that them then there therefore these they
+    this those though through thus too under unless until up upon use used uses using very we what when whether
+    while who whose why within without would yet you your
+"""
+_LINKS = frozenset(_LINK_WORDS.split())
+_FUNCTION_WORDS = _DETERMINERS | _LINKS | frozenset(_OTHER_FUNCTION_WORDS.split())
 _SUFFIX = re.compile(r"(?<=\w{3})(?:ations?|ings?|ions?|ers?|ors?|ed|es|s|ly|e)$")
 
 _OPENING_WORDS = 24

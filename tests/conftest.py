@@ -8,6 +8,7 @@ from importlib import import_module
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jaxtyping
 import pytest
 from hypothesis import settings
 
@@ -19,11 +20,24 @@ settings.register_profile("fastpref", deadline=None, derandomize=True, print_blo
 settings.load_profile("fastpref")
 
 
+def pytest_report_header() -> str:
+    """Which JAX a log speaks of."""
+    return f"jax {jax.__version__}"
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_a_module() -> Iterator[None]:
     """Forget compiled programs afterwards: each takes several mappings of memory, of which a process has so many."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Turns off the checks of annotations, which refuse wrong words before the function can."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -98,11 +98,7 @@ def tokenized(
     Warns:
       CacheWarning: a damaged file was found and is replaced.
     """
-    if cache is not None and not isinstance(tokenizer, Fingerprinted):
-        raise ValueError(
-            f"a tokenizer must have a fingerprint to be cached by, got {type(tokenizer).__name__}; "
-            "add the property, or use tokenize_completions"
-        )
+    fingerprint = b"" if cache is None else _fingerprint(tokenizer)
     files = _files(source)
     with ExitStack() as stack:
         for path in files:
@@ -122,11 +118,10 @@ def tokenized(
         if cache is None:
             tokens = TokenRecords.joined(list(encoded))
             return tokens, read.report.then(encoded.report)
-        assert isinstance(tokenizer, Fingerprinted)
         described = {
             "format": FORMAT,
             "content": _digest_files(files) if files else _digest_records(records, read.report),
-            "tokenizer": tokenizer.fingerprint.hex(),
+            "tokenizer": fingerprint.hex(),
             "tokenizers": tokenizers.__version__,
             "columns": list(columns),
             "limits": [max_prompt_tokens, max_completion_tokens, vocab_size or tokenizer.vocab_size],
@@ -150,6 +145,15 @@ def tokenized(
     if written is None:
         raise DataError(f"{path} must be there once it is written, got nothing. Let nobody else change {cache}.")
     return written
+
+
+def _fingerprint(tokenizer: Encoder) -> bytes:
+    if not isinstance(tokenizer, Fingerprinted):
+        raise ValueError(
+            f"a tokenizer must have a fingerprint to be cached by, got {type(tokenizer).__name__}; "
+            "add the property, or use tokenize_completions"
+        )
+    return tokenizer.fingerprint
 
 
 def _files(source: Source) -> list[Path]:

@@ -66,10 +66,8 @@ class ChatTemplate:
         return found
 
     @staticmethod
-    def find(tokenizer: object) -> "ChatTemplate | None":
+    def find(tokenizer: Tokenizer) -> "ChatTemplate | None":
         """The template that `of` gives, or None where there is none."""
-        if not isinstance(tokenizer, Tokenizer):
-            return None
         config = read_json(tokenizer.files, "special_tokens_map.json")
         config |= read_json(tokenizer.files, "tokenizer_config.json")
         text = config.get("chat_template")

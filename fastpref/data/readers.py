@@ -13,6 +13,10 @@ from fastpref.data.chat import ChatError, ChatTemplate, is_conversation
 from fastpref.data.sources import COLUMNS, Row, Source, open_rows
 from fastpref.data.sources import BadRecord as BadRecord
 from fastpref.data.sources import DataError as DataError
+from fastpref.tokenizer import Tokenizer
+
+IDENTICAL = "identical completions"
+"""The reason of a pair that teaches nothing."""
 
 OnBadRecord = str
 """"raise", "skip" or "warn"."""
@@ -145,12 +149,14 @@ def read_records(
     return list(stream), stream.report
 
 
-def read_prompts(source: Source, tokenizer: object = None, *, on_bad_record: OnBadRecord = "raise") -> list[str]:
+def read_prompts(
+    source: Source, tokenizer: Tokenizer | None = None, *, on_bad_record: OnBadRecord = "raise"
+) -> list[str]:
     """Read prompts as text; conversations by the chat template of `tokenizer`, where it brings one.
 
     Args:
       source: as for `read_records`.
-      tokenizer: a `fastpref.Tokenizer`, or None.
+      tokenizer: of the model that they are for; None where all are text.
       on_bad_record: what becomes of bad records, as for `read_records`.
 
     Returns:
@@ -159,7 +165,8 @@ def read_prompts(source: Source, tokenizer: object = None, *, on_bad_record: OnB
     Raises:
       DataError: as `read_records` does.
     """
-    records, _ = read_records(source, on_bad_record=on_bad_record, template=ChatTemplate.find(tokenizer))
+    template = None if tokenizer is None else ChatTemplate.find(tokenizer)
+    records, _ = read_records(source, on_bad_record=on_bad_record, template=template)
     return [record.prompt for record in records]
 
 
@@ -252,7 +259,7 @@ def _record(index: int, row: object, columns: tuple[str, ...], template: ChatTem
     if len(completions) == 1:
         return Record(index, prompt, completions)
     if completions[0] == completions[1]:
-        raise BadRecord("identical completions", "chosen and rejected must differ")
+        raise BadRecord(IDENTICAL, "chosen and rejected must differ")
     if "preference" in columns and "preference" not in row:
         raise _missing(row, "preference")
     preference = row.get("preference", 1.0)

@@ -8,13 +8,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from fastpref.data.readers import BadRecord, DataError, DropReport, Ledger, OnBadRecord, Record
+from fastpref.data.readers import IDENTICAL, BadRecord, DataError, DropReport, Ledger, OnBadRecord, Record
 
 Overlong = str
 """"drop", "raise" or "truncate"."""
-
-IDENTICAL = "identical completions"
-"""The reason of a pair that teaches nothing."""
 
 CHUNK = 8192
 """Records that are encoded together."""

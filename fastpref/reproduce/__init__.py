@@ -5,6 +5,7 @@ An experiment is a row of `EXPERIMENTS`: what it shows, and a function that writ
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fastpref.reproduce import ipo_figures, simplex, studies
@@ -24,16 +25,17 @@ class Experiment:
     run: Callable[[Path], list[Path]]
 
 
+def _study(make: Callable[[studies.Lab], list[Path]], folder: Path) -> list[Path]:
+    return make(studies.Lab(folder))
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     "ipo-md-figure-6": Experiment(
         "IPO-MD, Figure 6: online, offline and MD variants of IPO on a game of three actions", simplex.figure_6
     ),
     "ipo-figure-1": Experiment("IPO, Figure 1: IPO and DPO on a total order of three actions", ipo_figures.figure_1),
     "ipo-figure-2": Experiment("IPO, Figure 2: IPO and DPO where an action never wins", ipo_figures.figure_2),
-    **{
-        name: Experiment(text, lambda folder, study=study: study(studies.Lab(folder)))  # type: ignore[misc]
-        for name, (text, study) in studies.STUDIES.items()
-    },
+    **{name: Experiment(text, partial(_study, make)) for name, (text, make) in studies.STUDIES.items()},
 }
 
 

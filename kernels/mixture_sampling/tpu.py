@@ -157,7 +157,9 @@ def _call(
 
     def result(*shape: int) -> pl.BlockSpec:
         # Results of a block are complete at the last step; before it their window rests.
-        at = lambda i, j, *_: (jnp.where(i == last_step, j, 0),) + (0,) * len(shape)  # noqa: E731
+        def at(i: Any, j: Any, *_: Any) -> tuple[Any, ...]:
+            return jnp.where(i == last_step, j, 0), *(0 for _ in shape)
+
         return pl.BlockSpec((1, *shape), at)
 
     def unit(size: int) -> list[Any]:
