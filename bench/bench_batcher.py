@@ -24,8 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastpref import _batcher
-from fastpref.data import PairBatcher, Ragged, pack_pairs
+from fastpref.data import PairBatcher, Ragged, _native, pack_pairs
 
 ROWS, ROW_TOKENS, WINDOW, PAIRS, ROUNDS = 8, 4096, 1024, 4000, 7
 LAWS = (((5.0, 0.8), "prompts"), ((5.5, 0.7), "first"), ((5.45, 0.7), "second"))
@@ -131,8 +130,8 @@ def python_lists(data: Columns, layout: str) -> Callable[[], int]:
 def numpy_slices(data: Columns, layout: str) -> Callable[[], int]:
     """The same rows, given the plan: six fields filled slice by slice."""
     prompts, first, second = data
-    sizes = _batcher.pair_sizes(*(_batcher.Column(each.values, each.offsets) for each in data), layout="shared")
-    members, ends, batches, _ = _batcher.plan_pairs(
+    sizes = _native.pair_sizes(*(_native.Column(each.values, each.offsets) for each in data), layout="shared")
+    members, ends, batches, _ = _native.plan_pairs(
         np.ascontiguousarray(sizes[:, 0]),
         np.zeros(0, np.int32),
         shapes=[(ROWS, ROW_TOKENS, 0)],
@@ -231,7 +230,7 @@ def padding() -> dict[str, float]:
 
 
 def plan(tokens: np.ndarray, row_tokens: int, window: int, seed: int = 0) -> Any:
-    return _batcher.plan_pairs(
+    return _native.plan_pairs(
         tokens,
         np.zeros(0, np.int32),
         shapes=[(ROWS, row_tokens, 0)],

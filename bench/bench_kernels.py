@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import LOSS, SAMPLER, VOCAB, WIDTH, LossCase, SamplerCase
-from fastpref.kernels import Head, mixture_sample, preference_loss
 
-from fastpref import losses
+from fastpref.kernels import Head, mixture_sample, preference_loss
+from fastpref.method import losses
 
 ROUNDS, WARMUP = {"sampler": 41, "loss": 11}, 1
 RESULTS = Path(__file__).parent / "results"

@@ -22,15 +22,17 @@ import numpy as np
 from bench_kernels import machine
 from bench_train import MODEL as WIDE
 from bench_train import quartiles, versions
-from fastpref.kernels import preference_loss
 from flax import nnx
 from jax import Array
 
-from fastpref import demo, docstrings, losses
+from fastpref.data.batches import PackedPairs
+from fastpref.data.tokenizer import Tokenizer
+from fastpref.demo import docstrings
+from fastpref.demo import run as demo
+from fastpref.kernels import preference_loss
+from fastpref.method import losses
 from fastpref.models import T5, Decoder, DecoderConfig, T5Config
 from fastpref.models import packed as rules
-from fastpref.records import PackedPairs
-from fastpref.tokenizer import Tokenizer
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from slow_packing import PaddedPairs, pack

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastpref import _batcher
-from fastpref.data import PaddedPairBatcher, PromptBatcher, Ragged
+from fastpref.data import PaddedPairBatcher, PromptBatcher, Ragged, _native
 
 RECORDS, BATCH_SIZE, BATCHES, ROUNDS, WARMUP = 40_000, 64, 25, 22, 2
 WORKLOAD = (
@@ -153,7 +152,7 @@ def test_plan_of_a_million_records(benchmark: Any) -> None:
     shape_of = np.random.default_rng(0).integers(0, 4, 1_000_000).astype(np.int32)
     benchmark.extra_info.update(what="plan of one epoch of a million records")
     arguments: dict[str, Any] = {"num_shapes": 4, "batch_size": 64, "seed": 0, "epoch": 1}
-    benchmark.pedantic(_batcher.plan_epoch, (shape_of,), arguments, rounds=10, warmup_rounds=1)
+    benchmark.pedantic(_native.plan_epoch, (shape_of,), arguments, rounds=10, warmup_rounds=1)
 
 
 def processor() -> str:

@@ -23,10 +23,10 @@ import tokenizers
 import xxhash
 from tokenizers import models, pre_tokenizers
 
-from fastpref import pair_log, tournament
 from fastpref.data.cache import tokenized
-from fastpref.pair_log import PairLog
-from fastpref.tokenizer import Tokenizer
+from fastpref.data.tokenizer import Tokenizer
+from fastpref.judging import pair_log, tournament
+from fastpref.judging.pair_log import PairLog
 
 PAIRS, TOKENS, LOG_STEPS, PROMPTS, K, RECORDS, ROUNDS = 32, 256, 500, 256, 8, 20_000, 10
 WORKLOAD = (

@@ -29,16 +29,17 @@ import tokenizers
 from bench_kernels import machine
 from flax import nnx
 
-from fastpref import learner, optimizers
-from fastpref.algorithms import ALGORITHMS
-from fastpref.config import TrainConfig
 from fastpref.data import PromptBatcher, Ragged, pack_pairs
-from fastpref.generation import decode, generate_jit, num_valid_tokens
-from fastpref.judging import ask
+from fastpref.data.tokenizer import Tokenizer
+from fastpref.judging.protocol import ask
+from fastpref.learning import optimizers
+from fastpref.learning import update as learner
+from fastpref.learning.row_plan import plan_rows
+from fastpref.method.algorithms import ALGORITHMS
+from fastpref.method.config import TrainConfig
+from fastpref.method.schedules import value_at
 from fastpref.models import Decoder, DecoderConfig, LanguageModel
-from fastpref.rows import plan_rows
-from fastpref.schedules import value_at
-from fastpref.tokenizer import Tokenizer
+from fastpref.sampling.generate import decode, generate_jit, num_valid_tokens
 
 MODEL = DecoderConfig(vocab_size=512, width=256, hidden=1024, layers=4, heads=4, kv_heads=4, head_dim=64)
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, COMPLETIONS = 8, 32, 64, 2

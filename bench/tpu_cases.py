@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from fastpref.kernels import Head
 
-from fastpref import losses
+from fastpref.kernels import Head
+from fastpref.method import losses
 
 PAIRS = 16
 

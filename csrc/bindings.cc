@@ -1022,8 +1022,8 @@ void add_pairs(py::module_& module) {
 
 }  // namespace
 
-PYBIND11_MODULE(_batcher, module, py::mod_gil_not_used()) {
-  module.doc() = "Native core of fastpref.data, which alone may import it; its typed face is _batcher.pyi.";
+PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
+  module.doc() = "Native core of fastpref.data, which alone may import it; its typed face is _native.pyi.";
 
   py::class_<Column>(module, "Column")
       .def(py::init(&make_column), py::arg("values"), py::arg("offsets"), py::kw_only(),

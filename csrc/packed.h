@@ -1,4 +1,4 @@
-// Pairs written into the rows of a packed batch. The fields are those of fastpref.records.PackedPairs, which says what
+// Pairs written into the rows of a packed batch. The fields are those of fastpref.data.PackedPairs, which says what
 // each place of them means.
 #pragma once
 

@@ -13,19 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastpref import demo, reporting
-from fastpref.checkpoints import CheckpointError
-from fastpref.config import SupervisedConfig, TrainConfig, from_mapping
 from fastpref.data import read_prompts
-from fastpref.evaluation import compare, evaluate
-from fastpref.judging import Judge, JudgeError
-from fastpref.preference import PreferenceModel, RewardModel
+from fastpref.demo import run as demo
+from fastpref.evaluation.side_by_side import compare, evaluate
+from fastpref.evaluation.sweeps import sweep
+from fastpref.judging.models import PreferenceModel, RewardModel
+from fastpref.judging.protocol import Judge
+from fastpref.learning.supervised import FitResult, fit_preference_model, fit_reward_model, sft
+from fastpref.learning.train import train
+from fastpref.method.config import SupervisedConfig, TrainConfig, from_mapping
+from fastpref.method.errors import CheckpointError, ConfigError, DivergedError, JudgeError
 from fastpref.reproduce import EXPERIMENTS, reproduce
-from fastpref.rules import ConfigError
-from fastpref.runs import locate, read_tokenizer
-from fastpref.supervised import FitResult, fit_preference_model, fit_reward_model, sft
-from fastpref.sweeps import sweep
-from fastpref.training import DivergedError, train
+from fastpref.runs import terminal
+from fastpref.runs.read_model import locate, read_tokenizer
 
 USER_ERRORS = (JudgeError, CheckpointError, DivergedError, ValueError, OSError)
 """What ends a command with one line instead of a traceback."""
@@ -225,7 +225,7 @@ def _evaluate(values: Mapping[str, Any]) -> None:
             found.save(values["output"])
         return
     result = compare(values["policy"], values["baseline"], prompts, judge, **settings)
-    reporting.table(
+    terminal.table(
         "Win rate",
         ["policy", "baseline", "win rate", "95 % interval", "prompts"],
         [

@@ -21,11 +21,11 @@ A vocabulary may be split over a mesh axis: inside `jax.shard_map`, `Head(weight
 draws and values are those of the whole head. Where axes are not checked (`check_vma=False`), take gradients inside.
 """
 
-from fastpref.kernels.head import Head
-from fastpref.kernels.mixture_sampling import mixture_sample
-from fastpref.kernels.mixture_sampling.sample import MixtureSample
-from fastpref.kernels.preference_loss import preference_loss
-from fastpref.kernels.preference_loss.objective import PreferenceLoss
-from fastpref.kernels.token_logprobs import token_logprobs
+from .head import Head
+from .mixture_sampling import mixture_sample
+from .mixture_sampling.sample import MixtureSample
+from .preference_loss import preference_loss
+from .preference_loss.objective import PreferenceLoss
+from .token_logprobs import token_logprobs
 
 __all__ = ["Head", "MixtureSample", "PreferenceLoss", "mixture_sample", "preference_loss", "token_logprobs"]

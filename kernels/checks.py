@@ -2,8 +2,9 @@
 
 import jax
 import numpy as np
-from fastpref.kernels.head import Head
 from jax import Array
+
+from .head import Head
 
 
 def check_rows(hidden: Array, head: Head, owner: str = "hidden") -> None:

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from fastpref.kernels.head import Head
 from jax import Array
 from jaxtyping import Float, Int
+
+from .head import Head
 
 Tree = TypeVar("Tree")
 

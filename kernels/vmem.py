@@ -14,11 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from fastpref.kernels.head import Head
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
+
+from .head import Head
 
 LANES, SUBLANES = 128, 8
 UNIT = 512

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from fastpref.kernels import Head
 
 ROUNDING = {"float32": 2.0**-20, "bfloat16": 2.0**-8}

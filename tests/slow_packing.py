@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastpref.records import PackedPairs
+from fastpref.data.batches import PackedPairs
 
 LAYOUTS = ("shared", "separate", "encoder-decoder")
 

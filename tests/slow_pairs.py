@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastpref.records import PackedPairs
+from fastpref.data.batches import PackedPairs
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15

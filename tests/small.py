@@ -9,8 +9,8 @@ import tokenizers
 from flax import nnx
 from tokenizers import models, pre_tokenizers, processors
 
+from fastpref.data.tokenizer import Tokenizer
 from fastpref.models import T5, Decoder, DecoderConfig, LanguageModel, T5Config
-from fastpref.tokenizer import Tokenizer
 
 WORDS = ["<pad>", "</s>", "<unk>", "1", "2", *(f"w{number}" for number in range(28))]
 PROMPTS = [" ".join(f"w{(start * step) % 28}" for step in range(1, 3 + start % 5)) for start in range(1, 25)]

@@ -13,14 +13,13 @@ import pytest
 from flax import nnx
 from small import PROMPTS, language_model, prefers_w1
 
-from fastpref import losses
-from fastpref.algorithms import ALGORITHMS, Algorithm
-from fastpref.config import TrainConfig
-from fastpref.data import DataError
-from fastpref.metrics import METRICS
-from fastpref.preference import RewardModel
-from fastpref.rules import ConfigError
-from fastpref.training import Step, TrainResult, train
+from fastpref.judging.models import RewardModel
+from fastpref.learning.train import Step, TrainResult, train
+from fastpref.method import losses
+from fastpref.method.algorithms import ALGORITHMS, Algorithm
+from fastpref.method.config import TrainConfig
+from fastpref.method.errors import ConfigError, DataError
+from fastpref.runs.metrics import METRICS
 
 SMALL: dict[str, Any] = {
     "batch_size": 4,

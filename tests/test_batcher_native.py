@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_pairs import MASK, permutation
 
-from fastpref import _batcher
+from fastpref.data import _native
 
 NO_LENGTHS = np.zeros(0, np.int32)
 
@@ -29,9 +29,9 @@ def plan(shape_of: list[int], batch_size: int, seed: int, epoch: int) -> tuple[l
     return batches, [max(shape_of[row] for row in batch) for batch in batches]
 
 
-def column(rows: list[list[int]], **options: Any) -> _batcher.Column:
+def column(rows: list[list[int]], **options: Any) -> _native.Column:
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    return _batcher.Column(np.asarray(list(itertools.chain(*rows)), np.int32), offsets, **options)
+    return _native.Column(np.asarray(list(itertools.chain(*rows)), np.int32), offsets, **options)
 
 
 shape_lists = st.lists(st.integers(0, 3), min_size=1, max_size=40)
@@ -42,7 +42,7 @@ SEEDED = settings(derandomize=True, deadline=None)
 @SEEDED
 @given(shape_of=shape_lists, batch_size=st.integers(1, 50), seed=seeds, epoch=st.integers(0, 5) | st.integers(0, 2**50))
 def test_plan_equals_the_python_version(shape_of: list[int], batch_size: int, seed: int, epoch: int) -> None:
-    rows, shapes = _batcher.plan_epoch(
+    rows, shapes = _native.plan_epoch(
         np.asarray(shape_of, np.int32), num_shapes=4, batch_size=batch_size, seed=seed, epoch=epoch
     )
     expected_rows, expected_shapes = plan(shape_of, batch_size, seed, epoch)
@@ -55,7 +55,7 @@ def test_plan_equals_the_python_version(shape_of: list[int], batch_size: int, se
 @given(shape_of=shape_lists, batch_size=st.integers(1, 50), seed=seeds, epochs=st.integers(1, 6))
 def test_plans_conserve_records(shape_of: list[int], batch_size: int, seed: int, epochs: int) -> None:
     plans = [
-        _batcher.plan_epoch(np.asarray(shape_of, np.int32), num_shapes=4, batch_size=batch_size, seed=seed, epoch=epoch)
+        _native.plan_epoch(np.asarray(shape_of, np.int32), num_shapes=4, batch_size=batch_size, seed=seed, epoch=epoch)
         for epoch in range(epochs)
     ]
     handed_out = np.concatenate([rows.ravel() for rows, _ in plans])
@@ -70,7 +70,7 @@ def test_plans_conserve_records(shape_of: list[int], batch_size: int, seed: int,
 def test_plan_is_pinned() -> None:
     """A change of these numbers is a change of everyone's order: it needs a new plan version."""
     shape_of = np.asarray([0, 1, 2, 0, 1, 2, 0], np.int32)
-    rows, shapes = _batcher.plan_epoch(shape_of, num_shapes=3, batch_size=2, seed=42, epoch=3)
+    rows, shapes = _native.plan_epoch(shape_of, num_shapes=3, batch_size=2, seed=42, epoch=3)
     assert (rows.tolist(), shapes.tolist()) == plan(shape_of.tolist(), 2, 42, 3)
     assert rows.tolist() == [[6, 3], [5, 2], [0, 1]]
     assert shapes.tolist() == [0, 2, 1]
@@ -79,7 +79,7 @@ def test_plan_is_pinned() -> None:
 def test_plan_order_is_uniform() -> None:
     """Every one of the 24 orders of four records comes up as often as chance allows (χ², 23 degrees, p > 0.001)."""
     orders = [
-        tuple(_batcher.plan_epoch(np.zeros(4, np.int32), num_shapes=1, batch_size=4, seed=7, epoch=epoch)[0][0])
+        tuple(_native.plan_epoch(np.zeros(4, np.int32), num_shapes=1, batch_size=4, seed=7, epoch=epoch)[0][0])
         for epoch in range(4800)
     ]
     counts = np.unique(np.asarray(orders), axis=0, return_counts=True)[1]
@@ -107,7 +107,7 @@ def test_chosen_shapes_have_the_fewest_padded_tokens(
 ) -> None:
     lengths = [(prompt, completion if completions else 0) for prompt, completion in lengths]
     prompts, responses = np.asarray(lengths, np.int32).T.copy()
-    chosen = _batcher.choose_shapes(
+    chosen = _native.choose_shapes(
         prompts,
         responses if completions else NO_LENGTHS,
         completions=completions,
@@ -136,7 +136,7 @@ def test_many_lengths_are_tried_at_their_quantiles() -> None:
     lengths = np.arange(1, 101, dtype=np.int32)
     quantiles = {int(lengths[-(-100 * i // 32) - 1]) for i in range(1, 33)}
     expected = min((padded([(n, 0) for n in range(1, 101)], [(q, 0), (100, 0)], 0), q) for q in quantiles if q < 100)[1]
-    chosen = _batcher.choose_shapes(
+    chosen = _native.choose_shapes(
         lengths, NO_LENGTHS, completions=0, max_shapes=2, multiple=1, max_prompt=100, max_completion=0
     )
     assert chosen == [(expected, 0), (100, 0)]
@@ -147,7 +147,7 @@ def test_many_lengths_are_tried_at_their_quantiles() -> None:
 def test_assigned_shape_is_the_first_that_holds_the_record(lengths: list[tuple[int, int]]) -> None:
     shapes = [(4, 2), (8, 2), (8, 6), (16, 9)]
     prompts, responses = np.asarray(lengths, np.int32).T.copy()
-    assigned = _batcher.assign_shapes(prompts, responses, shapes)
+    assigned = _native.assign_shapes(prompts, responses, shapes)
     assert assigned.tolist() == [
         next(i for i, (s, t) in enumerate(shapes) if prompt <= s and response <= t) for prompt, response in lengths
     ]
@@ -166,7 +166,7 @@ def test_assigned_shape_is_the_first_that_holds_the_record(lengths: list[tuple[i
 )
 def test_gather_equals_the_python_version(columns: list[list[list[int]]], data: st.DataObject) -> None:
     rows = data.draw(st.lists(st.integers(0, len(columns[0]) - 1), max_size=12))
-    tokens, lengths = _batcher.gather([column(part) for part in columns], np.asarray(rows, np.int64), 9)
+    tokens, lengths = _native.gather([column(part) for part in columns], np.asarray(rows, np.int64), 9)
     expected = [[part[row] + [0] * (9 - len(part[row])) for part in columns] for row in rows]
     assert tokens.shape == (len(rows), len(columns), 9)
     assert tokens.tolist() == expected
@@ -175,10 +175,10 @@ def test_gather_equals_the_python_version(columns: list[list[list[int]]], data: 
 
 
 def test_columns_may_start_and_end_within_their_values() -> None:
-    part = _batcher.Column(np.asarray([-1, 5, 6, 7, -1], np.int32), np.asarray([1, 3, 4]))
+    part = _native.Column(np.asarray([-1, 5, 6, 7, -1], np.int32), np.asarray([1, 3, 4]))
     assert len(part) == 2
     assert part.lengths().tolist() == [2, 1]
-    assert _batcher.gather([part], np.asarray([1, 0]), 2)[0].tolist() == [[[7, 0]], [[5, 6]]]
+    assert _native.gather([part], np.asarray([1, 0]), 2)[0].tolist() == [[[7, 0]], [[5, 6]]]
 
 
 @pytest.mark.parametrize("count", [1, 3, 16, 1000])
@@ -186,10 +186,10 @@ def test_arrays_are_aligned_read_only_and_own_their_memory(count: int) -> None:
     part = column([list(range(7))] * count)
     rows = np.arange(count)
     arrays: list[np.ndarray] = [
-        *_batcher.gather([part, part], rows, 7),
+        *_native.gather([part, part], rows, 7),
         part.lengths(),
-        _batcher.take(np.linspace(0, 1, count, dtype=np.float32), rows),
-        *_batcher.plan_epoch(np.zeros(count, np.int32), num_shapes=1, batch_size=1, seed=0, epoch=0),
+        _native.take(np.linspace(0, 1, count, dtype=np.float32), rows),
+        *_native.plan_epoch(np.zeros(count, np.int32), num_shapes=1, batch_size=1, seed=0, epoch=0),
     ]
     for array in arrays:
         assert array.ctypes.data % 64 == 0
@@ -208,12 +208,12 @@ def test_arrays_are_aligned_read_only_and_own_their_memory(count: int) -> None:
 
 def test_a_column_keeps_its_values_alive_and_its_offsets_to_itself() -> None:
     values, offsets = np.arange(1000, dtype=np.int32), np.asarray([0, 1000])
-    part = _batcher.Column(values, offsets)
+    part = _native.Column(values, offsets)
     offsets[:] = [-(2**62), 2**62]
     del values
     gc.collect()
     reused = [np.full(1000, -7, np.int32) for _ in range(50)]
-    assert _batcher.gather([part], np.asarray([0]), 1000)[0].ravel().tolist() == list(range(1000))
+    assert _native.gather([part], np.asarray([0]), 1000)[0].ravel().tolist() == list(range(1000))
     assert len(reused) == 50
 
 
@@ -228,7 +228,7 @@ def test_the_interpreter_runs_on_while_the_core_works() -> None:
         def work() -> None:
             events.append("before")
             started.set()
-            _batcher.plan_epoch(shape_of, num_shapes=1, batch_size=1, seed=0, epoch=0)
+            _native.plan_epoch(shape_of, num_shapes=1, batch_size=1, seed=0, epoch=0)
             events.append("after")
 
         thread = threading.Thread(target=work)
@@ -250,7 +250,7 @@ def test_the_interpreter_runs_on_while_the_core_works() -> None:
 def test_threads_share_columns() -> None:
     part = column([[row] * (row % 50) for row in range(2000)])
     rows = np.random.default_rng(0).permutation(2000)
-    expected = _batcher.gather([part], rows, 50)[0]
+    expected = _native.gather([part], rows, 50)[0]
     with ThreadPoolExecutor(4) as pool:
-        for tokens, _ in pool.map(lambda _: _batcher.gather([part], rows, 50), range(16)):
+        for tokens, _ in pool.map(lambda _: _native.gather([part], rows, 50), range(16)):
             np.testing.assert_array_equal(tokens, expected)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastpref import _batcher
-from fastpref.data import DataError, PairBatcher, pack_pairs, row_counts
+from fastpref.data import PairBatcher, _native, pack_pairs, row_counts
+from fastpref.method.errors import DataError
 
 ROWS = [[1, 2], [3], [4, 5, 6]]
 
@@ -35,7 +35,7 @@ def plan(**changed: Any) -> Any:
         "max_pairs_per_row": 2, "window": 2, "seed": 0, "epoch": 0,
     }  # fmt: skip
     arguments |= changed
-    return _batcher.plan_pairs(arguments.pop("tokens"), arguments.pop("prompt_tokens"), **arguments)
+    return _native.plan_pairs(arguments.pop("tokens"), arguments.pop("prompt_tokens"), **arguments)
 
 
 CHAIN = r"shapes must be 1 to 8 triples \(rows, decoder places, encoder places\), no row smaller than the one before"
@@ -139,9 +139,9 @@ def test_what_cannot_be_packed_is_named(call: Any, kind: type[Exception], messag
         call()
 
 
-def loader(**changed: Any) -> _batcher.PairLoader:
-    def column(count: int) -> _batcher.Column:
-        return _batcher.Column(np.arange(2 * count, dtype=np.int32), np.arange(0, 2 * count + 1, 2))
+def loader(**changed: Any) -> _native.PairLoader:
+    def column(count: int) -> _native.Column:
+        return _native.Column(np.arange(2 * count, dtype=np.int32), np.arange(0, 2 * count + 1, 2))
 
     arguments: dict[str, Any] = {
         "prompts": column(3), "first": column(3), "second": column(3), "preference": np.ones(3, np.float32),
@@ -150,7 +150,7 @@ def loader(**changed: Any) -> _batcher.PairLoader:
         "host": 0, "hosts": 1, "threads": 1, "prefetch": 0, "fingerprint": bytes(16), "tokenizer": bytes(16),
     }  # fmt: skip
     short = {"column2": column(2)}
-    return _batcher.PairLoader(**(arguments | {name: short.get(value, value) if isinstance(value, str) else value
+    return _native.PairLoader(**(arguments | {name: short.get(value, value) if isinstance(value, str) else value
                                                for name, value in changed.items()}))  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def test_the_layout_of_a_state() -> None:
     native = loader(prefetch=0)
     native.next()
     content = native.state()[:-8]
-    digest = _batcher.plan_pairs(
+    digest = _native.plan_pairs(
         np.full(3, 5, np.int32),
         np.zeros(0, np.int32),
         shapes=[(1, 8, 0)],

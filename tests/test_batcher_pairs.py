@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_pairs import SlowBatcher, SlowPair, pack, part_of, permutation, plan, random_pairs, same, write
 
-from fastpref import _batcher
-from fastpref.data import DataError, PackedPairs, PairBatcher, pack_pairs, row_counts
+from fastpref.data import PackedPairs, PairBatcher, _native, pack_pairs, row_counts
+from fastpref.method.errors import DataError
 
 SEEDED = settings(derandomize=True, deadline=None)
 LAYOUTS = ["shared", "separate", "encoder-decoder"]
@@ -67,7 +67,7 @@ def test_plan_equals_the_python_version(
     if tail:
         shapes = [(2 * rows, 9, 6 * encoder), (rows, 16, 6 * encoder), *shapes]
     tokens, prompts = np.asarray(sizes, np.int32).T.copy()
-    members, ends, batches, _ = _batcher.plan_pairs(
+    members, ends, batches, _ = _native.plan_pairs(
         tokens,
         prompts if encoder else np.zeros(0, np.int32),
         shapes=shapes,
@@ -85,7 +85,7 @@ def test_plan_equals_the_python_version(
 def test_a_plan_is_pinned() -> None:
     """A change of these numbers is a change of everyone's order: it needs a new plan version."""
     tokens = np.asarray([3, 9, 4, 4, 7, 1, 6, 2, 5, 5], np.int32)
-    members, ends, batches, digest = _batcher.plan_pairs(
+    members, ends, batches, digest = _native.plan_pairs(
         tokens, np.zeros(0, np.int32), shapes=[(2, 10, 0)], max_pairs_per_row=3, window=6, seed=42, epoch=3
     )
     assert plan([(n, 0) for n in tokens.tolist()], [(2, 10, 0)], 3, 6, 42, 3) == [
@@ -391,7 +391,7 @@ def test_orders_are_uniform() -> None:
     tokens = np.ones(4, np.int32)
     orders = Counter(
         tuple(
-            _batcher.plan_pairs(
+            _native.plan_pairs(
                 tokens, np.zeros(0, np.int32), shapes=[(4, 1, 0)], max_pairs_per_row=1, window=1, seed=7, epoch=epoch
             )[0].tolist()
         )

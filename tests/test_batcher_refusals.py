@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpref import _batcher
+from fastpref.data import _native
 
 NO_LENGTHS = np.zeros(0, np.int32)
 MASK = 2**64 - 1
@@ -17,9 +17,9 @@ SEEDED = settings(derandomize=True, deadline=None)
 seeds = st.integers(0, MASK)
 
 
-def column(rows: list[list[int]], **options: Any) -> _batcher.Column:
+def column(rows: list[list[int]], **options: Any) -> _native.Column:
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    return _batcher.Column(np.asarray(list(itertools.chain(*rows)), np.int32), offsets, **options)
+    return _native.Column(np.asarray(list(itertools.chain(*rows)), np.int32), offsets, **options)
 
 
 IDENTITY: dict[str, Any] = {
@@ -41,29 +41,29 @@ def test_state_layout_is_pinned() -> None:
     checksum = 0xCBF29CE484222325
     for byte in content:
         checksum = ((checksum ^ byte) * 0x100000001B3) & MASK
-    assert _batcher.encode_state(12345, **IDENTITY) == content + struct.pack("<Q", checksum)
+    assert _native.encode_state(12345, **IDENTITY) == content + struct.pack("<Q", checksum)
 
 
 @SEEDED
 @given(batches=st.integers(0, 2**56), seed=seeds, count=st.integers(1, 32))
 def test_state_round_trip(batches: int, seed: int, count: int) -> None:
     identity = IDENTITY | {"seed": seed, "shapes": [(1 + i, i) for i in range(count)]}
-    state = _batcher.encode_state(batches, **identity)
+    state = _native.encode_state(batches, **identity)
     assert len(state) <= 336
-    assert _batcher.decode_state(state, **identity) == batches
+    assert _native.decode_state(state, **identity) == batches
 
 
 def test_every_damaged_byte_and_length_is_refused() -> None:
-    state = _batcher.encode_state(12345, **IDENTITY)
+    state = _native.encode_state(12345, **IDENTITY)
     for at in range(len(state)):
         for flip in (1, 0x80, 0xFF):
             damaged = state[:at] + bytes([state[at] ^ flip]) + state[at + 1 :]
             with pytest.raises(ValueError, match=r"state must be the bytes of state\(\), got bytes .* undamaged copy"):
-                _batcher.decode_state(damaged, **IDENTITY)
+                _native.decode_state(damaged, **IDENTITY)
         with pytest.raises(ValueError, match=r"state must be the bytes of state\(\)"):
-            _batcher.decode_state(state[:at], **IDENTITY)
+            _native.decode_state(state[:at], **IDENTITY)
     with pytest.raises(ValueError, match="checksum"):
-        _batcher.decode_state(state + b"\0", **IDENTITY)
+        _native.decode_state(state + b"\0", **IDENTITY)
 
 
 def sealed(content: bytes) -> bytes:
@@ -76,9 +76,9 @@ def sealed(content: bytes) -> bytes:
 @SEEDED
 @given(content=st.binary(max_size=200), cut=st.integers(0, 200))
 def test_bytes_with_a_right_checksum_are_still_checked(content: bytes, cut: int) -> None:
-    head = _batcher.encode_state(1, **IDENTITY)[: max(8, min(cut, 120))]
+    head = _native.encode_state(1, **IDENTITY)[: max(8, min(cut, 120))]
     with pytest.raises(ValueError, match="state "):
-        _batcher.decode_state(sealed(head + content), **(IDENTITY | {"records": 77}))
+        _native.decode_state(sealed(head + content), **(IDENTITY | {"records": 77}))
 
 
 @pytest.mark.parametrize(
@@ -93,9 +93,9 @@ def test_bytes_with_a_right_checksum_are_still_checked(content: bytes, cut: int)
     ],
 )
 def test_well_formed_states_with_impossible_content_are_refused(at: int, value: bytes, message: str) -> None:
-    content = _batcher.encode_state(12345, **IDENTITY)[:-8]
+    content = _native.encode_state(12345, **IDENTITY)[:-8]
     with pytest.raises(ValueError, match=message):
-        _batcher.decode_state(sealed(content[:at] + value + content[at + len(value) :]), **IDENTITY)
+        _native.decode_state(sealed(content[:at] + value + content[at + len(value) :]), **IDENTITY)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ def test_well_formed_states_with_impossible_content_are_refused(at: int, value: 
     ],
 )
 def test_state_of_another_batcher_is_refused_by_field(field: str, value: Any, message: str) -> None:
-    state = _batcher.encode_state(5, **IDENTITY)
+    state = _native.encode_state(5, **IDENTITY)
     with pytest.raises(ValueError, match=f"state is of {message}; restore with what it was saved with"):
-        _batcher.decode_state(state, **(IDENTITY | {field: value}))
+        _native.decode_state(state, **(IDENTITY | {field: value}))
 
 
 def int32(*values: int) -> np.ndarray:
@@ -125,16 +125,16 @@ def choose(**changed: Any) -> Any:
         "multiple": 8, "max_prompt": 8, "max_completion": 8,
     }  # fmt: skip
     arguments |= changed
-    return _batcher.choose_shapes(arguments.pop("prompt_lengths"), arguments.pop("completion_lengths"), **arguments)
+    return _native.choose_shapes(arguments.pop("prompt_lengths"), arguments.pop("completion_lengths"), **arguments)
 
 
 def plan_with(**changed: Any) -> Any:
     arguments: dict[str, Any] = {"shape_of": int32(0, 1), "num_shapes": 2, "batch_size": 1, "seed": 0, "epoch": 0}
     arguments |= changed
-    return _batcher.plan_epoch(arguments.pop("shape_of"), **arguments)
+    return _native.plan_epoch(arguments.pop("shape_of"), **arguments)
 
 
-native: Any = _batcher
+native: Any = _native
 WRONG: list[tuple[Any, type[Exception], str]] = [
     (lambda: native.Column([1, 2], np.asarray([0, 2])), TypeError,
      r"values must be a contiguous array of one dimension and type int32, got list"),

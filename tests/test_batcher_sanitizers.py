@@ -54,7 +54,7 @@ def test_from_python(tmp_path: Path) -> None:
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    where = "import fastpref._batcher as b; print(b.__file__)"
+    where = "import fastpref.data._native as b; print(b.__file__)"
     # An extension that is instrumented cannot be loaded without the sanitizer.
     bare = {name: value for name, value in environment.items() if name != "LD_PRELOAD"}
     assert subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=bare, capture_output=True).returncode != 0

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from slow_pairs import SlowBatcher, random_pairs, same
 
-from fastpref import _batcher
-from fastpref.data import PairBatcher, Ragged
+from fastpref.data import PairBatcher, Ragged, _native
 
 PAIRS = random_pairs(40, (9, 9))
 COLUMNS = [
@@ -31,14 +30,14 @@ def batcher(**options: Any) -> PairBatcher:
     return PairBatcher(*COLUMNS, **({"rows": 4, "row_tokens": 40} | options))
 
 
-def loader(**options: Any) -> _batcher.PairLoader:
+def loader(**options: Any) -> _native.PairLoader:
     arguments: dict[str, Any] = {
         "layout": "shared", "decoder_start": 0, "shapes": [(4, 40, 0)], "max_pairs_per_row": 8, "window": 16, "seed": 0,
         "records": np.zeros(0, np.int32), "host": 0, "hosts": 1, "threads": 1, "prefetch": 0,
         "fingerprint": bytes(16), "tokenizer": bytes(16), "poison": True,
     }  # fmt: skip
-    return _batcher.PairLoader(
-        *(_batcher.Column(column.values, column.offsets) for column in COLUMNS),
+    return _native.PairLoader(
+        *(_native.Column(column.values, column.offsets) for column in COLUMNS),
         np.ones(40, np.float32),
         np.zeros(0, np.float32),
         np.arange(40),

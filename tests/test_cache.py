@@ -16,10 +16,11 @@ import pyarrow.parquet
 import pytest
 from small import tokenizer
 
-from fastpref.data import DataError, DropReport, PairBatcher, TokenRecords, read_records, tokenize_completions
-from fastpref.data.cache import CacheWarning, tokenized
+from fastpref.data import DropReport, PairBatcher, TokenRecords, read_records, tokenize_completions
+from fastpref.data.cache import tokenized
 from fastpref.data.chat import ChatTemplate
 from fastpref.data.tokenization import TokenStream
+from fastpref.method.errors import CacheWarning, DataError
 
 PAIR = ("prompt", "chosen", "rejected")
 LIMITS: dict[str, Any] = {"max_prompt_tokens": 9, "max_completion_tokens": 4}
@@ -271,7 +272,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 from pathlib import Path
 from fastpref.data.cache import tokenized
-from fastpref.tokenizer import Tokenizer
+from fastpref.data.tokenizer import Tokenizer
 words = ["<pad>", "</s>", "<unk>", "1", "2", *(f"w{number}" for number in range(28))]
 backend = tokenizers.Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
 backend.pre_tokenizer = pre_tokenizers.Whitespace()

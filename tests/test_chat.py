@@ -11,17 +11,10 @@ import tokenizers
 from small import tokenizer as small_tokenizer
 from tokenizers import models, pre_tokenizers, processors
 
-from fastpref.data import (
-    DataError,
-    DropReport,
-    Record,
-    read_prompts,
-    read_records,
-    tokenize_completions,
-    tokenize_prompts,
-)
-from fastpref.data.chat import ChatError, ChatTemplate
-from fastpref.tokenizer import Rendered, Tokenizer
+from fastpref.data import DropReport, Record, read_prompts, read_records, tokenize_completions, tokenize_prompts
+from fastpref.data.chat import ChatTemplate
+from fastpref.data.tokenizer import Rendered, Tokenizer
+from fastpref.method.errors import ChatError, DataError
 
 CHATML = """{{ bos_token }}{% for message in messages %}
 <{{ message['role'] }}>{{ message['content'] }}{{ eos_token }}

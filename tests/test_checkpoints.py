@@ -17,8 +17,9 @@ import numpy as np
 import optax
 import pytest
 
-from fastpref import checkpoints
-from fastpref.checkpoints import CheckpointError, CheckpointWarning, latest_step, restore, save, steps
+from fastpref.method.errors import CheckpointError, CheckpointWarning
+from fastpref.runs import checkpoints
+from fastpref.runs.checkpoints import latest_step, restore, save, steps
 
 FINGERPRINT = {"algorithm": "ipo-md", "tau": 1.0, "optimizer": {"name": "adafactor", "learning_rate": 1e-4}}
 
@@ -288,7 +289,7 @@ def test_an_interrupt_leaves_no_rubbish(tmp_path: Path, monkeypatch: pytest.Monk
 
 SAVER = """
 import sys, jax.numpy as jnp
-from fastpref import checkpoints
+from fastpref.runs import checkpoints
 directory = sys.argv[1]
 like = {f"layer{i}": jnp.zeros((50, 50)) for i in range(6)}
 found = checkpoints.restore(directory, like, fingerprint={"run": 1})

@@ -11,9 +11,9 @@ import pytest
 from small import PROMPTS, language_model
 
 from fastpref.cli import load_judge, main, parser, read_file
+from fastpref.judging.models import PreferenceModel, RewardModel
+from fastpref.method.errors import ConfigError
 from fastpref.models import load, save
-from fastpref.preference import PreferenceModel, RewardModel
-from fastpref.rules import ConfigError
 
 SETTINGS = 'steps = 2\nbatch_size = 4\nmax_shapes = 1\noptimizer = "adamw"\n'
 

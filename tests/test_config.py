@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from fastpref.config import SupervisedConfig, TrainConfig, from_mapping, to_json
-from fastpref.rules import ConfigError
-from fastpref.schedules import Schedule, value_at
+from fastpref.method.config import SupervisedConfig, TrainConfig, from_mapping, to_json
+from fastpref.method.errors import ConfigError
+from fastpref.method.schedules import Schedule, value_at
 
 
 def test_the_defaults_are_the_papers() -> None:

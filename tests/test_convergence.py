@@ -13,18 +13,18 @@ import numpy as np
 import optax
 import pytest
 import tokenizers
-from fastpref.kernels import Head
 from flax import nnx
 from jax import Array
 from tokenizers import models, pre_tokenizers
 
-from fastpref.algorithms import ALGORITHMS
-from fastpref.config import TrainConfig
-from fastpref.games import PreferenceGame
+from fastpref.data.batches import PackedPairs
+from fastpref.data.tokenizer import Tokenizer
+from fastpref.kernels import Head
+from fastpref.learning.train import train
+from fastpref.method.algorithms import ALGORITHMS
+from fastpref.method.config import TrainConfig
 from fastpref.models import LanguageModel
-from fastpref.records import PackedPairs
-from fastpref.tokenizer import Tokenizer
-from fastpref.training import train
+from fastpref.theory.games import PreferenceGame
 
 ACTIONS = 5
 STEPS = 300

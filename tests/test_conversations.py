@@ -12,15 +12,15 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
 from fastpref.cli import main
-from fastpref.config import SupervisedConfig, TrainConfig
-from fastpref.data import DataError, cache, read_prompts
+from fastpref.data import cache, read_prompts
 from fastpref.data.tokenization import TokenStream
+from fastpref.data.tokenizer import Rendered, Tokenizer
+from fastpref.learning.supervised import fit_preference_model, fit_reward_model, sft
+from fastpref.learning.train import train
+from fastpref.method.config import SupervisedConfig, TrainConfig
+from fastpref.method.errors import ConfigError, DataError
 from fastpref.models import LanguageModel, save
-from fastpref.rules import ConfigError
-from fastpref.runs import read_tokenizer
-from fastpref.supervised import fit_preference_model, fit_reward_model, sft
-from fastpref.tokenizer import Rendered, Tokenizer
-from fastpref.training import train
+from fastpref.runs.read_model import read_tokenizer
 
 TEMPLATE = """{% for message in messages %}
 {{ 'w9 ' if message['role'] == 'user' else 'w8 ' }}{{ message['content'] }} {{ eos_token }}

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpref.data import CompletionBatcher, DataError, PaddedPairBatcher, PromptBatcher, Ragged
-from fastpref.records import CompletionBatch, PromptBatch
+from fastpref.data import CompletionBatcher, PaddedPairBatcher, PromptBatcher, Ragged
+from fastpref.data.batches import CompletionBatch, PromptBatch
+from fastpref.method.errors import DataError
 
 SEEDED = settings(derandomize=True, deadline=None, max_examples=50)
 ROWS = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=40), min_size=1, max_size=30)

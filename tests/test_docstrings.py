@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpref.docstrings import (
+from fastpref.demo.docstrings import (
     PREFIX,
     Example,
     Harvest,

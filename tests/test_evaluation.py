@@ -13,10 +13,10 @@ from PIL import Image
 from scipy import stats
 from small import PROMPTS, language_model
 
-from fastpref.evaluation import compare, evaluate
-from fastpref.judging import JudgeError
+from fastpref.evaluation.side_by_side import compare, evaluate
+from fastpref.evaluation.win_rates import WinRate, WinRates, bootstrap, tabulate, win_rate
+from fastpref.method.errors import JudgeError
 from fastpref.models import save
-from fastpref.win_rates import WinRate, WinRates, bootstrap, tabulate, win_rate
 
 GIVEN = {("a", "b"): 0.9, ("b", "a"): 0.2, ("c", "d"): 0.5, ("d", "c"): 0.5, ("e", "f"): 0.3, ("f", "e"): 0.9}
 

@@ -6,9 +6,9 @@ from hypothesis import given
 from scipy import optimize
 from theory_cases import Case, cases
 
-from fastpref import equilibrium, psi
-from fastpref.games import PreferenceGame, kl
-from fastpref.rules import ConfigError
+from fastpref.method.errors import ConfigError
+from fastpref.theory import equilibrium, psi
+from fastpref.theory.games import PreferenceGame, kl
 
 EVEN = [[0.5, 0.8, 0.1], [0.2, 0.5, 0.8], [0.9, 0.2, 0.5]]
 UNIFORM = [1 / 3, 1 / 3, 1 / 3]

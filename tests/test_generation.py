@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from small import PROMPTS, language_model, tokenizer
 
-from fastpref.generation import generate, generate_jit, num_valid_tokens, write
-from fastpref.records import Completions
+from fastpref.sampling.completions import Completions
+from fastpref.sampling.generate import generate, generate_jit, num_valid_tokens, write
 
 FAMILIES = ["decoder", "t5"]
 BETAS = [0.0, 0.125, 0.5, 1.0]

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastpref.docstrings import PREFIX, Example, Source, harvest
-from fastpref.gold import Features, GoldJudge, features
+from fastpref.demo.docstrings import PREFIX, Example, Source, harvest
+from fastpref.demo.gold import Features, GoldJudge, features
 
 ARTICLE = (
     "summarize: image blur: Each pixel becomes the mean of its neighbours. Borders are mirrored, so that the image "

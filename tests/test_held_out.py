@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fastpref.kernels import Head
 from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from small import PROMPTS, language_model, prefers_w1
 
-from fastpref import held_out
-from fastpref.config import TrainConfig
-from fastpref.generation import write
-from fastpref.held_out import HeldOut, exact_kl
-from fastpref.rules import ConfigError
+from fastpref.evaluation import during_training
+from fastpref.evaluation.during_training import HeldOut, exact_kl
+from fastpref.kernels import Head
+from fastpref.method.config import TrainConfig
+from fastpref.method.errors import ConfigError
+from fastpref.sampling.generate import write
 
 CONFIG = TrainConfig(batch_size=4, max_prompt_tokens=8, max_new_tokens=6, eval_every=2)
 HELD_OUT = PROMPTS[:11]
@@ -51,14 +51,14 @@ def test_distances_are_those_of_all_logits_in_float64(chunk: int | None) -> None
     ref_hidden, ref_head = draw(50, 12, 257, 1, vocab_axis=1)
     where = np.random.default_rng(2).random(50) < 0.7
     spoilt = jnp.where(where[:, None], hidden, jnp.nan)
-    found = held_out._distances(spoilt, head, ref_hidden, ref_head, jnp.asarray(where), chunk)
+    found = during_training._distances(spoilt, head, ref_hidden, ref_head, jnp.asarray(where), chunk)
     kl, entropy = dense(hidden, ref_hidden, head, ref_head)
     assert kl.min() > 0.1
     np.testing.assert_allclose(found.kl, np.where(where, kl, 0), rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(found.entropy, np.where(where, entropy, 0), rtol=2e-5, atol=1e-6)
-    nothing = held_out._distances(spoilt, head, ref_hidden, ref_head, jnp.zeros(50, bool), chunk)
+    nothing = during_training._distances(spoilt, head, ref_hidden, ref_head, jnp.zeros(50, bool), chunk)
     assert not np.asarray(nothing.kl).any()
-    same = held_out._distances(hidden, head, hidden, head, jnp.asarray(where), chunk)
+    same = during_training._distances(hidden, head, hidden, head, jnp.asarray(where), chunk)
     assert not np.asarray(same.kl).any(), "a model is exactly 0 from itself"
 
 
@@ -76,7 +76,7 @@ def test_no_more_than_a_chunk_of_logits_is_ever_made() -> None:
     where = jnp.ones(128, bool)
 
     def largest(chunk: int) -> int:
-        traced = jax.make_jaxpr(lambda x: held_out._distances(x, head, x, head, where, chunk))(hidden)
+        traced = jax.make_jaxpr(lambda x: during_training._distances(x, head, x, head, where, chunk))(hidden)
         return max(sizes(traced.jaxpr))
 
     assert largest(16) == 16 * 512
@@ -87,7 +87,7 @@ def test_other_vocabularies_are_refused() -> None:
     hidden, head = draw(4, 8, 30, 0)
     _, other = draw(4, 8, 31, 0)
     with pytest.raises(ValueError, match=r"must have one vocabulary, but their heads have 30 and 31 rows"):
-        held_out._distances(hidden, head, hidden, other, jnp.ones(4, bool), None)
+        during_training._distances(hidden, head, hidden, other, jnp.ones(4, bool), None)
 
 
 @pytest.mark.parametrize("family", ["decoder", "t5"])

@@ -4,7 +4,10 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -51,9 +54,28 @@ def importers(*targets: str) -> set[str]:
 
 
 def test_the_reading_of_imports_finds_what_is_there() -> None:
-    assert "fastpref.training" in importers("fastpref.learner")
+    assert "fastpref.learning.train" in importers("fastpref.learning.update")
     assert "fastpref.kernels.token_logprobs" in importers("fastpref.kernels.head")
     assert len(SOURCES) > 30
+
+
+def test_rooms_import_one_way() -> None:
+    """An order of the rooms in which each imports only earlier ones exists."""
+    rooms = {name.split(".")[1] for name in SOURCES if name.count(".")} - {"cli", "_lazy"}
+    arrows = {
+        room: {
+            target
+            for name, imported in IMPORTS.items()
+            if f"{name}.".startswith(f"fastpref.{room}.")
+            for target in rooms - {room}
+            if any(f"{dotted}.".startswith(f"fastpref.{target}.") for dotted in imported)
+        }
+        for room in rooms
+    }
+    TopologicalSorter(arrows).prepare()
+    assert not arrows["kernels"]
+    assert not arrows["method"] - {"kernels"}
+    assert not arrows["data"] - {"method"}
 
 
 def test_kernels_import_nothing_of_the_trainer() -> None:
@@ -67,20 +89,20 @@ def test_kernels_import_nothing_of_the_trainer() -> None:
     ("target", "allowed"),
     [
         (
-            "fastpref._batcher",
+            "fastpref.data._native",
             {
                 "fastpref.data.batchers",
                 "fastpref.data.columns",
                 "fastpref.data.packing",
-                "fastpref.pair_log",
-                "fastpref.tournament",
+                "fastpref.judging.pair_log",
+                "fastpref.judging.tournament",
             },
         ),
-        ("matplotlib", {"fastpref.figures", "fastpref.plots", "fastpref.reporting"}),
-        ("tensorboardX", {"fastpref.plots", "fastpref.reporting"}),
-        ("rich", {"fastpref.plots", "fastpref.reporting", "fastpref.demo"}),
+        ("matplotlib", {"fastpref.reproduce.figures", "fastpref.runs.plots"}),
+        ("tensorboardX", {"fastpref.runs.log"}),
+        ("rich", {"fastpref.runs.terminal", "fastpref.demo.run"}),
         ("fastpref.cli", set()),
-        ("fastpref.demo", {"fastpref.cli", "fastpref.reproduce.studies"}),
+        ("fastpref.demo", {"fastpref.cli", "fastpref.reproduce.studies", "fastpref.demo.gold", "fastpref.demo.run"}),
         ("kernels", set()),
     ],
 )
@@ -88,11 +110,6 @@ def test_only_some_rooms_may_import(target: str, allowed: set[str]) -> None:
     assert importers(target) <= allowed
     if allowed:
         assert importers(target)
-
-
-@pytest.mark.parametrize("name", ["losses", "config", "algorithms", "records"])
-def test_the_mathematics_knows_no_loop(name: str) -> None:
-    assert f"fastpref.{name}" not in importers("fastpref.training", "fastpref.supervised", "fastpref.cli")
 
 
 def test_only_the_bindings_know_python() -> None:
@@ -122,5 +139,45 @@ def test_every_public_name_exists_and_is_documented(module: str) -> None:
 
 
 def test_the_top_names_what_it_promises() -> None:
-    assert set(fastpref.__all__) <= set(vars(fastpref))
-    assert {"train", "TrainConfig", "ALGORITHMS", "Judge", "Policy"} <= set(fastpref.__all__)
+    assert {"train", "TrainConfig", "ALGORITHMS", "Judge", "Policy", "losses", "kernels"} <= set(fastpref.__all__)
+
+
+TRAINER = [
+    "flax",
+    "jinja2",
+    "matplotlib",
+    "optax",
+    "orbax",
+    "pyarrow",
+    "rich",
+    "safetensors",
+    "tensorboardX",
+    "tokenizers",
+]
+ALONE = """
+import sys
+import {room}
+loaded = {{name.partition(".")[0] for name in sys.modules}}
+assert not loaded & set({trainer}), loaded
+assert not [name for name in sys.modules if name.startswith("fastpref.") and not name.startswith({prefixes})]
+"""
+
+
+@pytest.mark.parametrize(
+    ("room", "prefixes"),
+    [
+        ("fastpref", ("fastpref._lazy",)),
+        ("fastpref.kernels", ("fastpref._lazy", "fastpref.kernels")),
+        ("fastpref.data.packing", ("fastpref._lazy", "fastpref.data", "fastpref.method")),
+    ],
+)
+def test_a_room_alone_loads_nothing_of_the_others(room: str, prefixes: tuple[str, ...]) -> None:
+    code = ALONE.format(room=room, prefixes=prefixes, trainer=TRAINER)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_import_that_lacks_an_extra_says_which_to_install() -> None:
+    code = "import sys; sys.modules['optax'] = None\nimport fastpref.data\nimport fastpref\nfastpref.train"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "fastpref[train]" in done.stderr, done.stderr

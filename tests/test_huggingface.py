@@ -16,6 +16,7 @@ import xxhash
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from fastpref.data.tokenizer import Tokenizer
 from fastpref.models import (
     T5,
     Decoder,
@@ -28,7 +29,6 @@ from fastpref.models import (
     save,
 )
 from fastpref.models.configs import read_config, write_config
-from fastpref.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))

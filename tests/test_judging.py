@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastpref.judging import JudgeError, ask, rate
+from fastpref.judging.protocol import ask, rate
+from fastpref.method.errors import JudgeError
 
 
 def shortest(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:

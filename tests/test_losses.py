@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastpref import losses
+from fastpref.method import losses
 
 RATIOS = st.floats(-30, 30)
 PROBABILITIES = st.floats(0, 1)

@@ -8,11 +8,11 @@ import optax
 import pytest
 from small import PROMPTS, language_model, prefers_w1
 
-from fastpref.config import SupervisedConfig, TrainConfig
-from fastpref.metrics import METRICS, ended, markdown, pair_metrics, sampling_metrics
-from fastpref.records import Completions
-from fastpref.supervised import fit_preference_model, sft
-from fastpref.training import train
+from fastpref.learning.supervised import fit_preference_model, sft
+from fastpref.learning.train import train
+from fastpref.method.config import SupervisedConfig, TrainConfig
+from fastpref.runs.metrics import METRICS, ended, markdown, pair_metrics, sampling_metrics
+from fastpref.sampling.completions import Completions
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "metrics.md"
 
@@ -24,7 +24,7 @@ OF_ALGORITHMS = {
 
 
 def test_the_document_has_the_table() -> None:
-    assert markdown() in DOCUMENT.read_text(), "put what fastpref.metrics.markdown() returns into docs/metrics.md"
+    assert markdown() in DOCUMENT.read_text(), "put what fastpref.runs.metrics.markdown() returns into docs/metrics.md"
 
 
 def test_every_logged_metric_is_in_the_table_and_the_other_way_round() -> None:

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fastpref.kernels import Head, MixtureSample, mixture_sample, noise
-from fastpref.kernels.mixture_sampling.xla import mixture_sample as tiled
 from jax import Array
 from kernel_cases import (
     LARGE,
@@ -27,6 +25,9 @@ from kernel_cases import (
     true_logits,
 )
 from scipy import stats
+
+from fastpref.kernels import Head, MixtureSample, mixture_sample, noise
+from fastpref.kernels.mixture_sampling.xla import mixture_sample as tiled
 
 pytestmark = interpreted_tpu
 KEY = jax.random.key(42)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from fastpref.kernels import noise
 
 KEY = jax.random.key(42)

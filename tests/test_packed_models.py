@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fastpref.kernels import preference_loss, token_logprobs
 from flax import nnx
 from slow_packing import LAYOUTS, PaddedPairs, pack, scored
 from test_models import compiled, make
 
-from fastpref import losses
+from fastpref.data.batches import PackedPairs
+from fastpref.kernels import preference_loss, token_logprobs
+from fastpref.method import losses
 from fastpref.models import packed as rules
 from fastpref.models.layers import MASKED
-from fastpref.records import PackedPairs
 
 P, S, T, V = 6, 11, 6, 61
 PROMPTS = np.array([11, 4, 1, 7, 3, 9], np.int32)

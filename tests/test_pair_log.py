@@ -15,8 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpref import _batcher, pair_log
-from fastpref.pair_log import PairLog, PairLogError
+from fastpref.data import _native
+from fastpref.judging import pair_log
+from fastpref.judging.pair_log import PairLog
+from fastpref.method.errors import PairLogError
 
 FIRST = [[1, 2, 3], [4], []]
 SECOND = [[5], [], [6, 7]]
@@ -172,7 +174,7 @@ def test_a_tail_that_was_not_written_is_cut_off_and_asked_for_again(tmp_path: Pa
 
 
 def scan(data: bytes) -> tuple[int, int]:
-    return _batcher.PairIndex().scan(data, judge=b"", seed=0, first_step=0)
+    return _native.PairIndex().scan(data, judge=b"", seed=0, first_step=0)
 
 
 def check_tail(path: Path, whole: list[int], header: int) -> None:
@@ -251,17 +253,17 @@ def test_records_that_changed_places_are_refused(tmp_path: Path) -> None:
             PairLog(tmp_path, judge="é", seed=7)
     newer = bytearray(data)
     newer[8] = 2
-    content, _ = _batcher.pair_header(b"", 0)
+    content, _ = _native.pair_header(b"", 0)
     assert content[8] == 1
     path.write_bytes(newer)
     with pytest.raises(PairLogError, match="header at byte 0 is damaged"):
         PairLog(tmp_path)
 
 
-@given(data=st.binary(max_size=200) | st.binary(max_size=100).map(lambda tail: _batcher.pair_header(b"j", 1)[0] + tail))
+@given(data=st.binary(max_size=200) | st.binary(max_size=100).map(lambda tail: _native.pair_header(b"j", 1)[0] + tail))
 @settings(max_examples=500)
 def test_arbitrary_bytes_are_refused_or_a_torn_tail(data: bytes) -> None:
-    index = _batcher.PairIndex()
+    index = _native.PairIndex()
     message = ""
     try:
         assert index.scan(data, judge=b"j", seed=1, first_step=0)[1] <= len(data)
@@ -283,7 +285,7 @@ import sys, types, numpy as np
 top = types.ModuleType("fastpref")
 top.__path__ = [sys.argv[2]]
 sys.modules["fastpref"] = top
-from fastpref.pair_log import PairLog
+from fastpref.judging.pair_log import PairLog
 random = np.random.default_rng()
 with PairLog(sys.argv[1]) as log:
     for step in range(10**6):

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastpref.judging import JudgeError
-from fastpref.pairing import Jury, select
+from fastpref.judging.pairs import Jury, select
+from fastpref.method.errors import JudgeError
 
 PROMPTS = 6
 TASTE = [0.1, 0.9, 0.35, 0.6]

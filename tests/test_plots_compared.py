@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from fastpref import plots
-from fastpref.plots import Curve, heat_map, plot_curves
+from fastpref.runs import plots
+from fastpref.runs.plots import Curve, heat_map, plot_curves
 
 
 @pytest.fixture

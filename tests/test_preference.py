@@ -12,10 +12,10 @@ from scipy.special import expit
 from small import language_model
 from tokenizers import models, pre_tokenizers
 
-from fastpref.judging import Judge
+from fastpref.data.tokenizer import Tokenizer
+from fastpref.judging.models import PreferenceModel, RewardModel, bradley_terry, probability
+from fastpref.judging.protocol import Judge
 from fastpref.models import save
-from fastpref.preference import PreferenceModel, RewardModel, bradley_terry, probability
-from fastpref.tokenizer import Tokenizer
 
 TEMPLATE = "{prompt} 1 {first} 2 {second}"
 EIGHT = {"batch_size": 8}

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fastpref.kernels import Head, PreferenceLoss, preference_loss
-from fastpref.kernels.preference_loss.fused import preference_loss as fused
 from jax import Array
 from kernel_cases import (
     Case,
@@ -25,7 +23,9 @@ from kernel_cases import (
     true_logits,
 )
 
-from fastpref import losses
+from fastpref.kernels import Head, PreferenceLoss, preference_loss
+from fastpref.kernels.preference_loss.fused import preference_loss as fused
+from fastpref.method import losses
 
 pytestmark = interpreted_tpu
 TAU = 0.3

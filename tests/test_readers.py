@@ -12,8 +12,9 @@ import pyarrow.parquet
 import pytest
 from hypothesis import settings
 
-from fastpref.data import DataError, DropReport, Record, read_records, sources
+from fastpref.data import DropReport, Record, read_records, sources
 from fastpref.data.readers import RecordStream
+from fastpref.method.errors import DataError
 
 SEEDED = settings(derandomize=True, deadline=None)
 PAIR = ("prompt", "chosen", "rejected")

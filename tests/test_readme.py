@@ -9,9 +9,9 @@ from pathlib import Path
 import orjson
 from small import PROMPTS, language_model
 
-from fastpref.algorithms import ALGORITHMS, table
 from fastpref.cli import KEYS, parser
-from fastpref.config import TrainConfig, from_mapping
+from fastpref.method.algorithms import ALGORITHMS, table
+from fastpref.method.config import TrainConfig, from_mapping
 from fastpref.models import save
 
 ROOT = Path(__file__).parent.parent
@@ -99,7 +99,12 @@ def test_the_table_of_algorithms_is_written_from_the_source() -> None:
     assert table().count("\n") == len(ALGORITHMS) + 2
 
 
-def test_the_tree_names_every_module() -> None:
-    tree = README[README.index("## The house") :]
-    for path in (ROOT / "fastpref").glob("*.py"):
-        assert path.name in tree or path.name == "__init__.py", path.name
+def test_the_tree_names_what_is_there() -> None:
+    tree = README[README.index("## The house") : README.index("## Measured")]
+    for room, text in re.findall(r"^  (\w+)/ +(.*)$", tree, re.M):
+        assert (ROOT / "fastpref" / room / "__init__.py").is_file(), room
+        for name in re.findall(r"\w+\.py", text):
+            assert (ROOT / "fastpref" / room / name).is_file(), f"{room}/{name}"
+    for path in (ROOT / "fastpref").iterdir():
+        if path.is_dir() and (path / "__init__.py").is_file() and path.name != "kernels":
+            assert f"\n  {path.name}/ " in tree, path.name

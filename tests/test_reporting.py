@@ -21,8 +21,11 @@ from PIL import Image
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from fastpref import plots
-from fastpref.reporting import METRICS, SHOWN, Run, plot_run, plot_supervised, progress, samples_table, table
+from fastpref.runs import plots
+from fastpref.runs.log import Run
+from fastpref.runs.metrics import METRICS
+from fastpref.runs.plots import plot_run, plot_supervised
+from fastpref.runs.terminal import SHOWN, progress, samples_table, table
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -425,5 +428,5 @@ def test_a_run_with_nothing_to_plot_says_so(tmp_path: Path) -> None:
 
 
 def test_plots_leave_the_global_pyplot_alone() -> None:
-    code = "import sys, fastpref.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, fastpref.runs.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

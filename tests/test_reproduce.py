@@ -10,9 +10,9 @@ import pytest
 
 from fastpref import reproduce
 from fastpref.cli import main
-from fastpref.games import PreferenceGame
+from fastpref.method.errors import ConfigError
 from fastpref.reproduce import ipo_figures, simplex
-from fastpref.rules import ConfigError
+from fastpref.theory.games import PreferenceGame
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 PAPERS = FIGURES.parent / "papers.md"

@@ -14,13 +14,12 @@ from flax import nnx
 from PIL import Image
 from small import PROMPTS, language_model
 
-from fastpref import checkpoints
-from fastpref.checkpoints import CheckpointError
-from fastpref.evaluation import compare
-from fastpref.judging import JudgeError
+from fastpref.evaluation.best_checkpoint import Ranking, select_checkpoint
+from fastpref.evaluation.side_by_side import compare
+from fastpref.method.errors import CheckpointError, JudgeError
 from fastpref.models import LanguageModel, save
-from fastpref.runs import locate, read_model, step_directory
-from fastpref.selection import Ranking, select_checkpoint
+from fastpref.runs import checkpoints
+from fastpref.runs.read_model import locate, read_model, step_directory
 
 
 def early(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fastpref.kernels import Head, MixtureSample, mixture_sample, preference_loss, token_logprobs
 from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from kernel_cases import Case, every_fast_one, every_implementation, interpreted_tpu, make_head, make_hidden, normal
 
-from fastpref import losses
+from fastpref.kernels import Head, MixtureSample, mixture_sample, preference_loss, token_logprobs
+from fastpref.method import losses
 
 pytestmark = interpreted_tpu
 KEY = jax.random.key(5)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from small import PROMPTS, language_model
 
-from fastpref.config import SupervisedConfig, TrainConfig
-from fastpref.demo import Prepared
-from fastpref.docstrings import Example, Splits
-from fastpref.preference import PreferenceModel
+from fastpref.demo.docstrings import Example, Splits
+from fastpref.demo.run import Prepared
+from fastpref.judging.models import PreferenceModel
+from fastpref.method.config import SupervisedConfig, TrainConfig
 from fastpref.reproduce import studies
 
 TRAIN = TrainConfig(

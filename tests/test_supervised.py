@@ -13,14 +13,14 @@ import pytest
 from flax import nnx
 from small import language_model, prefers_w1
 
-from fastpref import supervised
-from fastpref.checkpoints import CheckpointError
-from fastpref.config import SupervisedConfig
-from fastpref.data import DataError, read_records
-from fastpref.judging import agreement
+from fastpref.data import read_records
+from fastpref.judging.models import PreferenceModel, RewardModel
+from fastpref.judging.protocol import agreement
+from fastpref.learning import supervised
+from fastpref.learning.supervised import FitResult, fit_preference_model, fit_reward_model, sft
+from fastpref.method.config import SupervisedConfig
+from fastpref.method.errors import CheckpointError, DataError
 from fastpref.models import load
-from fastpref.preference import PreferenceModel, RewardModel
-from fastpref.supervised import FitResult, fit_preference_model, fit_reward_model, sft
 
 ADAM = optax.adam(0.02)
 TEMPLATE = "{prompt} 1 {first} 2 {second}"

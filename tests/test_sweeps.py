@@ -18,13 +18,13 @@ from PIL import Image
 from small import PROMPTS, language_model, prefers_w1
 
 from fastpref.cli import main
-from fastpref.config import TrainConfig
+from fastpref.evaluation.sweeps import SweepResult, sweep
+from fastpref.learning.train import Step, train
+from fastpref.method.config import TrainConfig
+from fastpref.method.errors import ConfigError, DivergedError
+from fastpref.method.schedules import Schedule
 from fastpref.models import save
-from fastpref.rules import ConfigError
-from fastpref.runs import read_model, step_directory
-from fastpref.schedules import Schedule
-from fastpref.sweeps import SweepResult, sweep
-from fastpref.training import DivergedError, Step, train
+from fastpref.runs.read_model import read_model, step_directory
 
 BASE = TrainConfig(steps=4, eval_every=2)
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from theory_cases import Case, Claim, apart, cases, check
 
-from fastpref import losses
-from fastpref.games import kl
+from fastpref.method import losses
+from fastpref.theory.games import kl
 
 
 def eta_of(case: Case) -> float:

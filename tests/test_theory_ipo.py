@@ -8,7 +8,8 @@ from hypothesis import given
 from scipy import optimize
 from theory_cases import HOLDS, Case, Claim, apart, cases, check, sigmoid
 
-from fastpref import losses, psi
+from fastpref.method import losses
+from fastpref.theory import psi
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from theory_cases import HOLDS, SEEN, Case, Claim, apart, cases, check, scores_of, sigmoid
 
-from fastpref import losses
-from fastpref.games import PreferenceGame, kl
+from fastpref.method import losses
 from fastpref.reproduce import simplex
+from fastpref.theory.games import PreferenceGame, kl
 
 LOSSES = {"online-ipo": losses.ipo, "online-dpo": losses.dpo, "online-slic": losses.slic}
 

@@ -5,10 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fastpref.kernels import Head, token_logprobs
-from fastpref.kernels.chunks import chunk_rows, compact
-from fastpref.kernels.token_logprobs.xla import over_chunks
-from fastpref.kernels.token_logprobs.xla import token_logprobs as chunked
 from jax import Array
 from kernel_cases import (
     LARGE,
@@ -28,6 +24,11 @@ from kernel_cases import (
     true_log_softmax,
     true_logits,
 )
+
+from fastpref.kernels import Head, token_logprobs
+from fastpref.kernels.chunks import chunk_rows, compact
+from fastpref.kernels.token_logprobs.xla import over_chunks
+from fastpref.kernels.token_logprobs.xla import token_logprobs as chunked
 
 pytestmark = interpreted_tpu
 CASE = Case(513, rows=41, soft_cap=4.0, scale=0.7)

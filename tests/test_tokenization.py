@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpref.data import DataError, DropReport, Record, read_records, tokenize_completions, tokenize_prompts
+from fastpref.data import DropReport, Record, read_records, tokenize_completions, tokenize_prompts
+from fastpref.data.ragged import Ragged
 from fastpref.data.readers import RecordStream
-from fastpref.data.tokenization import Ragged, TokenRecords, TokenStream
+from fastpref.data.tokenization import TokenRecords, TokenStream
+from fastpref.method.errors import DataError
 
 SEEDED = settings(derandomize=True, deadline=None)
 PAIR = ("prompt", "chosen", "rejected")

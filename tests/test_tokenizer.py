@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from fastpref.tokenizer import Tokenizer
+from fastpref.data.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 TEXTS = ["the model likes a summary", "a winner, or neither", ""]

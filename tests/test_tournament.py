@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpref import _batcher, tournament
+from fastpref.data import _native
+from fastpref.judging import tournament
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -261,7 +262,7 @@ def test_what_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> N
 
 
 def test_the_same_questions_stand_after_a_wrong_answer() -> None:
-    native = _batcher.Tournament(np.arange(2), k=4, step=0, seed=0)
+    native = _native.Tournament(np.arange(2), k=4, step=0, seed=0)
     before = [array.tolist() for array in native.questions()]
     with pytest.raises(ValueError, match=r"every question must be answered .* got 4 open ones"):
         native.results()
@@ -277,4 +278,4 @@ def test_the_same_questions_stand_after_a_wrong_answer() -> None:
         native.answer(np.zeros(1, np.float32))
     assert len(native.results()[0]) == 2
     with pytest.raises(ValueError, match="classes must have one entry for each of the 8"):
-        _batcher.Tournament(np.arange(2), k=4, step=0, seed=0, classes=np.zeros(3, np.int32))
+        _native.Tournament(np.arange(2), k=4, step=0, seed=0, classes=np.zeros(3, np.int32))

@@ -12,15 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fastpref.kernels import Head, MixtureSample, mixture_sample, preference_loss, token_logprobs
-from fastpref.kernels.mixture_sampling.tpu import mixture_sample as sampler
-from fastpref.kernels.token_logprobs.tiles import Tiles
-from fastpref.kernels.token_logprobs.tpu import token_logprobs as scorer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 from kernel_cases import Case, interpreted_tpu, make_head, make_hidden, make_targets, normal
+
+from fastpref.kernels import Head, MixtureSample, mixture_sample, preference_loss, token_logprobs
+from fastpref.kernels.mixture_sampling.tpu import mixture_sample as sampler
+from fastpref.kernels.token_logprobs.tiles import Tiles
+from fastpref.kernels.token_logprobs.tpu import token_logprobs as scorer
 
 KEY = jax.random.key(8)
 

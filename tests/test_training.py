@@ -18,16 +18,14 @@ from flax import nnx
 from slow_packing import PaddedPairs, pack
 from small import PROMPTS, language_model, prefers_w1
 
-from fastpref import learner
-from fastpref.algorithms import ALGORITHMS
-from fastpref.checkpoints import CheckpointError
-from fastpref.config import TrainConfig
-from fastpref.judging import JudgeError
+from fastpref.data.batches import PackedPairs
+from fastpref.learning import update as learner
+from fastpref.learning.train import Step, TrainResult, train
+from fastpref.method.algorithms import ALGORITHMS
+from fastpref.method.config import TrainConfig
+from fastpref.method.errors import CheckpointError, ConfigError, JudgeError
+from fastpref.method.schedules import Schedule
 from fastpref.models import load
-from fastpref.records import PackedPairs
-from fastpref.rules import ConfigError
-from fastpref.schedules import Schedule
-from fastpref.training import Step, TrainResult, train
 
 SGD = optax.sgd(1.0)
 """One object for all: a compiled update belongs to its optimiser."""
@@ -284,8 +282,8 @@ def test_the_judged_word_becomes_more_frequent() -> None:
 SCRIPT = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from fastpref.config import TrainConfig
-from fastpref.training import train
+from fastpref.method.config import TrainConfig
+from fastpref.learning.train import train
 from slow_packing import PaddedPairs, pack
 from small import PROMPTS, language_model, prefers_w1
 from test_training import SMALL

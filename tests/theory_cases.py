@@ -13,7 +13,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpref.games import PreferenceGame
+from fastpref.theory.games import PreferenceGame
 
 HOLDS, SEEN = 1e-10, 1e-7
 """Largest error of a true formula, and smallest of one that is 1 % off."""

@@ -7,6 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
 from fastpref.kernels import Head
 from fastpref.kernels.mixture_sampling import tpu as sampling
 from fastpref.kernels.mixture_sampling.layout import layout_of
@@ -14,10 +19,6 @@ from fastpref.kernels.token_logprobs import backward_pass, forward_pass, frozen_
 from fastpref.kernels.token_logprobs import tiles as tiling
 from fastpref.kernels.token_logprobs import tpu as scoring
 from fastpref.kernels.token_logprobs.tiles import Tiles
-from jax import Array
-from jax.experimental import topologies
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 Shape = jax.ShapeDtypeStruct
 

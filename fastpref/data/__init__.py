@@ -19,47 +19,6 @@ them; `batchers` pads, `packing` packs pairs, and `columns` checks what both are
 native extension.
 """
 
-from fastpref.data.batchers import CompletionBatcher, PaddedPairBatcher, PromptBatcher
-from fastpref.data.cache import CacheWarning, tokenized
-from fastpref.data.chat import ChatError, ChatTemplate
-from fastpref.data.packing import Packing, PairBatcher, pack_pairs, row_counts
-from fastpref.data.readers import DataError, DropReport, OnBadRecord, Record, RecordStream, read_prompts, read_records
-from fastpref.data.sources import Source
-from fastpref.data.tokenization import (
-    Encoder,
-    Ragged,
-    TokenRecords,
-    TokenStream,
-    tokenize_completions,
-    tokenize_prompts,
-)
-from fastpref.records import PackedPairs
+from fastpref._lazy import attach
 
-__all__ = [
-    "CacheWarning",
-    "ChatError",
-    "ChatTemplate",
-    "CompletionBatcher",
-    "DataError",
-    "DropReport",
-    "Encoder",
-    "OnBadRecord",
-    "PackedPairs",
-    "Packing",
-    "PaddedPairBatcher",
-    "PairBatcher",
-    "PromptBatcher",
-    "Ragged",
-    "Record",
-    "RecordStream",
-    "Source",
-    "TokenRecords",
-    "TokenStream",
-    "pack_pairs",
-    "read_prompts",
-    "read_records",
-    "row_counts",
-    "tokenize_completions",
-    "tokenize_prompts",
-    "tokenized",
-]
+__getattr__, __dir__, __all__ = attach(__name__, __file__)

@@ -15,10 +15,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from fastpref import _batcher
+from fastpref.data import _native
+from fastpref.data.batches import CompletionBatch, PromptBatch
 from fastpref.data.columns import Numbers, Rows, check_lengths, column, fingerprint, per_record, preferences, ragged
-from fastpref.data.readers import DataError
-from fastpref.records import CompletionBatch, PromptBatch
+from fastpref.method.errors import DataError
 
 Shape = tuple[int, int]
 """Padded prompt and completion tokens of a batch; the second is 0 where there are no completions."""
@@ -51,7 +51,7 @@ class _Batcher(ABC, Generic[Batch]):
         """N."""
         if self.num_records == 0:
             raise DataError("there must be at least one record, got none. The drop report says where they went.")
-        self._columns: dict[str, _batcher.Column] = {
+        self._columns: dict[str, _native.Column] = {
             name: column(name, rows, self.num_records, vocab_size) for name, rows in tables.items()
         }
         self._ids: np.ndarray = per_record(
@@ -64,7 +64,7 @@ class _Batcher(ABC, Generic[Batch]):
             check_lengths(name, of_column, *(max_prompt if name == "prompts" else rest[0]))
         longest = np.maximum.reduce([lengths[name] for name in completions]) if completions else np.zeros(0, np.int32)
         if shapes is None:
-            shapes = _batcher.choose_shapes(
+            shapes = _native.choose_shapes(
                 lengths["prompts"],
                 longest,
                 completions=len(completions),
@@ -75,7 +75,7 @@ class _Batcher(ABC, Generic[Batch]):
             )
         self.shapes: tuple[Shape, ...] = tuple((prompt, completion) for prompt, completion in shapes)
         """Padded sides (S, T) of the batches, from small to large; T is 0 for prompts alone."""
-        self._shape_of = _batcher.assign_shapes(lengths["prompts"], longest, self.shapes)
+        self._shape_of = _native.assign_shapes(lengths["prompts"], longest, self.shapes)
         self.batch_size = batch_size
         self._identity: dict[str, Any] = {
             "fingerprint": fingerprint(tables, self._ids, self._preference),
@@ -109,13 +109,13 @@ class _Batcher(ABC, Generic[Batch]):
         self._check_open()
         epoch = self.epoch
         if self._plan is None or self._plan[0] != epoch:
-            rows, shapes = _batcher.plan_epoch(
+            rows, shapes = _native.plan_epoch(
                 self._shape_of, num_shapes=len(self.shapes), batch_size=self.batch_size, seed=self._seed, epoch=epoch
             )
             self._plan = (epoch, rows, shapes)
         _, rows, shapes = self._plan
         at = self.batches_done - self._first_batch(epoch)
-        batch = self._assemble(rows[at], _batcher.take(self._ids, rows[at]), self.shapes[shapes[at]])
+        batch = self._assemble(rows[at], _native.take(self._ids, rows[at]), self.shapes[shapes[at]])
         self.batches_done += 1
         return batch
 
@@ -133,7 +133,7 @@ class _Batcher(ABC, Generic[Batch]):
             self._check_open()
             rows = np.arange(start, min(start + self.batch_size, self.num_records))
             missing = self.batch_size - len(rows) if pad else 0
-            ids = _batcher.take(self._ids, rows)
+            ids = _native.take(self._ids, rows)
             if missing:
                 ids = np.concatenate([ids, np.full(missing, -1)])
                 rows = np.concatenate([rows, np.full(missing, start)])
@@ -141,7 +141,7 @@ class _Batcher(ABC, Generic[Batch]):
 
     def state(self) -> bytes:
         """Where the next batch is taken from, in at most 336 bytes: what `restore` continues at."""
-        return _batcher.encode_state(self.batches_done, **self._identity)
+        return _native.encode_state(self.batches_done, **self._identity)
 
     def restore(self, state: bytes) -> None:
         """Continue exactly where `state` was taken, in whatever process.
@@ -151,7 +151,7 @@ class _Batcher(ABC, Generic[Batch]):
         """
         self._check_open()
         try:
-            self.batches_done = _batcher.decode_state(state, **self._identity)
+            self.batches_done = _native.decode_state(state, **self._identity)
         except ValueError as error:
             raise DataError(str(error)) from None
 
@@ -224,16 +224,16 @@ class PromptBatcher(_Batcher[PromptBatch]):
         )
 
     def _assemble(self, rows: Int64[np.ndarray, " P"], ids: Int64[np.ndarray, " P"], shape: Shape) -> PromptBatch:
-        tokens, lengths = _batcher.gather([self._columns["prompts"]], rows, shape[0])
+        tokens, lengths = _native.gather([self._columns["prompts"]], rows, shape[0])
         return PromptBatch(tokens[:, 0], lengths[:, 0], ids)
 
 
 class _RecordedBatcher(_Batcher[CompletionBatch]):
     def _assemble(self, rows: Int64[np.ndarray, " P"], ids: Int64[np.ndarray, " P"], shape: Shape) -> CompletionBatch:
         prompts, *completions = self._columns.values()
-        prompt_tokens, prompt_lengths = _batcher.gather([prompts], rows, shape[0])
-        tokens, lengths = _batcher.gather(completions, rows, shape[1])
-        preference = _batcher.take(self._preference, rows)
+        prompt_tokens, prompt_lengths = _native.gather([prompts], rows, shape[0])
+        tokens, lengths = _native.gather(completions, rows, shape[1])
+        preference = _native.take(self._preference, rows)
         return CompletionBatch(prompt_tokens[:, 0], prompt_lengths[:, 0], tokens, lengths, preference, ids)
 
 

@@ -32,18 +32,17 @@ import xxhash
 from jaxtyping import Int64
 
 from fastpref.data.chat import ChatTemplate
-from fastpref.data.readers import DataError, DropReport, OnBadRecord, RecordStream
+from fastpref.data.ragged import Ragged
+from fastpref.data.readers import RecordStream
+from fastpref.data.records import DropReport, OnBadRecord
 from fastpref.data.sources import Source, unchanged
-from fastpref.data.tokenization import CHUNK, Encoder, Overlong, Ragged, TokenRecords, TokenStream
-from fastpref.tokenizer import Rendered
+from fastpref.data.tokenization import CHUNK, Encoder, Overlong, TokenRecords, TokenStream
+from fastpref.data.tokenizer import Rendered
+from fastpref.method.errors import CacheWarning, DataError
 
 FORMAT = 1
 ABANDONED_SECONDS = 24 * 3600.0
 """Temporary files older than this are what a killed process left."""
-
-
-class CacheWarning(UserWarning):
-    """A damaged cache was thrown away and made anew."""
 
 
 @runtime_checkable

@@ -10,14 +10,11 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from fastpref.tokenizer import Rendered, Tokenizer, read_json
+from fastpref.data.tokenizer import Rendered, Tokenizer, read_json
+from fastpref.method.errors import ChatError
 
 Message = Mapping[str, Any]
 """`role` and `content`, both text, and whatever else the template reads."""
-
-
-class ChatError(ValueError):
-    """A conversation that cannot be written as prompt and completions."""
 
 
 class ChatTemplate:

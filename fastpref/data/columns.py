@@ -6,9 +6,9 @@ import numpy as np
 import xxhash
 from jaxtyping import Int32
 
-from fastpref import _batcher
-from fastpref.data.readers import DataError
-from fastpref.data.tokenization import Ragged
+from fastpref.data import _native
+from fastpref.data.ragged import Ragged
+from fastpref.method.errors import DataError
 
 Rows = Ragged | Sequence[Sequence[int]] | Sequence[np.ndarray]
 """Token ids of N records."""
@@ -21,12 +21,12 @@ def ragged(rows: Rows) -> Ragged:
     return rows if isinstance(rows, Ragged) else Ragged.from_rows(rows)
 
 
-def column(name: str, rows: Ragged, records: int, vocab_size: int | None) -> _batcher.Column:
+def column(name: str, rows: Ragged, records: int, vocab_size: int | None) -> _native.Column:
     """Rows with their ids and number checked, for the native core."""
     if len(rows) != records:
         raise DataError(f"{name} must have one entry for each of the {records} prompts, got {len(rows)}. Align them.")
     try:
-        return _batcher.Column(rows.values, rows.offsets, vocab_size=vocab_size)
+        return _native.Column(rows.values, rows.offsets, vocab_size=vocab_size)
     except ValueError as error:
         raise DataError(f"{name}: {error}. Repair the data or use the tokenizer that belongs to it.") from None
 

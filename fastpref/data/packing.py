@@ -14,10 +14,11 @@ import numpy as np
 import xxhash
 from jaxtyping import Bool, Float, Int, Int32, Int64
 
-from fastpref import _batcher
+from fastpref.data import _native
+from fastpref.data.batches import PackedPairs
 from fastpref.data.columns import Numbers, Rows, column, fingerprint, per_record, preferences, ragged
-from fastpref.data.readers import DataError, DropReport
-from fastpref.records import PackedPairs
+from fastpref.data.records import DropReport
+from fastpref.method.errors import DataError
 
 Layout = Literal["shared", "separate", "encoder-decoder"]
 """Where the tokens of a pair lie in a row: see `PackedPairs`."""
@@ -113,7 +114,7 @@ class PairBatcher:
         if not fitting.all() and (overlong == "raise" or not fitting.any()):
             _refuse(sizes, fitting, self.shapes[-1])
         dropped = np.flatnonzero(~fitting)
-        self._loader = _batcher.PairLoader(
+        self._loader = _native.PairLoader(
             columns[0],
             columns[1],
             columns[2],
@@ -274,7 +275,7 @@ def pack_pairs(
     """
     count = len(prompt_lengths)
     encoder, start = _encoder(layout, prompt_row_tokens, decoder_start)
-    fields, slots = _batcher.pack_step(
+    fields, slots = _native.pack_step(
         _as(prompt_tokens, np.int32),
         _as(prompt_lengths, np.int32),
         _as(completion_tokens, np.int32),
@@ -309,9 +310,9 @@ def _encoder(layout: str, prompt_row_tokens: int | None, decoder_start: int | No
     return prompt_row_tokens or 0, decoder_start or 0
 
 
-def _sizes(columns: list[_batcher.Column], layout: str) -> Int32[np.ndarray, "N 2"]:
+def _sizes(columns: list[_native.Column], layout: str) -> Int32[np.ndarray, "N 2"]:
     try:
-        return _batcher.pair_sizes(*columns, layout=layout)
+        return _native.pair_sizes(*columns, layout=layout)
     except ValueError as error:
         raise DataError(f"{error}. Drop such records as tokenize_completions does.") from None
 

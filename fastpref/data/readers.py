@@ -1,118 +1,16 @@
 """Records in, from files, tables and iterables: each one delivered, or counted with its reason."""
 
-import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from fastpref.data.chat import ChatError, ChatTemplate, is_conversation
+from fastpref.data.chat import ChatTemplate, is_conversation
+from fastpref.data.records import IDENTICAL, BadRecord, DropReport, Ledger, OnBadRecord, Record
 from fastpref.data.sources import COLUMNS, Row, Source, open_rows
-from fastpref.data.sources import BadRecord as BadRecord
-from fastpref.data.sources import DataError as DataError
-from fastpref.tokenizer import Tokenizer
-
-IDENTICAL = "identical completions"
-"""The reason of a pair that teaches nothing."""
-
-OnBadRecord = str
-""""raise", "skip" or "warn"."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One prompt with its K recorded completions: none, one (supervised) or two (chosen, then rejected)."""
-
-    id: int
-    """Position in the source, from 0, bad records counted too."""
-    prompt: str
-    """A `Rendered` one where a chat template wrote it."""
-    completions: tuple[str, ...] = ()
-    preference: float = 1.0
-    """Probability that completion 0 beats completion 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class DropReport:
-    """What became of every record that was read: `delivered` and the sum of `dropped` are `read`.
-
-    Raises:
-      ValueError: they are not.
-    """
-
-    read: int
-    delivered: int
-    dropped: Mapping[str, int] = field(default_factory=dict)
-    """Records by the reason they were dropped for."""
-    truncated: int = 0
-    """Records among the delivered that were cut to a limit."""
-
-    def __post_init__(self) -> None:
-        if self.delivered + sum(self.dropped.values()) != self.read:
-            raise ValueError(
-                f"delivered and dropped records must add up to those read, got {self.delivered} and "
-                f"{dict(self.dropped)} of {self.read}; count each record once"
-            )
-
-    def __str__(self) -> str:
-        text = f"{self.read} records read, {self.delivered} delivered, {self.read - self.delivered} dropped"
-        if self.dropped:
-            reasons = sorted(self.dropped.items(), key=lambda item: (-item[1], item[0]))
-            text += f" ({', '.join(f'{count} {reason}' for reason, count in reasons)})"
-        return text + (f", {self.truncated} truncated" if self.truncated else "")
-
-    def then(self, later: "DropReport") -> "DropReport":
-        """This report and that of a later stage, which read what this one delivered, as one.
-
-        Raises:
-          ValueError: the later stage read another number of records.
-        """
-        if later.read != self.delivered:
-            raise ValueError(
-                f"a later stage must read the {self.delivered} records that this one delivered, got {later.read}; "
-                "join reports in the order of their stages"
-            )
-        dropped = dict(Counter(self.dropped) + Counter(later.dropped))
-        return DropReport(self.read, later.delivered, dropped, self.truncated + later.truncated)
-
-
-class Ledger:
-    """Counts the records of one stage and deals with the bad ones as `on_bad_record` says."""
-
-    def __init__(self, source: str, on_bad_record: OnBadRecord) -> None:
-        if on_bad_record not in ("raise", "skip", "warn"):
-            raise ValueError(
-                f"on_bad_record must be 'raise', 'skip' or 'warn', got {on_bad_record!r}; choose one of them"
-            )
-        self.source = source
-        self.on_bad_record = on_bad_record
-        self.read = 0
-        self.dropped: Counter[str] = Counter()
-        self.truncated = 0
-        self.first = ""
-
-    def drop(self, place: str, bad: BadRecord, *, counted: bool | None = None) -> None:
-        """Count a bad record; raise DataError instead if the policy, or `counted=False`, says so."""
-        if not (self.on_bad_record != "raise" if counted is None else counted):
-            setting = "on_bad_record='skip'" if counted is None else "overlong='drop'"
-            raise DataError(
-                f"{place}: {bad} [{bad.reason}]. Repair it, or have such records dropped and counted: {setting}."
-            ) from None
-        self.first = self.first or f"{place}: {bad}"
-        self.dropped[bad.reason] += 1
-
-    def account(self) -> DropReport:
-        """The account so far."""
-        delivered = self.read - sum(self.dropped.values())
-        return DropReport(self.read, delivered, dict(self.dropped), self.truncated)
-
-    def close(self) -> None:
-        """Warn, once for all, if that is the policy and a record was dropped."""
-        if self.on_bad_record == "warn" and self.dropped:
-            warnings.warn(f"{self.source}: {self.account()}; the first: {self.first}", UserWarning, stacklevel=4)
+from fastpref.data.tokenizer import Tokenizer
+from fastpref.method.errors import ChatError
 
 
 def read_records(

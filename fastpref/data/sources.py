@@ -10,6 +10,9 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
+from fastpref.data.records import BadRecord
+from fastpref.method.errors import DataError
+
 COLUMNS = (
     ("prompt",),
     ("prompt", "completion"),
@@ -26,18 +29,6 @@ LINE_BYTES = 64 * 2**20
 
 Source = str | Path | pa.Table | Iterable[Any]
 """A path; an Arrow table; shards as a list of `Path`s, read one after the other; or an iterable of records."""
-
-
-class DataError(ValueError):
-    """Data that cannot be used. The message says where it is, the rule, what was received, and the remedy."""
-
-
-class BadRecord(Exception):
-    """One record that cannot be used: `reason` is counted, `detail` is shown."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
 
 
 Row = tuple[str, str, int, object]

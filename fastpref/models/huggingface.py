@@ -18,11 +18,11 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from fastpref.data.tokenizer import FILES, Tokenizer, read_json
 from fastpref.models.configs import read_config, write_config
 from fastpref.models.decoder import Decoder, DecoderConfig
 from fastpref.models.policy import Policy
 from fastpref.models.t5 import T5, T5Config
-from fastpref.tokenizer import FILES, Tokenizer, read_json
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"

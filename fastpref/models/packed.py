@@ -9,8 +9,8 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
+from fastpref.data.batches import PackedPairs
 from fastpref.models.layers import MASKED, Shared, attend
-from fastpref.records import PackedPairs
 
 LEAST, MOST = 64, 512
 """Fewest and most queries of a row that are taken at once."""

@@ -5,8 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from fastpref.data.batches import PackedPairs
 from fastpref.kernels import Head
-from fastpref.records import PackedPairs
 
 Cache = Any
 """A pytree of keys and values; its layout belongs to the model."""

@@ -18,6 +18,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
+from fastpref.data.batches import PackedPairs
 from fastpref.kernels import Head
 from fastpref.models.layers import (
     ACTIVATIONS,
@@ -38,7 +39,6 @@ from fastpref.models.layers import (
     rms_norm,
 )
 from fastpref.models.packed import attend_rows, cross_visibility, prompt_visibility, sight, visibility
-from fastpref.records import PackedPairs
 
 
 @dataclass(frozen=True, slots=True)

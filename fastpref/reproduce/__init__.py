@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from fastpref.method.errors import require
 from fastpref.reproduce import ipo_figures, simplex, studies
-from fastpref.rules import require
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import optax
 from jax import Array
 from jaxtyping import Float, Int
 
-from fastpref import figures
-from fastpref.losses import Loss, dpo, ipo
-from fastpref.optimizers import apply, initial_state
+from fastpref.learning.optimizers import apply, initial_state
+from fastpref.method.losses import Loss, dpo, ipo
+from fastpref.reproduce import figures
 
 TAUS = (0.1, 0.5, 1.0)
 LOSSES: dict[str, Loss] = {"IPO": ipo, "DPO": dpo}

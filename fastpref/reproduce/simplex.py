@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from fastpref import figures
-from fastpref.games import PreferenceGame
+from fastpref.reproduce import figures
+from fastpref.theory.games import PreferenceGame
 
 PRINTED = np.array([[0.5, 0.8, 0.1], [0.1, 0.5, 0.8], [0.9, 0.1, 0.5]])
 TAU, BETAS = 0.1, np.linspace(0, 1, 21)

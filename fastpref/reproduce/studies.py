@@ -19,17 +19,18 @@ from typing import Any
 
 import orjson
 
-from fastpref import demo, plots
-from fastpref.algorithms import ALGORITHMS
-from fastpref.config import TrainConfig
-from fastpref.evaluation import compare, evaluate
-from fastpref.gold import GoldJudge
+from fastpref.demo import run as demo
+from fastpref.demo.gold import GoldJudge
+from fastpref.evaluation.side_by_side import compare, evaluate
+from fastpref.evaluation.win_rates import WinRate, WinRates
+from fastpref.judging.models import RewardModel
+from fastpref.learning.supervised import fit_reward_model
+from fastpref.learning.train import train
+from fastpref.method.algorithms import ALGORITHMS
+from fastpref.method.config import TrainConfig
+from fastpref.method.schedules import Schedule, bounds
 from fastpref.models import LanguageModel
-from fastpref.preference import RewardModel
-from fastpref.schedules import Schedule, bounds
-from fastpref.supervised import fit_reward_model
-from fastpref.training import train
-from fastpref.win_rates import WinRate, WinRates
+from fastpref.runs import plots
 
 Settings = Mapping[str, Any]
 """Fields of `TrainConfig` that differ from the demo's."""

@@ -1,15 +1,16 @@
 """Draw one token per row from the geometric mixture of two models."""
 
 import jax.numpy as jnp
-from fastpref.kernels.checks import check_fraction, check_length, check_rows
-from fastpref.kernels.dispatch import Implementation, choose
-from fastpref.kernels.head import Head
-from fastpref.kernels.mixture_sampling import reference, tpu, xla
-from fastpref.kernels.mixture_sampling.sample import MixtureSample
-from fastpref.kernels.noise import key_words
-from fastpref.kernels.vmem import obstacle
 from jax import Array
 from jaxtyping import Float, Int
+
+from ..checks import check_fraction, check_length, check_rows
+from ..dispatch import Implementation, choose
+from ..head import Head
+from ..noise import key_words
+from ..vmem import obstacle
+from . import reference, tpu, xla
+from .sample import MixtureSample
 
 IMPLEMENTATIONS = {
     "tpu": Implementation(tpu.mixture_sample, obstacle),

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from fastpref.kernels.head import Head
-from fastpref.kernels.mixture_sampling.sample import GROUP_SIZE, groups_of
-from fastpref.kernels.vmem import LANES, SUBLANES, tile_bytes
+
+from ..head import Head
+from ..vmem import LANES, SUBLANES, tile_bytes
+from .sample import GROUP_SIZE, groups_of
 
 ROW_MULTIPLE = 16
 """Rows of a bfloat16 register."""

@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from fastpref.kernels.head import Head
-from fastpref.kernels.mixture_sampling.sample import GROUP_SIZE, MixtureSample, groups_of, mix
-from fastpref.kernels.noise import GROUP_STREAM, TOKEN_STREAM, gumbel_from_bits
 from jax import Array
 from jaxtyping import Float, Int
+
+from ..head import Head
+from ..noise import GROUP_STREAM, TOKEN_STREAM, gumbel_from_bits
+from .sample import GROUP_SIZE, MixtureSample, groups_of, mix
 
 
 def mixture_sample(

@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from fastpref.kernels.mixture_sampling.sample import Part
-from fastpref.kernels.noise import gumbel
-from fastpref.kernels.slices import gather
 from jax import Array
 from jaxtyping import Float, Int, UInt32
+
+from ..noise import gumbel
+from ..slices import gather
+from .sample import Part
 
 _NO_TOKEN = 2**31 - 1
 

@@ -13,14 +13,15 @@ instructions, 240 spills); hidden states as [rows, D], which the matrix unit mus
 from typing import Any
 
 import jax.numpy as jnp
-from fastpref.kernels.head import Head
-from fastpref.kernels.mixture_sampling.layout import Layout, layout_of
-from fastpref.kernels.mixture_sampling.sample import GROUP_SIZE, MixtureSample, Part, finish
-from fastpref.kernels.mixture_sampling.shards import Edges, edge_noise, merge
-from fastpref.kernels.mixture_sampling.tpu_kernel import FIELDS, Refs, Scalars, run
-from fastpref.kernels.noise import gumbel, row_keys
-from fastpref.kernels.slices import result_shape, vary_alike
-from fastpref.kernels.vmem import (
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int
+
+from ..head import Head
+from ..noise import gumbel, row_keys
+from ..slices import result_shape, vary_alike
+from ..vmem import (
     LANES,
     PARTS,
     SUBLANES,
@@ -28,10 +29,10 @@ from fastpref.kernels.vmem import (
     opaque_zeros,
     vmem_limit,
 )
-from jax import Array
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Float, Int
+from .layout import Layout, layout_of
+from .sample import GROUP_SIZE, MixtureSample, Part, finish
+from .shards import Edges, edge_noise, merge
+from .tpu_kernel import FIELDS, Refs, Scalars, run
 
 
 def mixture_sample(

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from fastpref.kernels.head import Head
-from fastpref.kernels.mixture_sampling.layout import ROW_MULTIPLE, Layout
-from fastpref.kernels.mixture_sampling.sample import GROUP_SIZE, mix
-from fastpref.kernels.vmem import (
+from jax import Array
+from jax.experimental import pallas as pl
+
+from ..head import Head
+from ..vmem import (
     CHUNK,
     LANES,
     NEVER,
@@ -22,8 +23,8 @@ from fastpref.kernels.vmem import (
     product,
     unit_ids,
 )
-from jax import Array
-from jax.experimental import pallas as pl
+from .layout import ROW_MULTIPLE, Layout
+from .sample import GROUP_SIZE, mix
 
 FIELDS = 5
 """Rows of an edge: log-sum-exp, leader, its place, and its two logits."""

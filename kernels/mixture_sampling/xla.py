@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from fastpref.kernels.head import Head
-from fastpref.kernels.mixture_sampling.sample import GROUP_SIZE, MixtureSample, Part, finish, groups_of, mix
-from fastpref.kernels.mixture_sampling.shards import Edges, edge_noise, merge
-from fastpref.kernels.noise import gumbel, row_keys
 from jax import Array
 from jaxtyping import Float, Int
+
+from ..head import Head
+from ..noise import gumbel, row_keys
+from .sample import GROUP_SIZE, MixtureSample, Part, finish, groups_of, mix
+from .shards import Edges, edge_noise, merge
 
 _MIN_BLOCK = 32
 """Blocks smaller than this cost more than a padded copy of the logits."""

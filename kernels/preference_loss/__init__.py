@@ -5,16 +5,17 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from fastpref.kernels.checks import check_fraction, check_length, check_rows
-from fastpref.kernels.dispatch import Implementation, choose
-from fastpref.kernels.head import Head
-from fastpref.kernels.preference_loss import fused, reference
-from fastpref.kernels.preference_loss.objective import PreferenceLoss
-from fastpref.kernels.token_logprobs import tpu
-from fastpref.kernels.vmem import obstacle
 from jax import Array
 from jax.tree_util import Partial
 from jaxtyping import Bool, Float, Int
+
+from ..checks import check_fraction, check_length, check_rows
+from ..dispatch import Implementation, choose
+from ..head import Head
+from ..token_logprobs import tpu
+from ..vmem import obstacle
+from . import fused, reference
+from .objective import PreferenceLoss
 
 IMPLEMENTATIONS = {
     "tpu": Implementation(partial(reference.preference_loss, token_logprobs=tpu.token_logprobs), obstacle),

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from fastpref.kernels.chunks import Rows, chunk_rows, compact, pad_order
-from fastpref.kernels.head import Head
-from fastpref.kernels.preference_loss.objective import Loss, PreferenceLoss, Problem, sequence_sums
-from fastpref.kernels.preference_loss.reference import preference_loss as composed
-from fastpref.kernels.token_logprobs.xla import (
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from ..chunks import Rows, chunk_rows, compact, pad_order
+from ..head import Head
+from ..token_logprobs.xla import (
     add_weight_gradient,
     backward,
     chosen_logits,
@@ -27,8 +28,8 @@ from fastpref.kernels.token_logprobs.xla import (
     put,
     token_logprobs,
 )
-from jax import Array
-from jaxtyping import Bool, Float, Int
+from .objective import Loss, PreferenceLoss, Problem, sequence_sums
+from .reference import preference_loss as composed
 
 
 class _Window(NamedTuple):

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 
 import jax
-from fastpref.kernels.head import Head
-from fastpref.kernels.preference_loss.objective import Loss, PreferenceLoss, Problem, sequence_sums
-from fastpref.kernels.token_logprobs import reference
 from jax import Array
 from jaxtyping import Bool, Float, Int
+
+from ..head import Head
+from ..token_logprobs import reference
+from .objective import Loss, PreferenceLoss, Problem, sequence_sums
 
 
 def preference_loss(

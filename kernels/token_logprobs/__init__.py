@@ -2,13 +2,14 @@
 
 import jax
 import jax.numpy as jnp
-from fastpref.kernels.checks import check_length, check_rows
-from fastpref.kernels.dispatch import Implementation, choose
-from fastpref.kernels.head import Head
-from fastpref.kernels.token_logprobs import reference, tpu, xla
-from fastpref.kernels.vmem import obstacle
 from jax import Array
 from jaxtyping import Bool, Float, Int
+
+from ..checks import check_length, check_rows
+from ..dispatch import Implementation, choose
+from ..head import Head
+from ..vmem import obstacle
+from . import reference, tpu, xla
 
 IMPLEMENTATIONS = {
     "tpu": Implementation(tpu.token_logprobs, obstacle),

@@ -4,9 +4,26 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-from fastpref.kernels.head import Head
-from fastpref.kernels.slices import result_shape
-from fastpref.kernels.token_logprobs.tiles import (
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int
+
+from ..head import Head
+from ..slices import result_shape
+from ..vmem import (
+    CHUNK,
+    NEVER,
+    SUBLANES,
+    UNIT,
+    finite_or_zero,
+    log_of_sum,
+    over_sublanes,
+    product,
+    tile_bytes,
+    unit_ids,
+)
+from .tiles import (
     ZEROS,
     Tiles,
     by_tile,
@@ -24,22 +41,6 @@ from fastpref.kernels.token_logprobs.tiles import (
     weight_bytes,
     weight_spec,
 )
-from fastpref.kernels.vmem import (
-    CHUNK,
-    NEVER,
-    SUBLANES,
-    UNIT,
-    finite_or_zero,
-    log_of_sum,
-    over_sublanes,
-    product,
-    tile_bytes,
-    unit_ids,
-)
-from jax import Array
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Float, Int
 
 
 def forward_bytes(head: Head, tiles: Tiles) -> int:

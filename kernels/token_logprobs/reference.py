@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from fastpref.kernels.head import Head
 from jax import Array
 from jaxtyping import Bool, Float, Int
+
+from ..head import Head
 
 
 def token_logprobs(

@@ -17,8 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from fastpref.kernels.head import Head
-from fastpref.kernels.vmem import (
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Int
+
+from ..head import Head
+from ..vmem import (
     CHUNK,
     LANES,
     PARTS,
@@ -30,10 +35,6 @@ from fastpref.kernels.vmem import (
     tile_bytes,
     vmem_limit,
 )
-from jax import Array
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Int
 
 ZEROS = max(PARTS)
 """Scalars that are zero, before the number of blocks."""

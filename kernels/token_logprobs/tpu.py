@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from fastpref.kernels.head import Head
-from fastpref.kernels.slices import gradient_like, known_or_nan, local_ids, lse_over_slices, sum_over_slices, vary_alike
-from fastpref.kernels.token_logprobs import backward_pass, forward_pass, frozen_pass
-from fastpref.kernels.token_logprobs.tiles import Tiles
-from fastpref.kernels.vmem import UNIT
 from jax import Array
 from jaxtyping import Bool, Float, Int
+
+from ..head import Head
+from ..slices import gradient_like, known_or_nan, local_ids, lse_over_slices, sum_over_slices, vary_alike
+from ..vmem import UNIT
+from . import backward_pass, forward_pass, frozen_pass
+from .tiles import Tiles
 
 
 class Compacted(NamedTuple):

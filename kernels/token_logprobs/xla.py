@@ -6,9 +6,12 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from fastpref.kernels.chunks import Rows, chunk_rows, compact
-from fastpref.kernels.head import Head
-from fastpref.kernels.slices import (
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from ..chunks import Rows, chunk_rows, compact
+from ..head import Head
+from ..slices import (
     axes_of,
     gradient_like,
     known_or_nan,
@@ -18,8 +21,6 @@ from fastpref.kernels.slices import (
     vary,
     vary_alike,
 )
-from jax import Array
-from jaxtyping import Bool, Float, Int
 
 Carry = TypeVar("Carry")
 

@@ -1,0 +1,231 @@
+"""Typed face of the native core in csrc/. Columns, batchers, packing, tournament and pair_log alone import it.
+
+Every function raises TypeError or ValueError naming the argument, the rule and what it received, releases the GIL while
+it works, and returns read-only arrays at 64-byte aligned addresses that own their memory. Arrays given to a function
+must not be written to while it runs.
+"""
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+_Int32 = npt.NDArray[np.int32]
+_Int64 = npt.NDArray[np.int64]
+_Float32 = npt.NDArray[np.float32]
+_Int8 = npt.NDArray[np.int8]
+_Shapes = Sequence[tuple[int, int]]
+_RowShapes = Sequence[tuple[int, int, int]]
+
+class Column:
+    """Ragged rows of token ids: row i is values[offsets[i]:offsets[i + 1]]. Keeps `values`, copies `offsets`."""
+
+    def __init__(self, values: _Int32, offsets: _Int64, *, vocab_size: int | None = None) -> None: ...
+    def __len__(self) -> int: ...
+    def lengths(self) -> _Int32: ...
+
+def choose_shapes(
+    prompt_lengths: _Int32,
+    completion_lengths: _Int32,
+    *,
+    completions: int,
+    max_shapes: int,
+    multiple: int,
+    max_prompt: int,
+    max_completion: int,
+) -> list[tuple[int, int]]:
+    """At most `max_shapes` (at most 32) growing shapes with the fewest padded tokens; see csrc/plan.h.
+
+    `completion_lengths` is the longest completion of each record, empty when `completions` is 0.
+    """
+
+def assign_shapes(prompt_lengths: _Int32, completion_lengths: _Int32, shapes: _Shapes) -> _Int32:
+    """Index of the first shape that holds each record."""
+
+def plan_epoch(shape_of: _Int32, *, num_shapes: int, batch_size: int, seed: int, epoch: int) -> tuple[_Int64, _Int32]:
+    """Records [batches, batch_size] and shape [batches] of the batches of one epoch; see csrc/plan.h."""
+
+def gather(columns: Sequence[Column], rows: _Int64, width: int) -> tuple[_Int32, _Int32]:
+    """Tokens [rows, columns, width], zeros past the end, and lengths [rows, columns]."""
+
+@overload
+def take(values: _Float32, rows: _Int64) -> _Float32: ...
+@overload
+def take(values: _Int64, rows: _Int64) -> _Int64: ...
+def encode_state(
+    batches: int,
+    *,
+    fingerprint: bytes,
+    records: int,
+    seed: int,
+    batch_size: int,
+    completions: int,
+    shapes: _Shapes,
+) -> bytes:
+    """At most 336 bytes: how many batches were handed out, and of what."""
+
+def decode_state(
+    state: bytes,
+    *,
+    fingerprint: bytes,
+    records: int,
+    seed: int,
+    batch_size: int,
+    completions: int,
+    shapes: _Shapes,
+) -> int:
+    """The number of batches handed out; ValueError names what differs or that the bytes are damaged."""
+
+# The online side: tournament and pair log -----------------------------------------------------------------------------
+
+class Tournament:
+    """Knockout tournaments of `k` completions of each prompt, all in step; see csrc/tournament.h.
+
+    `classes` [prompts * k] says which completions of a prompt are identical.
+    """
+
+    def __init__(self, prompt_ids: _Int64, *, k: int, step: int, seed: int, classes: _Int32 | None = None) -> None: ...
+    def questions(self) -> tuple[_Int64, _Int32, _Int32]:
+        """Prompt index, first and second completion of each pair that must be compared now; none at the end."""
+
+    def answer(self, probabilities: _Float32) -> None:
+        """p(first beats second) of each question. After a ValueError the same questions stand."""
+
+    def results(self) -> tuple[_Int32, _Int32, _Float32, _Int8, _Int32]:
+        """Best, worst, p(best beats worst), outcome (an index of `judging.tournament.OUTCOMES`), pairs asked about."""
+
+class PairIndex:
+    """Answers of a pair log by what was asked; see csrc/pair_log.h."""
+
+    def __init__(self) -> None: ...
+    def __len__(self) -> int: ...
+    def scan(self, data: bytes, *, judge: bytes, seed: int, first_step: int) -> tuple[int, int]:
+        """Add what a file holds of this judge and seed; its number of records, and the end of what is whole."""
+
+    def add(
+        self,
+        step: int,
+        prompts: _Int64,
+        first_values: _Int32,
+        first_offsets: _Int64,
+        second_values: _Int32,
+        second_offsets: _Int64,
+        preference: _Float32,
+    ) -> None: ...
+    def find(
+        self,
+        step: int,
+        prompts: _Int64,
+        first_values: _Int32,
+        first_offsets: _Int64,
+        second_values: _Int32,
+        second_offsets: _Int64,
+    ) -> _Float32:
+        """The answer to each pair, NaN where there is none."""
+
+    def forget_before(self, step: int) -> None: ...
+
+def pair_header(judge: bytes, seed: int) -> tuple[bytes, int]:
+    """The beginning of a file, and what the checksum of its first record goes on from."""
+
+def encode_pairs(
+    chain: int,
+    step: int,
+    prompts: _Int64,
+    first_values: _Int32,
+    first_offsets: _Int64,
+    second_values: _Int32,
+    second_offsets: _Int64,
+    preference: _Float32,
+) -> tuple[bytes, int]:
+    """Records to append, and what the next one goes on from."""
+
+def decode_pairs(data: bytes) -> tuple[bytes, int, int, _Int64, _Int64, _Float32, _Int64, _Int32]:
+    """Judge, seed, end of what is whole; step, prompt, preference of N records; 2N lengths; their tokens in a row."""
+
+# Packed pairs.
+
+def pair_sizes(prompts: Column, first: Column, second: Column, *, layout: str) -> _Int32:
+    """Decoder and encoder places that each pair takes, [records, 2]."""
+
+def plan_pairs(
+    tokens: _Int32,
+    prompt_tokens: _Int32,
+    *,
+    shapes: _RowShapes,
+    max_pairs_per_row: int,
+    window: int,
+    seed: int,
+    epoch: int,
+) -> tuple[_Int32, _Int64, _Int64, int]:
+    """Rows and batches of one epoch of pairs that take `tokens` and `prompt_tokens` (or none); see csrc/pair_plan.h.
+
+    Returns the pairs row after row [pairs], where each row ends among them [rows], for each batch its first row, its
+    rows with pairs and its shape [batches, 3], and the hash of all that.
+    """
+
+def pack_step(
+    prompt_tokens: _Int32,
+    prompt_lengths: _Int32,
+    completion_tokens: _Int32,
+    completion_lengths: _Int32,
+    preference: _Float32,
+    ref_logps: _Float32,
+    scores: _Float32,
+    where: npt.NDArray[np.bool_],
+    ids: _Int64,
+    *,
+    layout: str,
+    decoder_start: int,
+    row_tokens: int,
+    prompt_row_tokens: int,
+    max_pairs_per_row: int,
+    row_counts: Sequence[int],
+) -> tuple[tuple[Any, ...], _Int32]:
+    """The fields of PackedPairs in order, and the slot of each pair, -1 for those left out."""
+
+class PairLoader:
+    """Packed batches in the order of the plan, assembled ahead by native threads. The arrays given must not change."""
+
+    def __init__(
+        self,
+        prompts: Column,
+        first: Column,
+        second: Column,
+        preference: _Float32,
+        ref_logps: _Float32,
+        ids: _Int64,
+        *,
+        layout: str,
+        decoder_start: int,
+        shapes: _RowShapes,
+        max_pairs_per_row: int,
+        window: int,
+        seed: int,
+        records: _Int32,
+        host: int,
+        hosts: int,
+        threads: int,
+        prefetch: int,
+        fingerprint: bytes,
+        tokenizer: bytes,
+        poison: bool = False,
+    ) -> None:
+        """`ref_logps` is flat or empty; `records` are those to pack, all where it is empty.
+
+        With `poison`, memory that came back is overwritten.
+        """
+
+    def next(self) -> tuple[Any, ...]:
+        """The fields of PackedPairs in order."""
+
+    def position(self) -> tuple[int, int, int]:
+        """Epoch, batches handed over in it, batches in it."""
+
+    def measure(self, epoch: int) -> tuple[int, int, int, int]:
+        """Batches and rows of an epoch, decoder places in them, and how many of those hold a token."""
+
+    def state(self) -> bytes: ...
+    def restore(self, state: bytes) -> None: ...
+    def close(self) -> None: ...

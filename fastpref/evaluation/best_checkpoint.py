@@ -1,0 +1,201 @@
+"""Choosing a checkpoint: all of a run, or of several, are compared with one baseline (IPO-MD paper, section 6.1)."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from fastpref.evaluation.side_by_side import draw
+from fastpref.evaluation.win_rates import WinRate, check_prompts, win_rate
+from fastpref.judging.protocol import Judge
+from fastpref.models import LanguageModel
+from fastpref.runs import checkpoints, plots, terminal
+from fastpref.runs.read_model import Model, locate, read_model, step_directory
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One checkpoint and how it did.
+
+    Args:
+      name: its path, or "model 0", "model 1", … for models that were passed.
+      run: the run directory, or None.
+      step: the step of the run, or None.
+      source: where it is read from.
+      win_rate: against the baseline.
+    """
+
+    name: str
+    run: str | None
+    step: int | None
+    source: Model
+    win_rate: WinRate
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Checkpoints by their win rate against one baseline, the best first.
+
+    The best of many is partly the luckiest: measure it again on other prompts before its win rate is reported.
+    """
+
+    candidates: Sequence[Candidate]
+
+    @property
+    def best(self) -> Candidate:
+        """The one with the highest win rate; of equals, the one that was given first."""
+        return self.candidates[0]
+
+    def table(self) -> None:
+        """Print the ranking."""
+        terminal.table(
+            f"Win rate against the baseline, {len(self.best.win_rate.prompts)} prompts",
+            ["checkpoint", "win rate", "95 % interval"],
+            [
+                [one.name, f"{one.win_rate.value:.3f}", f"{one.win_rate.low:.3f} to {one.win_rate.high:.3f}"]
+                for one in self.candidates
+            ],
+        )
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw win rate against step to a PNG file, a line for each run.
+
+        Raises:
+          ValueError: no candidate is a checkpoint of a run.
+        """
+        runs = sorted({one.run for one in self.candidates if one.run is not None})
+        if not runs:
+            raise ValueError(
+                f"a plot against steps needs checkpoints of a run, but received {len(self.candidates)} models. "
+                "Pass run directories."
+            )
+        curves = []
+        for run in runs:
+            steps = {one.step: one.win_rate for one in self.candidates if one.run == run and one.step is not None}
+            curves.append(
+                plots.Curve(
+                    label=run,
+                    x=sorted(steps),
+                    y=[steps[step].value for step in sorted(steps)],
+                    low=[steps[step].low for step in sorted(steps)],
+                    high=[steps[step].high for step in sorted(steps)],
+                )
+            )
+        return plots.plot_curves(
+            Path(path),
+            curves,
+            x_label="optimiser steps",
+            y_label="win rate",
+            title="Win rate against the baseline, 95 % intervals",
+            line=0.5,
+            logarithmic=False,
+        )
+
+    def save(self, directory: str | Path) -> None:
+        """Write `ranking.csv`, `records.jsonl` and, where there are runs, `ranking.png`, over what is there."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "ranking.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["checkpoint", "run", "step", "win_rate", "low", "high", "prompts"])
+            for one in self.candidates:
+                rate = one.win_rate
+                writer.writerow([one.name, one.run, one.step, rate.value, rate.low, rate.high, len(rate.prompts)])
+        lines = [
+            orjson.dumps({"checkpoint": one.name, **record}) + b"\n"
+            for one in self.candidates
+            for record in one.win_rate.records()
+        ]
+        (folder / "records.jsonl").write_bytes(b"".join(lines))
+        if any(one.run is not None for one in self.candidates):
+            self.plot(folder / "ranking.png")
+
+
+def select_checkpoint(
+    runs: Model | Sequence[Model],
+    baseline: Model,
+    prompts: Sequence[str],
+    judge: Judge,
+    *,
+    like: Model | None = None,
+    max_new_tokens: int,
+    max_prompt_tokens: int = 512,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Ranking:
+    """Compare every checkpoint with one baseline and rank them, as the IPO-MD paper chooses its checkpoints.
+
+    The baseline writes once. All checkpoints draw with the same noise, and all intervals share their resamples of the
+    prompts, so that differences between checkpoints vary less than each win rate. A run keeps its last
+    `keep_checkpoints` checkpoints: set that as large as the number that are to be compared.
+
+    Args:
+      runs: a run directory, of which every checkpoint is taken; or several of those, checkpoint directories, Hugging
+        Face directories and `LanguageModel`s.
+      baseline: what all are compared with; the paper takes a finished run of another method.
+      prompts: P texts of a validation split, at least 2.
+      judge: says p(first ≻ second).
+      like: a model of the architecture of the checkpoints; None for their run's final model or, where that is not yet
+        written, the baseline.
+      max_new_tokens: longest completion, EOS included.
+      max_prompt_tokens: longest prompt; longer ones keep their first tokens.
+      temperature: of the draws.
+      seed: of the draws.
+      batch_size: prompts decoded at once.
+
+    Returns:
+      `Ranking`.
+
+    Raises:
+      ValueError: fewer than 2 prompts, an empty one, no checkpoint, or one that is given twice.
+      FileNotFoundError: a run or checkpoint is not there.
+      CheckpointError: a checkpoint is damaged, or does not fit `like`.
+      JudgeError: see `judging.ask`.
+    """
+    check_prompts(prompts)
+    found = _candidates([runs] if isinstance(runs, LanguageModel | str | Path) else list(runs))
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "max_prompt_tokens": max_prompt_tokens,
+        "temperature": temperature,
+        "batch_size": batch_size,
+    }
+    against = read_model(baseline)
+    theirs = draw(against, prompts, stream=f"{seed} baseline", **settings)
+    ranked = []
+    for name, run, step, source in found:
+        model = read_model(source, like=like if like is not None or _finished(run) else against)
+        ours = draw(model, prompts, stream=f"{seed} policy", **settings)
+        ranked.append(Candidate(name, run, step, source, win_rate(prompts, ours, theirs, judge)))
+    return Ranking(sorted(ranked, key=lambda one: -one.win_rate.value))
+
+
+def _finished(run: str | None) -> bool:
+    return run is not None and any((Path(run) / name).is_dir() for name in ("policy", "model"))
+
+
+def _candidates(sources: Sequence[Model]) -> list[tuple[str, str | None, int | None, Model]]:
+    """Name, run directory, step and source of each, all known to be there."""
+    found: list[tuple[str, str | None, int | None, Model]] = []
+    for number, source in enumerate(sources):
+        if isinstance(source, LanguageModel):
+            found.append((f"model {number}", None, None, source))
+        elif steps := checkpoints.steps(Path(source) / "checkpoints"):
+            places = [(step, step_directory(source, step)) for step in steps]
+            found += [(str(place), str(source), step, place) for step, place in places]
+        else:
+            place = locate(source)
+            is_checkpoint = (place / "manifest").is_file()
+            run, step = (str(place.parent.parent), int(place.name)) if is_checkpoint else (None, None)
+            found.append((str(source), run, step, place))
+    names = [name for name, *_ in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"a checkpoint must be given once, but {twice[0]!r} is given {names.count(twice[0])} times.")
+    if not found:
+        raise ValueError(
+            "a ranking needs at least one checkpoint, but received an empty list. Give a run directory, for one."
+        )
+    return found

@@ -1,0 +1,248 @@
+"""Held-out evaluation during a run: win rate, distance from the reference, lengths, agreement with the judge."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from fastpref.evaluation.win_rates import both_orders, summarise
+from fastpref.judging.protocol import Judge
+from fastpref.kernels import Head, token_logprobs
+from fastpref.kernels.chunks import chunk_rows, compact
+from fastpref.method.config import TrainConfig
+from fastpref.method.errors import ConfigError
+from fastpref.models import LanguageModel
+from fastpref.models.policy import Policy
+from fastpref.runs.metrics import ended
+from fastpref.sampling.generate import Written, write
+
+
+class Distances(NamedTuple):
+    """What two models make of the same tokens, float32, 0 where a token does not count."""
+
+    kl: Float[Array, "..."]
+    """KL(π(·|x, y_<t) ‖ π_ref(·|x, y_<t)) in nats, summed over the whole vocabulary."""
+    entropy: Float[Array, "..."]
+    """Entropy of π(·|x, y_<t) in nats."""
+
+
+def exact_kl(
+    policy: Policy,
+    ref: Policy,
+    prompt_tokens: Int[Array, "P S"],
+    prompt_mask: Bool[Array, "P S"],
+    completion_tokens: Int[Array, "P K T"],
+    completion_mask: Bool[Array, "P K T"],
+    *,
+    chunk: int | None = None,
+) -> Distances:
+    """KL(π ‖ π_ref) and the entropy of π at every token of given completions. Traceable: call it under `jax.jit`.
+
+    Summed along completions that π wrote, the KL has the mean of log π(y) − log π_ref(y) and less variance: it is that
+    estimate with each token's draw integrated out.
+
+    Args:
+      policy: π.
+      ref: π_ref, of the same vocabulary.
+      prompt_tokens: token ids, shape [P, S].
+      prompt_mask: True where a prompt token is real, shape [P, S].
+      completion_tokens: token ids, shape [P, K, T].
+      completion_mask: True where a completion token is real, shape [P, K, T]; the others cost nothing.
+      chunk: tokens whose [chunk, V] logits are alive at once; None for 32 MiB of them.
+
+    Returns:
+      `Distances` of shape [P, K, T].
+
+    Raises:
+      ValueError: the two heads have different numbers of rows.
+    """
+    shape = completion_tokens.shape
+    hidden, ref_hidden = (
+        model.hidden_states(prompt_tokens, prompt_mask, completion_tokens).reshape(completion_tokens.size, -1)
+        for model in (policy, ref)
+    )
+    found = _distances(hidden, policy.head(), ref_hidden, ref.head(), completion_mask.reshape(-1), chunk)
+    return Distances(*(values.reshape(shape) for values in found))
+
+
+def _distances(
+    hidden: Float[Array, "N Dp"],
+    head: Head,
+    ref_hidden: Float[Array, "N Dr"],
+    ref_head: Head,
+    where: Bool[Array, " N"],
+    chunk: int | None,
+) -> Distances:
+    if head.vocab_size != ref_head.vocab_size:
+        raise ValueError(
+            "a policy and its reference must have one vocabulary, but their heads have "
+            f"{head.vocab_size} and {ref_head.vocab_size} rows. Use the model that the policy was trained from."
+        )
+    size = chunk_rows(len(where), head.vocab_size, chunk)
+    rows = compact(where, size)
+
+    def measure(index: Int[Array, " C"]) -> Distances:
+        logps = jax.nn.log_softmax(head.logits(hidden[index]))
+        ref_logps = jax.nn.log_softmax(ref_head.logits(ref_hidden[index]))
+        probabilities = jnp.exp(logps)
+        return Distances((probabilities * (logps - ref_logps)).sum(1), -(probabilities * logps).sum(1))
+
+    def step(start: Int[Array, ""]) -> Distances:
+        index = jax.lax.dynamic_slice_in_dim(rows.order, start, size)
+        nothing = jnp.zeros(size, jnp.float32)
+        found: Distances = jax.lax.cond(start < rows.total, measure, lambda index: Distances(nothing, nothing), index)
+        return found
+
+    starts = jnp.arange(-(-len(where) // size), dtype=jnp.int32) * size
+    found: Distances = jax.lax.map(step, starts)
+    position = jnp.arange(starts.size * size)
+    place = jnp.where(position < rows.total, rows.order[: starts.size * size], len(where))
+    blank = jnp.zeros(len(where), jnp.float32)
+    return Distances(*(blank.at[place].set(values.reshape(-1), mode="drop") for values in found))
+
+
+@partial(jax.jit, static_argnames=("definition", "ref_definition"))
+def _along(
+    definition: Any, params: Any, ref_definition: Any, ref_params: Any, *written: Array
+) -> tuple[Float[Array, "P K"], Float[Array, "P K"]]:
+    """KL and entropy, summed along each completion."""
+    prompt_tokens, prompt_mask, tokens, mask = _masked(*written)
+    found = exact_kl(
+        nnx.merge(definition, params), nnx.merge(ref_definition, ref_params), prompt_tokens, prompt_mask, tokens, mask
+    )
+    return found.kl.sum(-1), found.entropy.sum(-1)
+
+
+@partial(jax.jit, static_argnames=("definition",))
+def _logps(definition: Any, params: Any, *written: Array) -> Float[Array, "P K"]:
+    """Teacher-forced log π(y | x)."""
+    policy: Policy = nnx.merge(definition, params)
+    prompt_tokens, prompt_mask, tokens, mask = _masked(*written)
+    hidden = policy.hidden_states(prompt_tokens, prompt_mask, tokens).reshape(tokens.size, -1)
+    logps = token_logprobs(hidden, policy.head(), tokens.reshape(-1), where=mask.reshape(-1))
+    return logps.reshape(tokens.shape).sum(-1)
+
+
+def _masked(
+    prompt_tokens: Int[Array, "P S"],
+    prompt_lengths: Int[Array, " P"],
+    tokens: Int[Array, "P K T"],
+    lengths: Int[Array, "P K"],
+) -> tuple[Array, Array, Array, Array]:
+    return (
+        prompt_tokens,
+        jnp.arange(prompt_tokens.shape[1])[None, :] < prompt_lengths[:, None],
+        tokens,
+        jnp.arange(tokens.shape[2])[None, None, :] < lengths[:, :, None],
+    )
+
+
+class _References(NamedTuple):
+    """What the reference wrote to the held-out prompts, and what the judge and the reference itself say of it."""
+
+    pairs: tuple[Written, Written]
+    first: list[str]
+    preference: Float[np.ndarray, " P"]
+    ref_logps: tuple[Float[np.ndarray, " P"], ...]
+
+
+class HeldOut:
+    """Held-out comparisons of a changing policy with its reference.
+
+    The reference writes two completions to each prompt once: the first is what the policy is compared with, and the
+    judge's preference between the two is what the policy's own log-ratio is held against.
+
+    Args:
+      ref: π_ref.
+      prompts: held-out prompts, at least 2 where `config.eval_every` asks for evaluation.
+      judge: says p(first ≻ second).
+      config: lengths, temperature and batch size of the run.
+
+    Raises:
+      ConfigError: too few prompts.
+    """
+
+    def __init__(self, ref: LanguageModel, prompts: list[str], judge: Judge, config: TrainConfig) -> None:
+        if config.eval_every and len(prompts) < 2:
+            raise ConfigError(
+                f"eval_every={config.eval_every} needs at least 2 eval_prompts, but received {len(prompts)}. "
+                "Pass held-out prompts, or set eval_every=0."
+            )
+        self._ref, self._prompts, self._judge, self._config = ref, prompts, judge, config
+        self._rows = min(2 * config.batch_size, max(len(prompts), 1))
+        self._baseline: _References | None = None
+
+    def measure(self, policy: LanguageModel) -> dict[str, float]:
+        """Metrics of the policy as it is now, under `eval/`; `fastpref.runs.metrics` says what they mean.
+
+        Raises:
+          JudgeError: see `judging.ask`.
+        """
+        if self._baseline is None:
+            self._baseline = self._references()
+        pairs, baseline, preference, ref_logps = self._baseline
+        written = self._write(policy, seed=0)
+        texts = [text for (text,) in written.texts]
+        rate = summarise(self._prompts, texts, baseline, both_orders(self._judge, self._prompts, texts, baseline))
+        definition, params = nnx.split(policy.module)
+        kl, entropy = self._batched(partial(_along, definition, params, *nnx.split(self._ref.module)), written)
+        # Both from the same computation, so that a policy that is the reference ties exactly.
+        first, second = (self._score(policy, side) - logps for side, logps in zip(pairs, ref_logps, strict=True))
+        differ = (pairs[0].tokens != pairs[1].tokens).any((1, 2))
+        agreed = (1 + np.sign(first - second) * np.sign(preference - 0.5)) / 2
+        tokens = float(written.lengths.sum())
+        return {
+            "eval/win_rate": rate.value,
+            "eval/win_rate_low": rate.low,
+            "eval/win_rate_high": rate.high,
+            "eval/kl": float((written.policy_logps - written.ref_logps).mean()),
+            "eval/kl_exact": float(kl.mean()),
+            "eval/kl_per_token": float(kl.sum() / tokens),
+            "eval/entropy": float(entropy.sum() / tokens),
+            "eval/mean_length": float(written.lengths.mean()),
+            "eval/eos_rate": float(ended(written.tokens, written.lengths, policy.tokenizer.eos_id).mean()),
+            "eval/agreement": float(agreed[differ].mean()) if differ.any() else float("nan"),
+        }
+
+    def _references(self) -> _References:
+        # Two calls of one program: with two completions at once it would be another, compiled for this alone.
+        pairs = self._write(self._ref, seed=1), self._write(self._ref, seed=2)
+        first, second = ([text for (text,) in side.texts] for side in pairs)
+        preference = both_orders(self._judge, self._prompts, first, second)
+        return _References(pairs, first, preference, tuple(self._score(self._ref, side) for side in pairs))
+
+    def _write(self, model: LanguageModel, *, seed: int) -> Written:
+        return write(
+            model,
+            self._prompts,
+            ref=self._ref,
+            seed=seed,
+            max_new_tokens=self._config.max_new_tokens,
+            max_prompt_tokens=self._config.max_prompt_tokens,
+            temperature=self._config.temperature,
+            batch_size=self._rows,
+        )
+
+    def _score(self, model: LanguageModel, written: Written) -> Float[np.ndarray, " P"]:
+        definition, params = nnx.split(model.module)
+        (logps,) = self._batched(lambda *batch: (_logps(definition, params, *batch),), written)
+        return logps[:, 0]
+
+    def _batched(
+        self, measure: Callable[..., tuple[Array, ...]], written: Written
+    ) -> tuple[Float[np.ndarray, "P K"], ...]:
+        """Call `measure` on batches of one shape, the last filled up, and join what it finds."""
+        arrays = (written.prompt_tokens, written.prompt_lengths, written.tokens, written.lengths)
+        count = len(written.lengths)
+        filled = np.arange(-(-count // self._rows) * self._rows) % count
+        found = [
+            measure(*(array[filled[start : start + self._rows]] for array in arrays))
+            for start in range(0, count, self._rows)
+        ]
+        return tuple(np.concatenate([np.asarray(part) for part in parts])[:count] for parts in zip(*found, strict=True))

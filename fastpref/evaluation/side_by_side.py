@@ -1,0 +1,175 @@
+"""Side-by-side evaluation: policies write to held-out prompts, and a judge compares what they wrote."""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from fastpref.evaluation.win_rates import WinRate, WinRates, both_orders, check_prompts, summarise, tabulate
+from fastpref.judging.protocol import Judge
+from fastpref.models import LanguageModel
+from fastpref.runs.read_model import Model, locate, read_model
+from fastpref.sampling.generate import write
+
+Policies = Mapping[str, Model | Sequence[Model]] | Sequence[Model]
+"""Policies by name; several models under one name are runs of one method with different seeds."""
+
+
+def compare(
+    policy: Model,
+    baseline: Model,
+    prompts: Sequence[str],
+    judge: Judge,
+    *,
+    max_new_tokens: int,
+    max_prompt_tokens: int = 512,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> WinRate:
+    """Let two policies write to the same held-out prompts and compare them side by side.
+
+    Args:
+      policy: the policy that is evaluated: a `LanguageModel`, a Hugging Face directory, a run directory, a checkpoint.
+      baseline: what it is compared with, usually the reference.
+      prompts: P texts that neither was trained on, at least 2; of conversations, what
+        `fastpref.data.read_prompts` makes of them with a policy's tokenizer.
+      judge: says p(first ≻ second).
+      max_new_tokens: longest completion, EOS included.
+      max_prompt_tokens: longest prompt; longer ones keep their first tokens.
+      temperature: of the draws.
+      seed: of the draws; the two policies draw with different noise.
+      batch_size: prompts decoded at once.
+
+    Raises:
+      ValueError: fewer than 2 prompts, or an empty one.
+      FileNotFoundError: there is no such model.
+      JudgeError: see `judging.ask`.
+    """
+    found = evaluate(
+        {"policy": policy, "baseline": baseline},
+        prompts,
+        judge,
+        max_new_tokens=max_new_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+        temperature=temperature,
+        seeds=(seed,),
+        batch_size=batch_size,
+    )
+    ((ours,), (theirs,)) = found.texts
+    return summarise(prompts, ours, theirs, found.preference["policy", "baseline"][0])
+
+
+def evaluate(
+    policies: Policies,
+    prompts: Sequence[str],
+    judge: Judge,
+    *,
+    max_new_tokens: int,
+    max_prompt_tokens: int = 512,
+    temperature: float = 1.0,
+    seeds: Sequence[int] = (0, 1, 2),
+    batch_size: int = 64,
+) -> WinRates:
+    """Let any number of policies write to the same held-out prompts, and compare each with each, side by side.
+
+    The draws of a model depend on the sampling seed and on its name, not on the other policies. With several models
+    under one name, every model of one is compared with every model of the other, under each sampling seed: with 3
+    models each and one seed, value and deviation are those of the IPO-MD paper's Table 2.
+
+    Args:
+      policies: at least 2, by name or as a list: `LanguageModel`s, Hugging Face directories, run directories or
+        checkpoints; or a list of those under one name. Models are read one at a time. A list names directories by
+        their path and models "policy 0", "policy 1", …
+      prompts: P texts that none was trained on, at least 2; of conversations, what
+        `fastpref.data.read_prompts` makes of them with a policy's tokenizer.
+      judge: says p(first ≻ second).
+      max_new_tokens: longest completion, EOS included.
+      max_prompt_tokens: longest prompt; longer ones keep their first tokens.
+      temperature: of the draws.
+      seeds: sampling seeds, different ones.
+      batch_size: prompts decoded at once.
+
+    Raises:
+      ValueError: fewer than 2 policies or prompts, an empty prompt, a name or seed given twice.
+      FileNotFoundError: there is no such model.
+      JudgeError: see `judging.ask`.
+    """
+    # All before anything is written, which may take long.
+    check_prompts(prompts)
+    named = name_policies(policies)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be different, at least one, but received {list(seeds)}. Give each seed once.")
+    texts = {
+        name: [
+            draw(
+                read_model(model),
+                prompts,
+                stream=f"{seed} {number} {name}",
+                max_new_tokens=max_new_tokens,
+                max_prompt_tokens=max_prompt_tokens,
+                temperature=temperature,
+                batch_size=batch_size,
+            )
+            for number, model in enumerate(models)
+            for seed in seeds
+        ]
+        for name, models in named.items()
+    }
+    pairs = {
+        (one, other): [
+            (first * len(seeds) + seed, second * len(seeds) + seed)
+            for first, second, seed in product(range(len(named[one])), range(len(named[other])), range(len(seeds)))
+        ]
+        for one, other in combinations(named, 2)
+    }
+    preference = {
+        (one, other): np.stack([both_orders(judge, prompts, texts[one][i], texts[other][j]) for i, j in drawn])
+        for (one, other), drawn in pairs.items()
+    }
+    value, low, high, deviation = tabulate(list(named), preference)
+    return WinRates(list(named), prompts, list(texts.values()), preference, pairs, value, low, high, deviation)
+
+
+def name_policies(policies: Policies) -> dict[str, list[Model]]:
+    """The models of each policy by name, each known to be there.
+
+    Raises:
+      ValueError: fewer than 2, none under a name, or a name given twice.
+      FileNotFoundError: there is no such model.
+    """
+    if not isinstance(policies, Mapping):
+        listed = [
+            (f"policy {number}" if isinstance(model, LanguageModel) else str(model), model)
+            for number, model in enumerate(policies)
+        ]
+        names = [name for name, _ in listed]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(
+                f"policies must have different names, but received {twice[0]!r} {names.count(twice[0])} times. "
+                "Pass a mapping from names of your own."
+            )
+        policies = dict(listed)
+    if len(policies) < 2:
+        raise ValueError(
+            f"a comparison needs at least 2 policies, but received {len(policies)}. "
+            "Add a baseline, such as the reference."
+        )
+    named: dict[str, list[Model]] = {}
+    for name, models in policies.items():
+        named[name] = [models] if isinstance(models, LanguageModel | str | Path) else list(models)
+        if not named[name]:
+            raise ValueError(f"a policy must have at least one model, but {name!r} has none. Leave the name out.")
+        for model in named[name]:
+            if not isinstance(model, LanguageModel):
+                locate(model)
+    return named
+
+
+def draw(model: LanguageModel, prompts: Sequence[str], *, stream: str, **settings: Any) -> list[str]:
+    """One completion of each prompt; the text `stream` names the noise. `settings` are those of `write`."""
+    seed = xxhash.xxh32_intdigest(stream.encode()) >> 1
+    return [text for (text,) in write(model, prompts, seed=seed, **settings).texts]

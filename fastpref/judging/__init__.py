@@ -1,0 +1,1 @@
+"""Judging: judges, preference and reward models, the pairs of K completions, and the log of what was judged."""

@@ -1,0 +1,341 @@
+"""Preference and reward models: judges that are language models, trained here from recorded preferences."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orjson
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fastpref.models import LanguageModel, load, save
+from fastpref.models.policy import Policy
+from fastpref.sampling.generate import round_up
+
+SUMMARY_PROMPT = (
+    "You are an expert summary rater. Given a piece of text and two of its possible summaries, "
+    "output 1 or 2 to indicate which summary is better. "
+    "Text - {prompt}, Summary 1 - {first}, Summary 2 - {second} Preferred Summary -"
+)
+"""The papers' prompt for side-by-side comparison (IPO-MD, section 6)."""
+
+FIELDS = re.compile(r"(\{prompt\}|\{first\}|\{second\})")
+
+
+Row = tuple[tuple[int, ...], ...]
+"""Token ids of what is scored at once: a prompt and its completions."""
+
+
+def last_states(
+    policy: Policy,
+    prompt_tokens: Int[Array, "P S"],
+    prompt_lengths: Int[Array, " P"],
+    completion_tokens: Int[Array, "P K T"],
+    completion_lengths: Int[Array, "P K"],
+) -> Float[Array, "P K D"]:
+    """States right after the last token of each completion, shape [P, K, D]."""
+    mask = jnp.arange(prompt_tokens.shape[1])[None, :] < prompt_lengths[:, None]
+    # One more position, so that the state after the last token of a full-length completion exists.
+    padded = jnp.pad(completion_tokens, ((0, 0), (0, 0), (0, 1)))
+    hidden = policy.hidden_states(prompt_tokens, mask, padded)
+    return jnp.take_along_axis(hidden, completion_lengths[:, :, None, None], axis=2)[:, :, 0]
+
+
+def answer_margins(policy: Policy, answers: Int[Array, " 2"], *readings: Array) -> Float[Array, "P K"]:
+    """Logit of the first answer minus that of the second after each reading, shape [P, K], float32.
+
+    `readings` are the four arrays of `last_states`: a shared beginning, and K ways to go on.
+    """
+    states = last_states(policy, *readings)
+    head = policy.head()
+    pair = head.with_weight(jnp.take(head.weight, answers, axis=head.vocab_axis))
+    logits = pair.logits(states.reshape(-1, states.shape[-1]))
+    return (logits[:, 0] - logits[:, 1]).reshape(states.shape[:2])
+
+
+def rewards(module: "ScoredPolicy", *completions: Array) -> Float[Array, "P K"]:
+    """Scalar reward of each completion, read off its last state, shape [P, K], float32.
+
+    `completions` are the four arrays of `last_states`.
+    """
+    states = last_states(module.policy, *completions).astype(jnp.float32)
+    return (states * module.weight[...][None, None, :]).sum(-1)
+
+
+class ScoredPolicy(nnx.Module):
+    """A policy's body with a scalar head: weight of shape [D], zeros at the start."""
+
+    def __init__(self, policy: Any, width: int) -> None:
+        self.policy = policy
+        self.weight = nnx.Param(jnp.zeros(width, jnp.float32))
+
+
+def bradley_terry(margin: Float[Array, " N"], preference: Float[Array, " N"]) -> Float[Array, " N"]:
+    """Cross-entropy of σ(margin) with a soft label: −p·log σ(m) − (1 − p)·log σ(−m), shape [N] (IPO-MD, eq. 2)."""
+    return -preference * jax.nn.log_sigmoid(margin) - (1 - preference) * jax.nn.log_sigmoid(-margin)
+
+
+def probability(margin: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """σ(margin) in float32, such that probability(m) + probability(−m) is exactly 1."""
+    # Of the negative magnitude, whose exponential cannot overflow.
+    small = np.exp(-np.abs(margin.astype(np.float64)))
+    lower = (small / (1 + small)).astype(np.float32)
+    above: Float[np.ndarray, " N"] = np.where(margin >= 0, np.float32(1) - lower, lower).astype(np.float32)
+    return above
+
+
+@partial(jax.jit, static_argnames=("definition",))
+def _answer_margins(definition: Any, params: Any, answers: Array, *readings: Array) -> Array:
+    return answer_margins(nnx.merge(definition, params), answers, *readings)
+
+
+@partial(jax.jit, static_argnames=("definition",))
+def _rewards(definition: Any, params: Any, *completions: Array) -> Array:
+    return rewards(nnx.merge(definition, params), *completions)
+
+
+def _padded(rows: Sequence[Sequence[int]], multiple: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as [N, S] int32 with S a multiple, and their lengths."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.zeros((len(rows), round_up(max(1, int(lengths.max(initial=1))), multiple)), np.int32)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row
+    return tokens, lengths
+
+
+def _row(*parts: Sequence[int]) -> Row:
+    return tuple(tuple(part) for part in parts)
+
+
+def _arrays(rows: Sequence[Row]) -> tuple[np.ndarray, ...]:
+    """The four arrays of `last_states` of rows that are a prompt and K completions each."""
+    texts, lengths = _padded([text for row in rows for text in row[1:]])
+    shape = (len(rows), len(rows[0]) - 1)
+    return *_padded([row[0] for row in rows]), texts.reshape(*shape, -1), lengths.reshape(shape)
+
+
+def _score_distinct(
+    rows: Sequence[Row], score: Callable[[Sequence[Row]], np.ndarray], batch_size: int
+) -> Float[np.ndarray, " N"]:
+    """Score N rows in full batches, each distinct row once.
+
+    Rounding depends on the company that a row is scored in. So the batches follow from the set of rows alone, and
+    neither the order of a call nor a repetition in it can make two scores of a row differ.
+    """
+    distinct = sorted(set(rows), key=lambda row: ([len(tokens) for tokens in row], row))
+    scores: dict[Row, np.float32] = {}
+    for start in range(0, len(distinct), batch_size):
+        part = distinct[start : start + batch_size]
+        filled = part + part[:1] * (batch_size - len(part))
+        scores.update(zip(part, score(filled)[: len(part)], strict=True))
+    return np.array([scores[row] for row in rows], np.float32)
+
+
+@dataclass(frozen=True)
+class PreferenceModel:
+    """A language model that reads a text and two completions and whose answer's logit gives p(first ≻ second).
+
+    It is a `Judge`. With `symmetric`, both orders are read and their logits averaged, so that
+    p(y ≻ y') + p(y' ≻ y) is exactly 1.
+
+    Args:
+      model: the language model and its tokenizer.
+      template: the text to read, with {prompt}, {first} and {second}.
+      answers: the two words whose logits are compared; each must be a single token.
+      symmetric: average over the two orders.
+      max_tokens: longest beginning, up to the end of the prompt, which is shortened to fit.
+      batch_size: pairs judged at once.
+
+    Raises:
+      ValueError: a template without its three fields, or an answer that is not a single token.
+    """
+
+    model: LanguageModel
+    template: str = SUMMARY_PROMPT
+    answers: tuple[str, str] = ("1", "2")
+    symmetric: bool = True
+    max_tokens: int = 512
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        fields = FIELDS.findall(self.template)
+        if sorted(fields) != ["{first}", "{prompt}", "{second}"] or fields[0] != "{prompt}":
+            raise ValueError(
+                "a template must contain {prompt} and then {first} and {second}, each once, but received "
+                f"{self.template!r}. Write one such as SUMMARY_PROMPT."
+            )
+        self.answer_ids()
+
+    def answer_ids(self) -> Int[np.ndarray, " 2"]:
+        """Token ids of the two answers, shape [2]."""
+        ids = [tokens[:-1] for tokens in self.model.tokenizer.encode_completions(list(self.answers))]
+        for answer, tokens in zip(self.answers, ids, strict=True):
+            if len(tokens) != 1:
+                raise ValueError(
+                    f"an answer must be a single token, but {answer!r} is {len(tokens)} tokens. "
+                    "Choose answers that the tokenizer knows whole."
+                )
+        return np.array([tokens[0] for tokens in ids], np.int32)
+
+    def readings(
+        self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of what is read for each pair: up to the end of the prompt, and from there to the answer.
+
+        The two orders of a pair differ in the second part only, so the prompt is read once for both. An
+        encoder-decoder model reads the first part with its encoder and the second with its decoder.
+        """
+        tokenizer = self.model.tokenizer
+        before, after = self.template.split("{prompt}")
+        opened = tokenizer.encode_prompts([before + prompt for prompt in prompts])
+        for index, tokens in enumerate(opened):
+            if len(tokens) > self.max_tokens:
+                body = tokenizer.encode_completions([prompts[index]])[0][:-1]
+                kept = tokenizer.decode([body[: max(0, len(body) - len(tokens) + self.max_tokens)]])[0]
+                # Cutting text can add a token or two at the seam.
+                opened[index] = tokenizer.encode_prompts([before + kept])[0][: self.max_tokens]
+        pieces = FIELDS.split(after)
+        # Braces in the texts themselves must stay as they are, so the template is split, not formatted.
+        closed = [
+            "".join({"{first}": one, "{second}": two}.get(piece, piece) for piece in pieces)
+            for one, two in zip(first, second, strict=True)
+        ]
+        return opened, [tokens[:-1] for tokens in tokenizer.encode_completions(closed)]
+
+    def margins(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " P"]:
+        """Logit of "the first is better", shape [P], float32; antisymmetric where `symmetric`."""
+        definition, params = nnx.split(self.model.module)
+        answers = self.answer_ids()
+
+        def score(rows: Sequence[Row]) -> np.ndarray:
+            margins = np.asarray(_answer_margins(definition, params, answers, *_arrays(rows)))
+            return (margins[:, 0] - margins[:, 1]) / np.float32(2) if self.symmetric else margins[:, 0]
+
+        opened, forward = self.readings(prompts, first, second)
+        if not self.symmetric:
+            rows = [_row(*row) for row in zip(opened, forward, strict=True)]
+            return _score_distinct(rows, score, self.batch_size)
+        _, backward = self.readings(prompts, second, first)
+        # One canonical order, so that (y, y') and (y', y) are the same row and answered by exact opposites.
+        sign = [1 if one <= other else -1 for one, other in zip(forward, backward, strict=True)]
+        rows = [_row(prompt, *sorted(orders)) for prompt, *orders in zip(opened, forward, backward, strict=True)]
+        margin: Float[np.ndarray, " P"] = np.array(sign, np.float32) * _score_distinct(rows, score, self.batch_size)
+        return margin
+
+    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " P"]:
+        """p(first ≻ second | prompt), shape [P], float32."""
+        return probability(self.margins(prompts, first, second))
+
+    def save(self, path: str | Path) -> None:
+        """Write a Hugging Face directory with one more file, `preference_model.json`."""
+        (Path(path) / "preference_model.json").unlink(missing_ok=True)
+        save(self.model, path)
+        settings = {
+            "template": self.template,
+            "answers": list(self.answers),
+            "symmetric": self.symmetric,
+            "max_tokens": self.max_tokens,
+        }
+        (Path(path) / "preference_model.json").write_bytes(orjson.dumps(settings, option=orjson.OPT_INDENT_2))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PreferenceModel":
+        """Read what `save` wrote.
+
+        Raises:
+          ValueError: the directory holds no preference model.
+        """
+        settings = _read_settings(Path(path), "preference_model.json", "preference model")
+        settings["answers"] = tuple(settings["answers"])
+        return cls(load(path), **settings)
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A scalar reward r(x, y), as a judge by Bradley-Terry: p(y ≻ y') = σ(r(x, y) − r(x, y')) (IPO-MD, eq. 2).
+
+    Args:
+      model: the language model whose body is used, and its tokenizer.
+      module: the body with its scalar head.
+      max_prompt_tokens: longest prompt; longer ones keep their first tokens.
+      batch_size: completions scored at once.
+    """
+
+    model: LanguageModel
+    module: ScoredPolicy
+    max_prompt_tokens: int = 512
+    batch_size: int = 64
+
+    @classmethod
+    def from_model(cls, model: LanguageModel, **settings: int) -> "RewardModel":
+        """A reward model on a language model's body, its scalar head at zero."""
+        head = model.module.head()
+        width = head.weight.shape[1 - head.vocab_axis]
+        return cls(model, ScoredPolicy(nnx.clone(model.module), width), **settings)
+
+    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> Float[np.ndarray, " P"]:
+        """r(x, y) of each completion, shape [P], float32."""
+        tokenizer = self.model.tokenizer
+        read = [tokens[: self.max_prompt_tokens] for tokens in tokenizer.encode_prompts(list(prompts))]
+        written = tokenizer.encode_completions(list(completions))
+        definition, params = nnx.split(self.module)
+
+        def score(rows: Sequence[Row]) -> np.ndarray:
+            return np.asarray(_rewards(definition, params, *_arrays(rows)))[:, 0]
+
+        rows = [_row(*row) for row in zip(read, written, strict=True)]
+        return _score_distinct(rows, score, self.batch_size)
+
+    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " P"]:
+        """p(first ≻ second | prompt), shape [P], float32; the two orders add up to exactly 1."""
+        scores = self.scores([*prompts, *prompts], [*first, *second])
+        return probability(scores[: len(prompts)] - scores[len(prompts) :])
+
+    def save(self, path: str | Path) -> None:
+        """Write a Hugging Face directory with two more files: the scalar head and `reward_model.json`."""
+        for name in ("reward_model.json", "reward_head.safetensors"):
+            (Path(path) / name).unlink(missing_ok=True)
+        save(dataclasses.replace(self.model, module=self.module.policy), path)
+        save_file({"weight": np.asarray(self.module.weight[...])}, Path(path) / "reward_head.safetensors")
+        settings = {"max_prompt_tokens": self.max_prompt_tokens}
+        (Path(path) / "reward_model.json").write_bytes(orjson.dumps(settings, option=orjson.OPT_INDENT_2))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RewardModel":
+        """Read what `save` wrote.
+
+        Raises:
+          ValueError: the directory holds no reward model, or its scalar head is damaged.
+        """
+        settings = _read_settings(Path(path), "reward_model.json", "reward model")
+        try:
+            weight = load_file(Path(path) / "reward_head.safetensors")["weight"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ValueError(
+                f"{path} must hold a readable reward_head.safetensors, but reading it failed: {error}. "
+                "Copy the directory again or train the reward model again."
+            ) from error
+        result = cls.from_model(load(path), **settings)
+        result.module.weight[...] = jnp.asarray(weight)
+        return result
+
+
+def _read_settings(path: Path, name: str, kind: str) -> dict[str, Any]:
+    try:
+        settings: dict[str, Any] = orjson.loads((path / name).read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise ValueError(
+            f"a {kind} is a directory with a readable {name}, but reading {path / name} failed: {error}. "
+            f"Give a directory that a {kind}'s save() wrote."
+        ) from error
+    return settings

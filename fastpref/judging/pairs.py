@@ -1,0 +1,207 @@
+"""Which of the K completions of a prompt are learned from, and how they are judged.
+
+The loop asks for `select`; what a row of the table calls `pairs` is one function here.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from fastpref.judging import tournament
+from fastpref.judging.models import RewardModel, probability
+from fastpref.judging.pair_log import PairLog
+from fastpref.judging.protocol import Judge, Rewarder, ask, rate
+
+Compare = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""Prompts and two of their completions by number, [M] each, to p(first ≻ second), [M] float32."""
+
+
+DROPPED = {1: "worst_won", 2: "tie", 3: "identical", 4: "cyclic"}
+"""Metrics that count why a tournament's pair is not learned from, by the number of the outcome."""
+
+
+class Selection(NamedTuple):
+    """What is learned from the K completions of P prompts."""
+
+    chosen: Int[np.ndarray, "P C"]
+    """Numbers of y and, where there are two, y' among the K."""
+    judged: Float[np.ndarray, " P"]
+    """p(y ≻ y'); ½ where there is no y'."""
+    preference: Float[np.ndarray, " P"]
+    """The same as the loss takes it: 1 for pairs that won a tournament."""
+    scores: Float[np.ndarray, "P 2"]
+    """What a loss of single completions takes; else 0."""
+    where: Bool[np.ndarray, " P"]
+    """Whether a pair is learned from."""
+    metrics: dict[str, float]
+
+
+class Jury:
+    """Answers comparisons: ½ where two completions are the same tokens, else as the judge says.
+
+    Args:
+      judge: a judge, or a reward model: p(y ≻ y') is then σ(r(y) − r(y')), and every completion is scored once.
+      prompts: P texts.
+      texts: the K completions of each.
+      tokens: their token ids, [P, K, T].
+      lengths: how many of them are real, [P, K].
+      ids: names of the prompts, for the log and the draw of a tournament.
+      step: number of the step, for the same.
+      log: answers what it holds, and writes down what it does not before it is used; None to ask about everything.
+    """
+
+    def __init__(
+        self,
+        judge: Judge | Rewarder | None,
+        prompts: Sequence[str],
+        texts: Sequence[Sequence[str]],
+        tokens: Int[np.ndarray, "P K T"],
+        lengths: Int[np.ndarray, "P K"],
+        *,
+        ids: Int[np.ndarray, " P"],
+        step: int,
+        log: PairLog | None = None,
+    ) -> None:
+        self.judge, self.prompts, self.texts = judge, prompts, texts
+        self._tokens, self._lengths = tokens, lengths
+        self.ids, self.step, self._log = ids, step, log
+        self.classes = tournament.identical(tokens, lengths)
+        """Equal numbers, equal completions, [P, K]."""
+        self.asked = 0
+        """Comparisons that the judge was asked for."""
+        self._rewards: np.ndarray | None = None
+
+    def rewards(self) -> Float[np.ndarray, "P K"]:
+        """r(x, y) of every completion, asked for once."""
+        if not isinstance(self.judge, Rewarder):
+            raise TypeError(f"rewards need a judge with scores(prompts, completions), got {self.judge!r}")
+        if self._rewards is None:
+            prompts, completions = self.classes.shape
+            flat = rate(
+                self.judge,
+                [prompt for prompt in self.prompts for _ in range(completions)],
+                [text for row in self.texts for text in row],
+            )
+            self._rewards = flat.reshape(prompts, completions)
+        return self._rewards
+
+    def compare(
+        self, prompt: Int[np.ndarray, " M"], first: Int[np.ndarray, " M"], second: Int[np.ndarray, " M"]
+    ) -> Float[np.ndarray, " M"]:
+        """p(first ≻ second) of completions of prompts, all by number, in one call of the judge."""
+        preference = np.full(len(prompt), 0.5, np.float32)
+        different = self.classes[prompt, first] != self.classes[prompt, second]
+        prompt, first, second = (np.asarray(index)[different] for index in (prompt, first, second))
+        self.asked += len(prompt)
+        if not len(prompt):
+            return preference
+
+        def answer(missing: Int[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+            return self._ask(prompt[missing], first[missing], second[missing])
+
+        if self._log is None:
+            preference[different] = answer(np.arange(len(prompt)))
+        else:
+            one, other = self._rows(prompt, first), self._rows(prompt, second)
+            preference[different] = self._log.judge(self.step, self.ids[prompt], one, other, answer)
+        return preference
+
+    def _ask(
+        self, prompt: Int[np.ndarray, " M"], first: Int[np.ndarray, " M"], second: Int[np.ndarray, " M"]
+    ) -> Float[np.ndarray, " M"]:
+        if callable(self.judge) and not isinstance(self.judge, RewardModel):
+            return ask(
+                self.judge,
+                [self.prompts[at] for at in prompt],
+                [self.texts[at][which] for at, which in zip(prompt, first, strict=True)],
+                [self.texts[at][which] for at, which in zip(prompt, second, strict=True)],
+            )
+        rewards = self.rewards()
+        return probability(rewards[prompt, first] - rewards[prompt, second])
+
+    def _rows(self, prompt: Int[np.ndarray, " M"], which: Int[np.ndarray, " M"]) -> list[np.ndarray]:
+        return [self._tokens[at, k, : self._lengths[at, k]] for at, k in zip(prompt, which, strict=True)]
+
+
+def select(pairs: str, jury: Jury, *, seed: int, baseline: str = "none") -> Selection:
+    """Judge the completions and choose what is learned from.
+
+    Args:
+      pairs: see `algorithms.Algorithm`.
+      jury: judges the completions; it holds them.
+      seed: of the run, for the draw of a tournament.
+      baseline: of rewards; see `TrainConfig`.
+
+    Returns:
+      `Selection`.
+
+    Raises:
+      JudgeError: see `judging.ask` and `judging.rate`.
+    """
+    prompts, completions = jury.classes.shape
+    everyone = np.arange(prompts)
+    if pairs == "first" and completions == 1:
+        return _rewarded(jury, baseline)
+    if pairs == "tournament":
+        found = tournament.run(jury.compare, prompts, completions, jury.ids, jury.step, seed, classes=jury.classes)
+        chosen, preference, kept = np.stack([found.best, found.worst], 1), found.preference, found.kept
+        scores, label = np.zeros((prompts, 2), np.float32), np.ones(prompts, np.float32)
+    elif pairs == "win rates":
+        chosen, preference, scores = _by_win_rate(jury)
+        label, kept = preference, np.ones(prompts, bool)
+    else:
+        chosen = np.tile(np.arange(2), (prompts, 1))
+        preference = jury.compare(everyone, chosen[:, 0], chosen[:, 1])
+        scores = np.stack([preference - np.float32(0.5), np.float32(0.5) - preference], 1)
+        label, kept = preference, np.ones(prompts, bool)
+    best, worst = (jury.classes[everyone, chosen[:, which]] for which in (0, 1))
+    identical = best == worst
+    # Alone, y is also pulled back to the reference, whatever its opponent.
+    where = np.ones(prompts, bool) if pairs == "first" else kept & ~identical
+    metrics = {
+        "preference/mean": float(preference.mean()),
+        "preference/confidence": float(np.abs(preference - np.float32(0.5)).mean()),
+        "preference/comparisons": float(jury.asked),
+        "pairs/used": float(where.sum()),
+        "pairs/identical": float(identical.sum()),
+    }
+    if pairs == "tournament":
+        for code, reason in DROPPED.items():
+            metrics[f"pairs/{reason}"] = float((found.outcomes == code).sum())
+    return Selection(chosen, preference, label, scores, where, metrics)
+
+
+def _by_win_rate(jury: Jury) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Best and worst by p(y ≻ π_t), estimated from all K completions, y among them; p(best ≻ worst); both rates − ½."""
+    prompts, completions = jury.classes.shape
+    first, second = np.triu_indices(completions, 1)
+    prompt = np.repeat(np.arange(prompts), len(first))
+    asked = jury.compare(prompt, np.tile(first, prompts), np.tile(second, prompts)).reshape(prompts, -1)
+    beats = np.full((prompts, completions, completions), 0.5, np.float32)
+    beats[:, first, second] = asked
+    beats[:, second, first] = 1 - asked
+    rates = beats.mean(-1)
+    # The first of equals is the best, the last of equals the worst, so that they are two.
+    chosen = np.stack([rates.argmax(1), completions - 1 - rates[:, ::-1].argmin(1)], 1)
+    everyone = np.arange(prompts)
+    scores = np.take_along_axis(rates, chosen, 1) - np.float32(0.5)
+    return chosen, beats[everyone, chosen[:, 0], chosen[:, 1]], scores
+
+
+def _rewarded(jury: Jury, baseline: str) -> Selection:
+    rewards = jury.rewards()[:, 0]
+    prompts = len(rewards)
+    # Of the other completions alone: one's own reward in its baseline would bias the gradient.
+    others = (rewards.sum() - rewards) / np.float32(max(prompts - 1, 1))
+    score = rewards - others if baseline == "batch" else rewards
+    tie = np.full(prompts, 0.5, np.float32)
+    return Selection(
+        np.zeros((prompts, 1), np.int64),
+        tie,
+        tie,
+        np.stack([score, np.zeros_like(score)], 1),
+        np.ones(prompts, bool),
+        {"objective/scores": float(rewards.mean()), "pairs/used": float(prompts)},
+    )

@@ -1,0 +1,55 @@
+"""What the supervised trainings minimise: maximum likelihood, cross-entropy of answers, Bradley-Terry of rewards."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from fastpref.judging.models import answer_margins, bradley_terry, rewards
+from fastpref.kernels import token_logprobs
+
+Batch = dict[str, Array]
+Objective = Callable[[Any, Batch], tuple[Array, Array]]
+"""A module and a batch to the sum of its losses and their number, two scalars."""
+
+
+def _mask(lengths: Array, width: int) -> Array:
+    return jnp.expand_dims(jnp.arange(width), tuple(range(lengths.ndim))) < lengths[..., None]
+
+
+def token_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
+    """Sum of −log π over completion tokens, and how many there are: maximum likelihood."""
+    tokens = batch["completion_tokens"]
+    real = _mask(batch["completion_lengths"], tokens.shape[-1])
+    hidden = module.hidden_states(
+        batch["prompt_tokens"], _mask(batch["prompt_lengths"], batch["prompt_tokens"].shape[1]), tokens
+    )
+    logps = token_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]), module.head(), tokens.reshape(-1), where=real.reshape(-1)
+    )
+    return -logps.sum(), real.sum().astype(jnp.float32)
+
+
+def preference_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
+    """Sum of the cross-entropy of the answers with the recorded preferences, and the number of answers.
+
+    Completions 0 and 1 are the readings of a pair in its two orders. Where `symmetric` is true they give one answer.
+    """
+    margins = answer_margins(module, batch["answers"], *_readings(batch))
+    preference = batch["preference"]
+    apart = bradley_terry(margins[:, 0], preference) + bradley_terry(-margins[:, 1], preference)
+    together = 2 * bradley_terry((margins[:, 0] - margins[:, 1]) / 2, preference)
+    losses = jnp.where(batch["symmetric"], together, apart)
+    return losses.sum(), jnp.asarray(2 * losses.size, jnp.float32)
+
+
+def reward_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
+    """Sum of the Bradley-Terry cross-entropy of the reward difference, and the number of pairs."""
+    scores = rewards(module, *_readings(batch))
+    losses = bradley_terry(scores[:, 0] - scores[:, 1], batch["preference"])
+    return losses.sum(), jnp.asarray(losses.size, jnp.float32)
+
+
+def _readings(batch: Batch) -> tuple[Array, Array, Array, Array]:
+    return batch["prompt_tokens"], batch["prompt_lengths"], batch["completion_tokens"], batch["completion_lengths"]

@@ -1,0 +1,412 @@
+"""Three supervised objectives, one loop: the SFT starting point, the preference model and the reward model."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+
+from fastpref.data import (
+    ChatTemplate,
+    CompletionBatcher,
+    DropReport,
+    PaddedPairBatcher,
+    Record,
+    TokenRecords,
+    read_records,
+    tokenized,
+)
+from fastpref.data.batches import CompletionBatch
+from fastpref.judging.models import (
+    SUMMARY_PROMPT,
+    PreferenceModel,
+    RewardModel,
+)
+from fastpref.judging.protocol import agreement, columns_of
+from fastpref.learning import loop, optimizers
+from fastpref.learning.objectives import Batch, Objective, preference_loss, reward_loss, token_loss
+from fastpref.method.config import SupervisedConfig, to_json
+from fastpref.method.schedules import value_at
+from fastpref.models import LanguageModel, as_model, save
+from fastpref.runs import metrics, plots
+
+PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+
+Data = str | Path | Iterable[Mapping[str, Any]]
+"""A JSONL, Parquet or Arrow file, or records."""
+
+
+@partial(jax.jit, static_argnames=("definition", "objective", "optimizer"), donate_argnames=("params", "opt_state"))
+def _update(
+    definition: Any, params: Any, opt_state: Any, batch: Batch, *, objective: Objective, optimizer: Any
+) -> tuple[Any, Any, dict[str, Array]]:
+    def mean_loss(parameters: Any) -> Array:
+        total, count = objective(nnx.merge(definition, parameters), batch)
+        return total / jnp.maximum(count, 1.0)
+
+    loss, gradients = jax.value_and_grad(mean_loss)(params)
+    params, opt_state = optimizers.apply(optimizer, gradients, opt_state, params)
+    return params, opt_state, {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
+
+
+@partial(jax.jit, static_argnames=("definition", "objective"))
+def _measure(definition: Any, params: Any, batch: Batch, *, objective: Objective) -> tuple[Array, Array]:
+    return objective(nnx.merge(definition, params), batch)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What the supervised trainings return.
+
+    Args:
+      model: the trained `LanguageModel`, `PreferenceModel` or `RewardModel`: the best by the held-out criterion, or
+        the last where nothing is held out.
+      metrics: one mapping for each step made in this process.
+      held_out: the held-out criterion of the returned model, or None.
+      report: what became of the records.
+    """
+
+    model: Any
+    metrics: list[dict[str, float]]
+    held_out: float | None
+    report: DropReport
+
+
+def _fit(
+    module: Any,
+    objective: Objective,
+    source: loop.Source,
+    read: Callable[[], Mapping[str, Any]],
+    config: SupervisedConfig,
+    *,
+    validate: Callable[[Any], float] | None,
+    criterion: str,
+    optimizer: optax.GradientTransformation | None,
+    run_dir: str | Path | None,
+    description: str,
+    quiet: bool,
+) -> tuple[Any, list[dict[str, float]], float | None]:
+    """Minimise an objective over batches from `read`; keep the best module by `validate`."""
+    chain = optimizers.build(config) if optimizer is None else optimizer
+    definition, start = nnx.split(module)
+    sign = 1.0 if metrics.METRICS[criterion].better == "higher" else -1.0
+
+    def copy(tree: Any) -> Any:
+        # The update donates its buffers, and others still need theirs.
+        return jax.tree.map(jnp.copy, tree)
+
+    def advance(done: int, arrays: Any) -> loop.Outcome:
+        params, opt_state, best, best_value = arrays
+        params, opt_state, measured = _update(
+            definition, params, opt_state, dict(read()), objective=objective, optimizer=chain
+        )
+        metrics = {name: float(value) for name, value in measured.items()}
+        metrics["learning_rate"] = value_at(config.learning_rate, done)
+        if validate is not None and ((done + 1) % config.eval_every == 0 or done + 1 == config.steps):
+            metrics[criterion] = validate(nnx.merge(definition, params))
+            if sign * metrics[criterion] > float(best_value):
+                best, best_value = copy(params), jnp.asarray(sign * metrics[criterion], jnp.float32)
+        return loop.Outcome((params, opt_state, best, best_value), metrics)
+
+    settings = to_json(config)
+    folder = None if run_dir is None else Path(run_dir)
+    params = copy(start)
+    (params, _, best, best_value), history = loop.drive(
+        advance,
+        (params, optimizers.initial_state(chain, params), copy(start), jnp.asarray(-jnp.inf, jnp.float32)),
+        source,
+        steps=config.steps,
+        journal=loop.Journal(
+            run_dir=folder,
+            settings=settings,
+            fingerprint={
+                **loop.lasting(settings),
+                "model": loop.digest(start),
+                "objective": description,
+                "optimizer": config.optimizer if optimizer is None else "passed as an object",
+            },
+            checkpoint_every=config.checkpoint_every,
+            keep_checkpoints=config.keep_checkpoints,
+        ),
+        description=description,
+        quiet=quiet,
+    )
+    if folder is not None:
+        plots.plot_supervised(folder)
+    if validate is None:
+        return nnx.merge(definition, params), history, None
+    return nnx.merge(definition, best), history, sign * float(best_value)
+
+
+def _arrays(batch: CompletionBatch) -> dict[str, Any]:
+    return {entry.name: getattr(batch, entry.name) for entry in dataclasses.fields(batch) if entry.name != "ids"}
+
+
+def _tokens(
+    data: Data,
+    model: LanguageModel,
+    columns: Sequence[str],
+    config: SupervisedConfig,
+    cache: str | Path | None = None,
+) -> tuple[TokenRecords, DropReport]:
+    return tokenized(
+        data,
+        model.tokenizer,
+        columns=columns,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_completion_tokens=config.max_completion_tokens,
+        cache=cache,
+        vocab_size=model.module.vocab_size,
+        overlong=config.overlong,
+        on_bad_record=config.on_bad_record,
+        template=ChatTemplate.find(model.tokenizer),
+    )
+
+
+def _pairs(data: Data, model: LanguageModel, config: SupervisedConfig) -> tuple[list[Record], DropReport]:
+    template = ChatTemplate.find(model.tokenizer)
+    return read_records(data, columns=PAIR_COLUMNS, on_bad_record=config.on_bad_record, template=template)
+
+
+def sft(
+    policy: LanguageModel | str | Path,
+    data: Data,
+    config: SupervisedConfig | None = None,
+    *,
+    held_out: Data = (),
+    run_dir: str | Path | None = None,
+    cache: str | Path | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    quiet: bool = False,
+) -> FitResult:
+    """Fine-tune a language model on recorded completions: the starting point and reference of `train`.
+
+    The loss is the mean of −log π over completion tokens, EOS included; prompts are read, not learned.
+
+    Args:
+      policy: a `LanguageModel`, or the directory of a Hugging Face checkpoint. It is not changed.
+      data: records with `prompt` and `completion`: a JSONL, Parquet or Arrow file, or an iterable of mappings. Messages
+        may stand for text, as in `train`.
+      config: settings.
+      held_out: records of the same form; the model with the lowest loss on them is returned.
+      run_dir: where config, metrics, checkpoints, plots and the model are written; the same call goes on from there.
+      cache: a directory that keeps the tokens of `data`, so that the next run maps them.
+      optimizer: any optax transformation, instead of the one that the config names.
+      quiet: show no progress bar.
+
+    Returns:
+      `FitResult`; its criterion is `eval/loss`, in nats per token.
+
+    Raises:
+      ConfigError: a setting breaks its rule.
+      DataError: a record cannot be used, or none is left.
+      CheckpointError: the run directory holds another run.
+    """
+    config = SupervisedConfig() if config is None else config
+    model = as_model(policy)
+    tokens, report = _tokens(data, model, ("prompt", "completion"), config, cache)
+    checks, held = _tokens(held_out, model, ("prompt", "completion"), config)
+
+    def batches(of: TokenRecords) -> CompletionBatcher:
+        return CompletionBatcher(
+            of.prompts,
+            *of.completions,
+            ids=of.ids,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_completion_tokens=config.max_completion_tokens,
+            max_shapes=config.max_shapes,
+        )
+
+    with batches(tokens) as batcher:
+
+        def validate(module: Any) -> float:
+            definition, params = nnx.split(module)
+            with batches(checks) as each:
+                sums = [_measure(definition, params, _arrays(batch), objective=token_loss) for batch in each.in_order()]
+            total, count = (sum(float(part[which]) for part in sums) for which in (0, 1))
+            return total / count
+
+        module, metrics, best = _fit(
+            model.module,
+            token_loss,
+            batcher,
+            lambda: _arrays(next(batcher)),
+            config,
+            validate=validate if held.read else None,
+            criterion="eval/loss",
+            optimizer=optimizer,
+            run_dir=run_dir,
+            description="sft",
+            quiet=quiet,
+        )
+    tuned = dataclasses.replace(model, module=module)
+    if run_dir is not None:
+        save(tuned, Path(run_dir) / "model")
+    return FitResult(tuned, metrics, best, report)
+
+
+def fit_preference_model(
+    model: LanguageModel | str | Path,
+    data: Data,
+    config: SupervisedConfig | None = None,
+    *,
+    held_out: Data = (),
+    template: str = SUMMARY_PROMPT,
+    answers: tuple[str, str] = ("1", "2"),
+    symmetric: bool = True,
+    run_dir: str | Path | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    quiet: bool = False,
+) -> FitResult:
+    """Train a language model to say which of two completions is better.
+
+    Every pair is read in both orders, its prompt once; the loss is the cross-entropy of the answer with the recorded
+    preference, hard or soft.
+
+    Args:
+      model: where to start; a `LanguageModel` or the directory of a checkpoint. It is not changed.
+      data: records with `prompt`, `chosen`, `rejected` and optionally `preference`, in a file or an iterable; messages
+        may stand for text, as in `train`.
+      config: settings; `max_prompt_tokens` limits a reading up to the end of the prompt, which is shortened to fit.
+      held_out: records of the same form; the model with the highest agreement with them is returned.
+      template: the text to read, with {prompt}, {first} and {second}.
+      answers: the two words whose logits are compared.
+      symmetric: average over both orders when judging.
+      run_dir: where everything is written; the same call goes on from there.
+      optimizer: any optax transformation, instead of the one that the config names.
+      quiet: show no progress bar.
+
+    Returns:
+      `FitResult` with a `PreferenceModel`; its criterion is `eval/accuracy`: agreement, ties counted as half.
+
+    Raises:
+      ConfigError: a setting breaks its rule.
+      DataError: a record cannot be used, or none is left.
+      ValueError: a template or answers that cannot be used.
+      CheckpointError: the run directory holds another run.
+    """
+    config = SupervisedConfig() if config is None else config
+    judge = PreferenceModel(
+        as_model(model), template, answers, symmetric=symmetric, max_tokens=config.max_prompt_tokens
+    )
+    records, report = _pairs(data, judge.model, config)
+    checks, _ = _pairs(held_out, judge.model, config)
+    prompts, chosen, rejected, preference = columns_of(records)
+    opened, forward = judge.readings(prompts, chosen, rejected)
+    _, backward = judge.readings(prompts, rejected, chosen)
+    constants = {"answers": judge.answer_ids(), "symmetric": np.asarray(symmetric)}
+    with PaddedPairBatcher(
+        opened,
+        forward,
+        backward,
+        preference,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_completion_tokens=max(map(len, forward + backward), default=1),
+        max_shapes=config.max_shapes,
+        vocab_size=judge.model.module.vocab_size,
+    ) as batcher:
+
+        def with_module(module: Any) -> PreferenceModel:
+            return dataclasses.replace(judge, model=dataclasses.replace(judge.model, module=module))
+
+        module, metrics, best = _fit(
+            judge.model.module,
+            preference_loss,
+            batcher,
+            lambda: _arrays(next(batcher)) | constants,
+            config,
+            validate=(lambda module: agreement(with_module(module), checks)) if checks else None,
+            criterion="eval/accuracy",
+            optimizer=optimizer,
+            run_dir=run_dir,
+            description="preference model",
+            quiet=quiet,
+        )
+    fitted = with_module(module)
+    if run_dir is not None:
+        fitted.save(Path(run_dir) / "model")
+    return FitResult(fitted, metrics, best, report)
+
+
+def fit_reward_model(
+    model: LanguageModel | str | Path,
+    data: Data,
+    config: SupervisedConfig | None = None,
+    *,
+    held_out: Data = (),
+    run_dir: str | Path | None = None,
+    cache: str | Path | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    quiet: bool = False,
+) -> FitResult:
+    """Train a scalar reward on recorded preferences, by Bradley-Terry (IPO-MD, section 2.2).
+
+    Args:
+      model: where to start; a `LanguageModel` or the directory of a checkpoint. It is not changed.
+      data: records with `prompt`, `chosen`, `rejected` and optionally `preference`, in a file or an iterable; messages
+        may stand for text, as in `train`.
+      config: settings.
+      held_out: records of the same form; the model with the highest agreement with them is returned.
+      run_dir: where everything is written; the same call goes on from there.
+      cache: a directory that keeps the tokens of `data`, so that the next run maps them.
+      optimizer: any optax transformation, instead of the one that the config names.
+      quiet: show no progress bar.
+
+    Returns:
+      `FitResult` with a `RewardModel`; its criterion is `eval/accuracy`: agreement, ties counted as half.
+
+    Raises:
+      ConfigError: a setting breaks its rule.
+      DataError: a record cannot be used, or none is left.
+      CheckpointError: the run directory holds another run.
+    """
+    config = SupervisedConfig() if config is None else config
+    judge = RewardModel.from_model(as_model(model), max_prompt_tokens=config.max_prompt_tokens)
+    tokens, report = _tokens(data, judge.model, PAIR_COLUMNS, config, cache)
+    checks, _ = _pairs(held_out, judge.model, config)
+    chosen, rejected = tokens.completions
+    with PaddedPairBatcher(
+        tokens.prompts,
+        chosen,
+        rejected,
+        tokens.preference,
+        ids=tokens.ids,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_completion_tokens=config.max_completion_tokens,
+        max_shapes=config.max_shapes,
+    ) as batcher:
+
+        def with_module(module: Any) -> RewardModel:
+            return dataclasses.replace(judge, module=module)
+
+        module, metrics, best = _fit(
+            judge.module,
+            reward_loss,
+            batcher,
+            lambda: _arrays(next(batcher)),
+            config,
+            validate=(lambda module: agreement(with_module(module), checks)) if checks else None,
+            criterion="eval/accuracy",
+            optimizer=optimizer,
+            run_dir=run_dir,
+            description="reward model",
+            quiet=quiet,
+        )
+    fitted = with_module(module)
+    if run_dir is not None:
+        fitted.save(Path(run_dir) / "model")
+    return FitResult(fitted, metrics, best, report)

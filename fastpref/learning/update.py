@@ -1,0 +1,192 @@
+"""The jitted update of the policy from judged pairs."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+from jaxtyping import Float, Int
+
+from fastpref.data.batches import PackedPairs
+from fastpref.kernels import preference_loss, token_logprobs
+from fastpref.learning import optimizers
+from fastpref.method import losses
+from fastpref.models.policy import Policy
+from fastpref.runs.metrics import pair_metrics
+
+Metrics = dict[str, Array]
+
+
+class Scored(NamedTuple):
+    """What every loss reads of a batch: N places flat, in any order."""
+
+    hidden: Float[Array, "N D"]
+    """States that predict the targets."""
+    targets: Int[Array, " N"]
+    segments: Int[Array, " N"]
+    """2i at a token of y of pair i, 2i + 1 at one of y', −1 where nothing is scored."""
+
+
+def scored(policy: Policy, batch: PackedPairs) -> Scored:
+    """Teacher-forced states of the places of a batch. Every loss goes through here. Differentiable."""
+    hidden = policy.packed_hidden_states(batch)
+    targets, segments = (jnp.asarray(places).reshape(-1) for places in (batch.targets, batch.sequences))
+    return Scored(hidden.reshape(-1, hidden.shape[-1]), targets, segments)
+
+
+def segment_sums(values: Float[Array, " N"], segments: Int[Array, " N"], pairs: int) -> Float[Array, "P 2"]:
+    """Sum over the places of each completion, shape [P, 2]; 0 where a completion has none."""
+    # An index past the end is dropped; a negative one would count from it.
+    at = jnp.where(segments < 0, 2 * pairs, segments)
+    return jnp.zeros(2 * pairs, values.dtype).at[at].add(values, mode="drop").reshape(pairs, 2)
+
+
+def sequence_logps(policy: Policy, batch: PackedPairs) -> Float[Array, "P 2"]:
+    """Teacher-forced log π(y | x) of both completions, sums over tokens, shape [P, 2]. Differentiable."""
+    hidden, targets, segments = scored(policy, batch)
+    logps = token_logprobs(hidden, policy.head(), targets, where=segments >= 0)
+    return segment_sums(logps, segments, batch.where.shape[0])
+
+
+def batch_loss(
+    policy: Policy,
+    batch: PackedPairs,
+    *,
+    objective: losses.Objective,
+    tau: Float[Array, ""],
+    length_normalize: bool = False,
+) -> tuple[Float[Array, ""], Float[Array, "P 2"]]:
+    """Mean loss of a batch of judged pairs, and the policy's sequence log-probs.
+
+    Args:
+      policy: π.
+      batch: P judged pairs in rows; those with `where` False have no part in the mean. A loss of single completions
+        is averaged over the completions of a pair first.
+      objective: the loss, and how it reads the batch.
+      tau: the loss's strength, τ or η, a scalar; may be traced.
+      length_normalize: ρ from averages of token log-probs instead of sums.
+
+    Returns:
+      The loss, a scalar, and log π(y), log π(y') as sums, shape [P, 2].
+    """
+    bound = losses.bind(objective.loss, tau=tau)
+    ref_logps, preference, where = map(jnp.asarray, (batch.ref_logps, batch.preference, batch.where))
+    hidden, targets, segments = scored(policy, batch)
+    if objective.contrastive and not length_normalize:
+        result = preference_loss(
+            hidden,
+            policy.head(),
+            targets,
+            segments,
+            ref_logps,
+            preference,
+            loss=bound,
+            where=where,
+        )
+        return result.loss, result.policy_logps
+    pairs = where.shape[0]
+    logps = token_logprobs(hidden, policy.head(), targets, where=segments >= 0)
+    policy_logps = segment_sums(logps, segments, pairs)
+    lengths = jnp.asarray(batch.lengths, jnp.float32)
+    # Selecting on both sides of the loss keeps a pair that does not count, NaN included, out of its gradient.
+    counted = jnp.where(where[:, None], policy_logps, 0.0)
+    if objective.contrastive:
+        margins = (counted - ref_logps) / jnp.maximum(lengths, 1.0)
+        per_pair = bound(margins[:, 0] - margins[:, 1], preference)
+    else:
+        each = jnp.where(lengths > 0, bound(counted, ref_logps, batch.scores), 0.0)
+        per_pair = each.sum(1) / jnp.maximum((lengths > 0).sum(1), 1).astype(jnp.float32)
+    count = jnp.maximum(where.sum(), 1).astype(jnp.float32)
+    return jnp.where(where, per_pair, 0.0).sum() / count, policy_logps
+
+
+@partial(
+    jax.jit,
+    static_argnames=("definition", "optimizer", "objective", "gradient_accumulation", "length_normalize"),
+    donate_argnames=("params", "opt_state"),
+)
+def update(
+    definition: Any,
+    params: Any,
+    opt_state: Any,
+    batch: PackedPairs,
+    tau: Float[Array, ""],
+    *,
+    optimizer: optax.GradientTransformation,
+    objective: losses.Objective,
+    gradient_accumulation: int = 1,
+    length_normalize: bool = False,
+) -> tuple[Any, Any, Metrics]:
+    """One optimiser step on a batch of judged pairs.
+
+    The gradient is the mean over the pairs with `where` True, however many parts the batch is taken in. A step whose
+    loss or gradient is not finite changes nothing and counts in `updates/skipped`.
+
+    Args:
+      definition: GraphDef of the policy.
+      params: its parameters; donated.
+      opt_state: state of the optimiser; donated.
+      batch: P judged pairs in R rows.
+      tau: the loss's strength, τ or η, a scalar.
+      optimizer: an optax transformation.
+      objective: the loss, and how it reads the batch.
+      gradient_accumulation: parts of the batch; divides R.
+      length_normalize: ρ from averages of token log-probs instead of sums.
+
+    Returns:
+      New parameters, new optimiser state, metrics.
+    """
+    total = jnp.maximum(batch.where.sum(), 1).astype(jnp.float32)
+
+    def part_loss(parameters: Any, part: PackedPairs) -> tuple[Array, Array]:
+        value, logps = batch_loss(
+            nnx.merge(definition, parameters), part, objective=objective, tau=tau, length_normalize=length_normalize
+        )
+        return value * part.where.sum().astype(jnp.float32) / total, logps
+
+    value_and_grad = jax.value_and_grad(part_loss, has_aux=True)
+    if gradient_accumulation == 1:
+        (value, policy_logps), gradients = value_and_grad(params, batch)
+    else:
+        parts = _cut(batch, gradient_accumulation)
+
+        def add(carry: tuple[Array, Any], part: PackedPairs) -> tuple[tuple[Array, Any], Array]:
+            (value, logps), gradients = value_and_grad(params, part)
+            return (carry[0] + value, jax.tree.map(jnp.add, carry[1], gradients)), logps
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        (value, gradients), stacked = jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), parts)
+        policy_logps = stacked.reshape(-1, 2)
+    norm = optax.tree.norm(gradients)
+    healthy = jnp.isfinite(value) & jnp.isfinite(norm)
+    new_params, new_opt_state = optimizers.apply(optimizer, gradients, opt_state, params)
+
+    def keep(new: Array, old: Array) -> Array:
+        return jnp.where(healthy, new, old)
+
+    metrics = {
+        "loss": value,
+        "grad_norm": norm,
+        "updates/skipped": (~healthy).astype(jnp.float32),
+    }
+    if not objective.alone:
+        ref_logps, preference, where = map(jnp.asarray, (batch.ref_logps, batch.preference, batch.where))
+        metrics |= pair_metrics(policy_logps, ref_logps, preference, where, tau)
+    return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_opt_state, opt_state), metrics
+
+
+def _cut(batch: PackedPairs, number: int) -> PackedPairs:
+    """Equal parts of a batch, one after another on a new first axis, each numbering its own pairs."""
+    parts: PackedPairs = jax.tree.map(lambda x: x.reshape(number, x.shape[0] // number, *x.shape[1:]), batch)
+    first = 2 * jnp.arange(number, dtype=jnp.int32) * parts.where.shape[1]
+    sequences = jnp.where(parts.sequences < 0, -1, parts.sequences - first[:, None, None])
+    return parts._replace(sequences=sequences)
+
+
+@partial(jax.jit, static_argnames=("definition",))
+def score(definition: Any, params: Any, batch: PackedPairs) -> Float[Array, "P 2"]:
+    """`sequence_logps` of a split NNX module, compiled."""
+    return sequence_logps(nnx.merge(definition, params), batch)

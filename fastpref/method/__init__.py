@@ -1,0 +1,1 @@
+"""The method: the table of algorithms, losses, settings, errors."""

@@ -1,0 +1,65 @@
+"""Every exception and warning of this package, and the one way in which a setting that breaks its rule is refused.
+
+`FastprefError` is the base of all exceptions: what the command line answers with one line instead of a traceback. A
+message says the rule, the value received, and the remedy.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FastprefError(Exception):
+    """Base of every exception that this package raises for what a user can mend."""
+
+
+class ConfigError(FastprefError, ValueError):
+    """A setting breaks its rule."""
+
+
+class DataError(FastprefError, ValueError):
+    """Data that cannot be used; the message says where it is."""
+
+
+class ChatError(FastprefError, ValueError):
+    """A conversation that cannot be written as prompt and completions."""
+
+
+class ModelError(FastprefError, ValueError):
+    """A model directory that cannot be read, or whose parts do not belong together."""
+
+
+class JudgeError(FastprefError, RuntimeError):
+    """A judge raised, or answered with something that is not one probability, or reward, for each prompt."""
+
+
+class PairLogError(FastprefError, RuntimeError):
+    """The log of judged pairs could not be written, or holds something that was never written by it."""
+
+
+class CheckpointError(FastprefError, RuntimeError):
+    """A checkpoint could not be written, or none that fits could be read."""
+
+
+class DivergedError(FastprefError, RuntimeError):
+    """Several updates in a row were not finite."""
+
+
+class CacheWarning(UserWarning):
+    """A damaged cache of tokens was thrown away and made anew."""
+
+
+class CheckpointWarning(UserWarning):
+    """A damaged checkpoint was passed over."""
+
+
+def require(holds: bool, rule: str, received: object, remedy: str) -> None:
+    """Raise `ConfigError` with the rule, the value received and the remedy, unless the rule holds."""
+    if not holds:
+        raise ConfigError(f"{rule}, but received {received!r}. {remedy}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The remedy for an unknown name: the known one that is most like it, or all of them."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(names)}."

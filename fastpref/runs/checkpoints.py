@@ -1,0 +1,442 @@
+"""Checkpoints that survive a killed process and a damaged disk.
+
+Orbax writes the arrays. Around it: a step is written to a temporary directory, every file is hashed and forced to disk,
+and one rename makes the step appear; so a step that is listed was complete when it was written. Orbax restores a
+flipped bit without a word; here the hashes find it, and `restore` takes the step before.
+
+    checkpoints/00000040/manifest      xxh3 of the rest, a line; then step, fingerprint, arrays and files, as JSON
+    checkpoints/00000040/extra.json    small values beside the arrays
+    checkpoints/00000040/arrays/       what Orbax wrote
+"""
+
+import base64
+import hashlib
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import orjson
+import xxhash
+from fastpref.method.errors import CheckpointError, CheckpointWarning
+
+Leaf = jax.Array | jax.ShapeDtypeStruct
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What `restore` found."""
+
+    step: int
+    arrays: Any
+    """The tree that was saved, in the structure and with the shardings of `like`."""
+    extra: dict[str, Any]
+    """The values that were saved beside it: JSON or bytes."""
+
+
+def steps(directory: Path | str) -> list[int]:
+    """Steps that have a checkpoint in `directory`, ascending; empty if there is no such directory.
+
+    Listed means complete when written. Whether the files are still what they were, only `restore` checks.
+    """
+    return sorted(_step_directories(Path(directory)))
+
+
+def latest_step(directory: Path | str) -> int | None:
+    """The last of `steps(directory)`, or None."""
+    return max(steps(directory), default=None)
+
+
+def save(
+    directory: Path | str,
+    step: int,
+    arrays: Any,
+    extra: Mapping[str, Any],
+    *,
+    fingerprint: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write one checkpoint. When this returns it is on disk, complete and readable by `restore`.
+
+    One process at a time may save to a directory. Whatever an earlier, killed save left is removed first. A checkpoint
+    of the same step is replaced; older ones are removed, down to `keep`, once the new one is in place. A failure
+    (a full disk, say) leaves the older ones as they were.
+
+    Args:
+      directory: where checkpoints live; made if need be.
+      step: number of steps taken, at least 0.
+      arrays: a tree of `jax.Array`s of any shapes: dictionaries, tuples, named tuples, optimiser states.
+        Typed PRNG keys go through `jax.random.key_data` first.
+      extra: small values by name, each either JSON that comes back equal (lists, not tuples; no NaN) or bytes.
+      fingerprint: what must be the same at resume, as JSON: configuration, hashes of data and tokenizer.
+      keep: checkpoints to keep, this one included, at least 1.
+
+    Returns:
+      The directory of this step.
+
+    Raises:
+      ValueError: an argument breaks a rule above.
+      CheckpointError: the files could not be written, or `directory` holds an intact later step of another run.
+    """
+    if step < 0 or keep < 1:
+        raise ValueError(f"step must be at least 0 and keep at least 1; got step={step}, keep={keep}")
+    _one_process()
+    leaves = _leaves(arrays, "arrays", jax.Array)
+    extra_json = _encode_extra(extra)
+    described: dict[str, Any] = {
+        "step": step,
+        "fingerprint": _plain_json(fingerprint),
+        "arrays": {name: _description(leaf) for name, leaf in leaves.items()},
+    }
+    directory = Path(directory).absolute()
+    target = directory / f"{step:08d}"
+    temporary = directory / f".tmp-{target.name}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _tidy(directory)
+        stale = _later_steps(directory, step)
+        temporary.mkdir()
+        (temporary / "extra.json").write_bytes(extra_json)
+        _write_arrays(temporary / "arrays", leaves)
+        described["files"] = _flush(temporary)
+        body = orjson.dumps(described, option=orjson.OPT_INDENT_2)
+        (temporary / "manifest").write_bytes(xxhash.xxh3_128_hexdigest(body).encode() + b"\n" + body)
+        _file(temporary / "manifest", sync=True)
+        _sync(temporary)
+        _publish(temporary, target)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, Exception) or isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"the checkpoint of step {step} could not be written to {target}: {error}. "
+            f"Free space or mend the disk and run again; steps {steps(directory)} are as they were."
+        ) from error
+    older = [path for number, path in sorted(_step_directories(directory).items()) if number <= step]
+    for path in [*older[:-keep], *stale]:
+        _remove(path)
+    return target
+
+
+def restore(directory: Path | str, like: Any, *, fingerprint: Mapping[str, Any] | None) -> Checkpoint | None:
+    """Read the newest checkpoint whose files are all as they were written.
+
+    Args:
+      directory: where `save` wrote.
+      like: a tree of `jax.Array`s or `jax.ShapeDtypeStruct`s: structure, shapes, dtypes, weak types and shardings of
+        the result. Arrays come back bit for bit.
+      fingerprint: must equal the saved one; None asks for no check, for readers that only look.
+
+    Returns:
+      The checkpoint, or None if `directory` has none.
+
+    Raises:
+      CheckpointError: all checkpoints are damaged, the fingerprint differs, or `like` does not fit.
+
+    Warns:
+      CheckpointWarning: for each damaged checkpoint that is passed over, with its step and file.
+    """
+    _one_process()
+    wanted = _leaves(like, "like", Leaf)
+    found = sorted(_step_directories(Path(directory).absolute()).items(), reverse=True)
+    for step, path in found:
+        try:
+            manifest = _verified(path)
+        except _Damage as damage:
+            warnings.warn(
+                f"the checkpoint of step {step} is damaged and passed over: {damage}", CheckpointWarning, stacklevel=2
+            )
+            continue
+        if fingerprint is not None:
+            _check_fingerprint(path, manifest["fingerprint"], _plain_json(fingerprint))
+        tree = _read_tree(path, manifest["arrays"], wanted, like)
+        return Checkpoint(step, tree, _decode_extra((path / "extra.json").read_bytes()))
+    if found:
+        raise CheckpointError(
+            f"every checkpoint in {directory} is damaged (steps {[step for step, _ in found]}; the warnings name the "
+            "files). Bring one back from a copy, or remove the directory to start again."
+        )
+    return None
+
+
+def read(path: Path | str, like: Any) -> Any:
+    """Read some arrays of one checkpoint: those that `like` has.
+
+    Args:
+      path: the directory of one step, as `save` returned it.
+      like: as for `restore`, but a part of the tree that was saved, under the same paths; the result has its structure.
+
+    Raises:
+      CheckpointError: the checkpoint is damaged, or `like` is no part of it.
+    """
+    _one_process()
+    path, wanted = Path(path).absolute(), _leaves(like, "like", Leaf)
+    try:
+        saved = _verified(path)["arrays"]
+    except _Damage as damage:
+        raise CheckpointError(f"{path} must be as it was written, but is not: {damage}. Choose another step.") from None
+    return _read_tree(path, {name: saved[name] for name in wanted if name in saved}, wanted, like)
+
+
+class _Damage(Exception):
+    """A file of a checkpoint is not what was written."""
+
+
+def _one_process() -> None:
+    if jax.process_count() > 1:
+        raise CheckpointError(
+            f"checkpoints are written and read by one process, and this run has {jax.process_count()}. "
+            "Use Orbax's CheckpointManager from a callback."
+        )
+
+
+# Names on disk ------------------------------------------------------------------------------------------------------
+
+
+def _step_directories(directory: Path) -> dict[int, Path]:
+    """Where each step lies: its own directory, or its former one if a save died while it was replacing it."""
+    found: dict[int, Path] = {}
+    for path in sorted(directory.iterdir()) if directory.is_dir() else []:  # ".old-…" sorts before digits, so loses
+        if match := re.fullmatch(r"(?:\.old-)?([0-9]{8,})", path.name):
+            found[int(match[1])] = path
+    return found
+
+
+def _tidy(directory: Path) -> None:
+    """Remove what a killed save left; bring back the step that it was replacing."""
+    for path in directory.glob(".old-*"):
+        target = path.with_name(path.name.removeprefix(".old-"))
+        if target.exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(target)
+    for path in directory.glob(".tmp-*"):
+        shutil.rmtree(path)
+
+
+def _later_steps(directory: Path, step: int) -> list[Path]:
+    """Damaged checkpoints past `step`, which `restore` passed over and this run has outlived."""
+    later = [(number, path) for number, path in _step_directories(directory).items() if number > step]
+    for number, path in later:
+        try:
+            _verified(path)
+        except _Damage:
+            continue
+        raise CheckpointError(
+            f"step {step} cannot be saved to {directory}: step {number} is already there, so this is another run's "
+            "directory. Resume from it, or choose another directory."
+        )
+    return [path for _, path in later]
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    former = target.with_name(f".old-{target.name}")
+    if target.exists():  # rename cannot replace a directory that holds files
+        target.rename(former)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        if former.exists():
+            former.rename(target)
+        raise
+    _sync(target.parent)
+    if former.exists():
+        _remove(former)
+
+
+def _remove(path: Path) -> None:
+    """Take a step away in one rename, so that a kill half-way leaves no half a checkpoint."""
+    doomed = path.with_name(f".tmp-removed-{path.name}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+
+def _flush(directory: Path) -> dict[str, dict[str, Any]]:
+    """Force a tree of files to disk; return size and xxh3 of each by its relative name."""
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_dir():
+            _sync(path)
+        else:
+            files[str(path.relative_to(directory))] = _file(path, sync=True)
+    _sync(directory)
+    return files
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _file(path: Path, *, sync: bool = False) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        if sync:
+            os.fsync(file.fileno())
+        return {"bytes": file.tell(), "xxh3": digest}
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The manifest, after every file was compared with it."""
+    name = "manifest"
+    try:
+        digest, _, body = (path / name).read_bytes().partition(b"\n")
+        if xxhash.xxh3_128_hexdigest(body).encode() != digest:
+            raise _Damage(f"{path / name}: its first line is not the xxh3 of the rest")
+        manifest: dict[str, Any] = orjson.loads(body)
+        for name, written in manifest["files"].items():
+            here = _file(path / name)
+            if here != written:
+                raise _Damage(f"{path / name}: {here} differs from the manifest's {written}")
+    except OSError as error:
+        raise _Damage(f"{path / name}: {error.strerror}") from error
+    return manifest
+
+
+# Values -------------------------------------------------------------------------------------------------------------
+
+
+def _plain_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What `value` is once it has been through JSON: tuples become lists."""
+    try:
+        plain: dict[str, Any] = orjson.loads(orjson.dumps(dict(value)))
+    except TypeError as error:
+        raise ValueError(f"fingerprint must be JSON; {error} in {dict(value)}") from error
+    return plain
+
+
+def _encode_extra(extra: Mapping[str, Any]) -> bytes:
+    binary = {name: bytes(value) for name, value in extra.items() if isinstance(value, bytes | bytearray)}
+    plain = {name: value for name, value in extra.items() if name not in binary}
+    for name, value in plain.items():
+        try:
+            same = orjson.loads(orjson.dumps(value)) == value
+        except TypeError:
+            same = False
+        if not same:
+            raise ValueError(
+                f"extra must be bytes or JSON that comes back equal (lists, not tuples; finite numbers); "
+                f"got {name}={value!r}. Convert it to a list or to bytes."
+            )
+    encoded = {name: base64.b64encode(value).decode() for name, value in binary.items()}
+    return orjson.dumps({"json": plain, "base64": encoded}, option=orjson.OPT_INDENT_2)
+
+
+def _decode_extra(blob: bytes) -> dict[str, Any]:
+    saved: dict[str, dict[str, Any]] = orjson.loads(blob)
+    return saved["json"] | {name: base64.b64decode(value) for name, value in saved["base64"].items()}
+
+
+def _check_fingerprint(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    before, after = dict(_fields(saved)), dict(_fields(now))
+    differing = [
+        f"  {name}: {_show(before, name)} in the checkpoint, {_show(after, name)} now"
+        for name in sorted(before.keys() | after.keys())
+        if name not in before or name not in after or before[name] != after[name]
+    ]
+    if differing:
+        raise CheckpointError(
+            f"the checkpoint {path} belongs to another configuration:\n"
+            + "\n".join(differing)
+            + "\nSet these back to resume, or choose another run directory to start again."
+        )
+
+
+def _fields(value: Any, name: str = "") -> Iterable[tuple[str, Any]]:
+    """Leaves of nested JSON objects, under dotted names."""
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _fields(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+def _show(fields: Mapping[str, Any], name: str) -> str:
+    return repr(fields[name]) if name in fields else "absent"
+
+
+# Arrays -------------------------------------------------------------------------------------------------------------
+
+
+def _leaves(tree: Any, argument: str, kinds: Any) -> dict[str, Any]:
+    """Leaves by their paths, such as "['params']['w']"; one flat level keeps Orbax's metadata small."""
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    for name, leaf in leaves.items():
+        if not isinstance(leaf, kinds):
+            raise ValueError(
+                f"every leaf of {argument} must be a jax.Array; {argument}{name} is {type(leaf).__name__}. "
+                "Convert it with jnp.asarray, or save it in extra."
+            )
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise ValueError(
+                f"{argument}{name} is a typed PRNG key, {leaf.dtype}. Save jax.random.key_data(key), "
+                "and make the key again with jax.random.wrap_key_data."
+            )
+    if not any(leaf.size for leaf in leaves.values()):
+        raise ValueError(f"{argument} must hold at least one number; it has {len(leaves)} leaves, all empty")
+    return leaves
+
+
+def _description(leaf: Leaf) -> str:
+    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def _check_arrays(path: Path, saved: Mapping[str, str], wanted: Mapping[str, Leaf]) -> None:
+    now = {name: _description(leaf) for name, leaf in wanted.items()}
+    differing = [
+        f"  {name}: {saved.get(name, 'absent')} in the checkpoint, {now.get(name, 'absent')} wanted"
+        for name in sorted(saved.keys() | now.keys())
+        if saved.get(name) != now.get(name)
+    ]
+    if differing:
+        shown = differing[:20] + ([f"  and {len(differing) - 20} more"] if len(differing) > 20 else [])
+        raise CheckpointError(
+            f"the arrays of the checkpoint {path} do not fit this model and optimiser:\n"
+            + "\n".join(shown)
+            + "\nUse the model and optimiser that wrote it, or another run directory."
+        )
+
+
+def _write_arrays(directory: Path, leaves: Mapping[str, jax.Array]) -> None:
+    stored = {name: leaf for name, leaf in leaves.items() if leaf.size}  # Orbax refuses arrays without elements
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(directory, args=ocp.args.PyTreeSave(stored))
+
+
+def _read_tree(path: Path, saved: Mapping[str, str], wanted: Mapping[str, Leaf], like: Any) -> Any:
+    _check_arrays(path, saved, wanted)
+    arrays = _read_arrays(path / "arrays", wanted)
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+
+
+def _read_arrays(directory: Path, wanted: Mapping[str, Leaf]) -> dict[str, jax.Array]:
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    how = {
+        name: ocp.ArrayRestoreArgs(sharding=leaf.sharding or default, global_shape=leaf.shape, dtype=leaf.dtype)
+        for name, leaf in wanted.items()
+        if leaf.size
+    }
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        items = {name: wanted[name] for name in how}
+        read = checkpointer.restore(
+            directory, args=ocp.args.PyTreeRestore(item=items, restore_args=how, partial_restore=True)
+        )
+    return {name: _weakened(read[name], leaf) if name in how else jnp.zeros_like(leaf) for name, leaf in wanted.items()}
+
+
+def _weakened(array: jax.Array, like: Leaf) -> jax.Array:
+    """Give back a weak type, which files do not hold: without it the next operation may promote to another dtype."""
+    return jnp.zeros_like(like).at[...].set(array) if like.weak_type else array

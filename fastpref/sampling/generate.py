@@ -1,0 +1,276 @@
+"""Sampling from the one-token-at-a-time mixture of two models: two caches, one loop.
+
+log π̂ = (1 − β) log π + β log π_ref + const at every token (IPO-MD, section 6). Each prompt is read once by each model,
+whatever the number of completions; the loop ends when every row has its EOS.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from fastpref.kernels import mixture_sample
+from fastpref.models import LanguageModel
+from fastpref.models.policy import Policy
+from fastpref.sampling.completions import Completions
+
+
+def generate(
+    policy: Policy,
+    ref: Policy | None,
+    prompt_tokens: Int[Array, "P S"],
+    prompt_mask: Bool[Array, "P S"],
+    *,
+    mixture_beta: Float[Array, "P K"],
+    key: Array,
+    row_ids: Int[Array, "P K"],
+    eos_id: int | None,
+    max_new_tokens: int,
+    num_valid_tokens: int | None = None,
+    temperature: float = 1.0,
+) -> Completions:
+    """Write K completions to each of P prompts. Traceable: call it under `jax.jit`.
+
+    Args:
+      policy: π.
+      ref: π_ref, or None to sample from the policy alone (its log-probs then stand for both).
+      prompt_tokens: token ids, shape [P, S].
+      prompt_mask: True where a token is real, shape [P, S]; padding may stand anywhere.
+      mixture_beta: weight of the reference of each row, shape [P, K], in [0, 1].
+      key: a typed JAX PRNG key. The draw of a row depends on (key, row id, step, logits) only.
+      row_ids: a number for each row, shape [P, K], int32, distinct within a call.
+      eos_id: token that ends a completion, or None if none does: every completion then has max_new_tokens tokens.
+      max_new_tokens: T.
+      num_valid_tokens: ids from here on are never drawn; None draws from the whole head.
+      temperature: of the draw; 0 takes the most likely token of the mixture.
+
+    Returns:
+      `Completions`, with summed log-probs of both models at temperature 1.
+    """
+    prompts, completions = mixture_beta.shape
+    rows = prompts * completions
+    betas, ids = mixture_beta.reshape(rows), row_ids.reshape(rows)
+    policy_head = policy.head()
+    ref_head = policy_head if ref is None else ref.head()
+
+    def read(model: Policy) -> tuple[Array, Any]:
+        return model.prefill(prompt_tokens, prompt_mask, completions=completions, max_new_tokens=max_new_tokens)
+
+    def unfinished(state: tuple[Array, dict[str, Array], Any, Any]) -> Array:
+        step, written, _, _ = state
+        return (step < max_new_tokens) & ~jnp.all(written["done"])
+
+    def advance(state: tuple[Array, dict[str, Array], Any, Any]) -> tuple[Array, dict[str, Array], Any, Any]:
+        step, written, (policy_hidden, policy_cache), (ref_hidden, ref_cache) = state
+        drawn = mixture_sample(
+            policy_hidden,
+            policy_head,
+            policy_hidden if ref is None else ref_hidden,
+            ref_head,
+            mixture_beta=betas,
+            key=key,
+            row_ids=ids,
+            step=step,
+            temperature=temperature,
+            num_valid_tokens=num_valid_tokens,
+        )
+        live = ~written["done"]
+        ended = jnp.zeros_like(live) if eos_id is None else drawn.token == eos_id
+        written = {
+            "tokens": written["tokens"].at[:, step].set(jnp.where(live, drawn.token, 0)),
+            "lengths": written["lengths"] + live.astype(jnp.int32),
+            "policy": written["policy"] + jnp.where(live, drawn.policy_logp, 0.0),
+            "ref": written["ref"] + jnp.where(live, drawn.ref_logp, 0.0),
+            "mixture": written["mixture"] + jnp.where(live, drawn.mixture_logp, 0.0),
+            "done": written["done"] | ended,
+        }
+        # After the last token this is one decode too many: cheaper than compiling the draw twice.
+        policy_state = policy.decode(policy_cache, drawn.token, step)
+        ref_state = (ref_hidden, ref_cache) if ref is None else ref.decode(ref_cache, drawn.token, step)
+        return step + 1, written, policy_state, ref_state
+
+    zeros = jnp.zeros(rows, jnp.float32)
+    blank = {
+        "tokens": jnp.zeros((rows, max_new_tokens), jnp.int32),
+        "lengths": jnp.zeros(rows, jnp.int32),
+        "policy": zeros,
+        "ref": zeros,
+        "mixture": zeros,
+        "done": jnp.zeros(rows, bool),
+    }
+    begin = (jnp.zeros((), jnp.int32), blank, read(policy), ((), ()) if ref is None else read(ref))
+    _, written, _, _ = jax.lax.while_loop(unfinished, advance, begin)
+    shape = (prompts, completions)
+    return Completions(
+        tokens=written["tokens"].reshape(*shape, max_new_tokens),
+        lengths=written["lengths"].reshape(shape),
+        policy_logps=written["policy"].reshape(shape),
+        ref_logps=written["ref"].reshape(shape),
+        mixture_logps=written["mixture"].reshape(shape),
+    )
+
+
+@partial(
+    jax.jit,
+    static_argnames=("policy_def", "ref_def", "eos_id", "max_new_tokens", "num_valid_tokens", "temperature"),
+)
+def generate_jit(
+    policy_def: Any,
+    params: Any,
+    ref_def: Any,
+    ref_params: Any,
+    prompt_tokens: Int[Array, "P S"],
+    prompt_lengths: Int[Array, " P"],
+    mixture_beta: Float[Array, "P K"],
+    key: Array,
+    row_ids: Int[Array, "P K"],
+    *,
+    eos_id: int | None,
+    max_new_tokens: int,
+    num_valid_tokens: int | None,
+    temperature: float,
+) -> Completions:
+    """`generate` on split NNX modules, compiled once for each pair of models and shape; `ref_def` may be None."""
+    mask = jnp.arange(prompt_tokens.shape[1])[None, :] < prompt_lengths[:, None]
+    return generate(
+        nnx.merge(policy_def, params),
+        None if ref_def is None else nnx.merge(ref_def, ref_params),
+        prompt_tokens,
+        mask,
+        mixture_beta=mixture_beta,
+        key=key,
+        row_ids=row_ids,
+        eos_id=eos_id,
+        max_new_tokens=max_new_tokens,
+        num_valid_tokens=num_valid_tokens,
+        temperature=temperature,
+    )
+
+
+class Written(NamedTuple):
+    """Completions as text, with what the sampler knows of them."""
+
+    texts: list[list[str]]
+    """P lists of K texts, special tokens removed."""
+    lengths: Int[np.ndarray, "P K"]
+    """Tokens of each, EOS included."""
+    policy_logps: Float[np.ndarray, "P K"]
+    """Summed log-probs under the model that wrote them."""
+    ref_logps: Float[np.ndarray, "P K"]
+    """Summed log-probs under the reference, or under the model itself where there is none."""
+    tokens: Int[np.ndarray, "P K T"]
+    """Token ids, 0 past the length."""
+    prompt_tokens: Int[np.ndarray, "P S"]
+    """What was read, padded on the right."""
+    prompt_lengths: Int[np.ndarray, " P"]
+
+
+def write(
+    model: LanguageModel,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    max_new_tokens: int,
+    ref: LanguageModel | None = None,
+    max_prompt_tokens: int = 512,
+    temperature: float = 1.0,
+    completions: int = 1,
+    batch_size: int = 64,
+) -> Written:
+    """Let a model write to each of P prompts.
+
+    Args:
+      model: the model and its tokenizer.
+      prompts: P texts; each keeps its first max_prompt_tokens tokens.
+      seed: of the draw: the same seed, prompts and weights give the same texts, whatever the batch size.
+      max_new_tokens: longest completion, EOS included.
+      ref: also score the completions under this model.
+      max_prompt_tokens: longest prompt.
+      temperature: of the draw; 0 takes the most likely token.
+      completions: K, how many for each prompt.
+      batch_size: prompts decoded at once.
+
+    Returns:
+      `Written`.
+
+    Raises:
+      ValueError: a prompt without tokens.
+    """
+    encoded = [tokens[:max_prompt_tokens] for tokens in model.tokenizer.encode_prompts(list(prompts))]
+    empty = [index for index, tokens in enumerate(encoded) if not tokens]
+    if empty:
+        raise ValueError(
+            f"a prompt must have at least one token, but prompt {empty[0]} has none ({prompts[empty[0]]!r}). "
+            "Remove empty prompts."
+        )
+    definition, params = nnx.split(model.module)
+    ref_definition, ref_params = (None, None) if ref is None else nnx.split(ref.module)
+    width = round_up(max((len(tokens) for tokens in encoded), default=1), 16)
+    parts: list[Written] = []
+    for start in range(0, len(encoded), batch_size):
+        part = encoded[start : start + batch_size]
+        # A short last batch is filled up, so that one shape is compiled.
+        rows = part + [part[0]] * (min(batch_size, len(encoded)) - len(part))
+        tokens = np.zeros((len(rows), width), np.int32)
+        for row, ids in enumerate(rows):
+            tokens[row, : len(ids)] = ids
+        row_ids = (start + np.arange(len(rows)))[:, None] * completions + np.arange(completions)[None, :]
+        lengths = np.array([len(ids) for ids in rows], np.int32)
+        batch = generate_jit(
+            definition,
+            params,
+            ref_definition,
+            ref_params,
+            tokens,
+            lengths,
+            np.zeros((len(rows), completions), np.float32),
+            jax.random.key(seed),
+            row_ids.astype(np.int32),
+            eos_id=model.tokenizer.eos_id,
+            max_new_tokens=max_new_tokens,
+            num_valid_tokens=num_valid_tokens(model),
+            temperature=temperature,
+        )
+        parts.append(
+            Written(
+                decode(model, batch)[: len(part)],
+                *(
+                    np.asarray(x)[: len(part)]
+                    for x in (batch.lengths, batch.policy_logps, batch.ref_logps, batch.tokens, tokens, lengths)
+                ),
+            )
+        )
+    return Written(
+        [texts for part in parts for texts in part.texts],
+        *(np.concatenate([part[field] for part in parts]) for field in (1, 2, 3, 4, 5, 6)),
+    )
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below `value`."""
+    return -(-value // multiple) * multiple
+
+
+def decode(model: LanguageModel, completions: Completions) -> list[list[str]]:
+    """Completions as text: P lists of K, special tokens removed."""
+    tokens, lengths = np.asarray(completions.tokens), np.asarray(completions.lengths)
+    prompts, per_prompt, _ = tokens.shape
+    flat = [
+        tokens[prompt, which, : lengths[prompt, which]].tolist()
+        for prompt in range(prompts)
+        for which in range(per_prompt)
+    ]
+    texts = model.tokenizer.decode(flat)
+    return [texts[start : start + per_prompt] for start in range(0, len(texts), per_prompt)]
+
+
+def num_valid_tokens(model: LanguageModel) -> int | None:
+    """Ids that the tokenizer knows, where the head has more rows than that; else None."""
+    known = model.tokenizer.vocab_size
+    return known if known < model.module.vocab_size else None

@@ -1,0 +1,1 @@
+"""Theory: tabular preference games and ΨPO, the ground truth of every algorithm."""
