@@ -1,6 +1,8 @@
 #include "loader.h"
 
+#include <algorithm>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "random.h"
@@ -231,13 +233,20 @@ std::optional<PackedBatch> Loader::next(std::chrono::milliseconds patience) {
   return std::move(*slot->batch);
 }
 
-void Loader::seek(const Standing& standing) {
+void Loader::seek(std::uint64_t epoch, std::int64_t batch, std::uint64_t hash) {
   check_process();
   check(&closed_);
+  const Plan made = plan(epoch);
+  const auto batches = static_cast<std::int64_t>(made->batches.size());
+  if (hash != made->hash || batch > batches) {
+    throw std::invalid_argument("state must be of this batcher's plan, " + std::to_string(made->hash) + " with " +
+                                std::to_string(batches) + " batches, but received " + std::to_string(hash) +
+                                " at batch " + std::to_string(batch) + ". Restore with what it was saved with, or start anew.");
+  }
   const std::lock_guard turn(one_at_a_time_);
   const std::lock_guard lock(mutex_);
-  stand(standing);
-  issued_ = standing.position;
+  issued_ = {epoch, batch};
+  stand({issued_, batches, hash});
   queue_.clear();
   room_.notify_all();
   advance_.notify_all();

@@ -17,7 +17,7 @@
 #include <thread>
 #include <vector>
 
-#include "assemble.h"
+#include "ragged.h"
 #include "packed.h"
 #include "pair_plan.h"
 #include "slab.h"
@@ -84,8 +84,9 @@ class Loader {
   // Plans the first epoch where nothing was handed over yet.
   Standing standing();
 
-  // Hands out from there on; it lies within its epoch's plan. What was assembled ahead is thrown away.
-  void seek(const Standing& standing);
+  // Goes on behind `batch` batches of an epoch. What was assembled ahead is thrown away. Throws std::invalid_argument where
+  // the epoch has another plan than one of that hash, or fewer batches.
+  void seek(std::uint64_t epoch, std::int64_t batch, std::uint64_t hash);
 
   // Decoder places of all pairs.
   std::int64_t tokens() const noexcept { return tokens_; }

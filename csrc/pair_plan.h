@@ -1,6 +1,6 @@
 // Which pairs share a row and which rows a batch: a pure function of sizes, seed, epoch and configuration.
 //
-// Order. Epoch e permutes all N pairs (as plan.h does) and deals them to the shapes: each to the first that holds it.
+// Order. Epoch e permutes all N pairs and deals them to the shapes: each to the first that holds it.
 // Within a shape every `window` consecutive pairs are packed into rows by themselves. The rows of a shape are permuted and
 // cut into batches, the last of which may have empty rows; then the batches of all shapes are permuted. So each epoch
 // hands out each pair exactly once, and what shares a batch is not sorted by length.
@@ -15,8 +15,6 @@
 
 namespace fastpref {
 
-// Bumped whenever the same arguments would give another plan: a saved state of the old order is then refused.
-inline constexpr std::uint32_t kPairPlanVersion = 1;
 inline constexpr std::size_t kMaxRowShapes = 8;
 
 // A batch of `rows` rows that hold `capacity` each. Shapes form a chain: each row is at least as large as the one before

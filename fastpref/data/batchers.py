@@ -13,20 +13,51 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int64
 
-from fastpref.data import _native
+from fastpref.data import padding, state
 from fastpref.data.batches import CompletionBatch, PromptBatch
 from fastpref.data.columns import Numbers, Rows, check_lengths, column, fingerprint, per_record, preferences, ragged
-from fastpref.method.errors import DataError
+from fastpref.data.padding import Shape
+from fastpref.data.ragged import Ragged
+from fastpref.method.errors import ClosedError, ConfigError, DataError
 
-Shape = tuple[int, int]
-"""Padded prompt and completion tokens of a batch; the second is 0 where there are no completions."""
 Batch = TypeVar("Batch", PromptBatch, CompletionBatch)
 Own = TypeVar("Own", bound="_Batcher[Any]")
 
-SIDE_MULTIPLE = 8
-"""Chosen sides are multiples of it, except where the limit is not."""
+ALIGNMENT = 64
+"""JAX takes arrays without a copy at multiples of it."""
+
+
+def _whole(name: str, value: object, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+        raise ConfigError(
+            f"{name} must be an integer in [{low}, {high}], but received {value!r}. Choose one of these numbers."
+        )
+    return int(value)
+
+
+def _aligned(values: np.ndarray) -> np.ndarray:
+    """A read-only copy that JAX takes as it is."""
+    memory = np.empty(values.nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    copy = memory[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    copy[...] = values
+    copy.flags.writeable = False
+    return copy
+
+
+def _padded(tables: Sequence[Ragged], records: Int64[np.ndarray, " P"], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of K columns, [P, K, width], zeros past the end, and their lengths, [P, K], both int32."""
+    tokens = np.zeros((len(records), len(tables), width), np.int32)
+    lengths = np.zeros((len(records), len(tables)), np.int32)
+    for k, table in enumerate(tables):
+        starts, ends = table.offsets[records], table.offsets[records + 1]
+        places = starts[:, None] + np.arange(width)
+        real = places < ends[:, None]
+        tokens[:, k][real] = table.values[places[real]]
+        lengths[:, k] = ends - starts
+    return _aligned(tokens), _aligned(lengths)
 
 
 class _Batcher(ABC, Generic[Batch]):
@@ -51,47 +82,47 @@ class _Batcher(ABC, Generic[Batch]):
         """N."""
         if self.num_records == 0:
             raise DataError("there must be at least one record, got none. The drop report says where they went.")
-        self._columns: dict[str, _native.Column] = {
-            name: column(name, rows, self.num_records, vocab_size) for name, rows in tables.items()
-        }
+        for name, rows in tables.items():
+            column(name, rows, self.num_records, vocab_size)
+        self._tables: dict[str, Ragged] = tables
         self._ids: np.ndarray = per_record(
             "ids", range(self.num_records) if ids is None else ids, np.int64, self.num_records
         )
         self._preference: np.ndarray = preferences(preference, self.num_records)
-        lengths = {name: column.lengths() for name, column in self._columns.items()}
+        lengths = {name: np.diff(rows.offsets).astype(np.int32) for name, rows in tables.items()}
         (max_prompt, *rest) = limits.items()
         for name, of_column in lengths.items():
             check_lengths(name, of_column, *(max_prompt if name == "prompts" else rest[0]))
-        longest = np.maximum.reduce([lengths[name] for name in completions]) if completions else np.zeros(0, np.int32)
-        if shapes is None:
-            shapes = _native.choose_shapes(
+        longest = np.maximum.reduce([lengths[name] for name in completions] or [np.zeros(self.num_records, np.int32)])
+        _whole("max_shapes", max_shapes, 1, padding.MAX_SHAPES)
+        self.shapes: tuple[Shape, ...] = (
+            padding.choose_shapes(
                 lengths["prompts"],
                 longest,
-                completions=len(completions),
+                group=len(completions),
                 max_shapes=max_shapes,
-                multiple=SIDE_MULTIPLE,
-                max_prompt=max_prompt[1],
-                max_completion=rest[0][1] if completions else 0,
+                limit=(max_prompt[1], rest[0][1] if completions else 0),
             )
-        self.shapes: tuple[Shape, ...] = tuple((prompt, completion) for prompt, completion in shapes)
+            if shapes is None
+            else padding.check_shapes(shapes)
+        )
         """Padded sides (S, T) of the batches, from small to large; T is 0 for prompts alone."""
-        self._shape_of = _native.assign_shapes(lengths["prompts"], longest, self.shapes)
-        self.batch_size = batch_size
+        self._shape_of = padding.assign_shapes(lengths["prompts"], longest, self.shapes)
+        self.batch_size: int = _whole("batch_size", batch_size, 1, 2**31 - 1)
+        self._seed = _whole("seed", seed, 0, 2**64 - 1)
         self._identity: dict[str, Any] = {
-            "fingerprint": fingerprint(tables, self._ids, self._preference),
-            "records": self.num_records,
-            "seed": seed,
-            "batch_size": batch_size,
-            "completions": len(completions),
-            "shapes": self.shapes,
+            "number of completions": len(completions),
+            "number of records": self.num_records,
+            "data fingerprint": fingerprint(tables, self._ids, self._preference).hex(),
+            "seed": self._seed,
+            "batch_size": self.batch_size,
+            "set of shapes": [list(shape) for shape in self.shapes],
+            "plan version": padding.PLAN_VERSION,
         }
-        self._seed = seed
         self.batches_done = 0
         """Batches handed out since the beginning."""
-        self._plan: tuple[int, Int64[np.ndarray, "M P"], Int32[np.ndarray, " M"]] | None = None
+        self._plan: tuple[int, Int64[np.ndarray, "M P"], Int64[np.ndarray, " M"]] | None = None
         self._closed: bool = False
-        # Refuses a batch size or seed that is out of range before the first batch does.
-        self.state()
 
     @property
     def epoch(self) -> int:
@@ -109,13 +140,11 @@ class _Batcher(ABC, Generic[Batch]):
         self._check_open()
         epoch = self.epoch
         if self._plan is None or self._plan[0] != epoch:
-            rows, shapes = _native.plan_epoch(
-                self._shape_of, num_shapes=len(self.shapes), batch_size=self.batch_size, seed=self._seed, epoch=epoch
-            )
-            self._plan = (epoch, rows, shapes)
+            plan = padding.plan_epoch(self._shape_of, batch_size=self.batch_size, seed=self._seed, epoch=epoch)
+            self._plan = (epoch, *plan)
         _, rows, shapes = self._plan
         at = self.batches_done - self._first_batch(epoch)
-        batch = self._assemble(rows[at], _native.take(self._ids, rows[at]), self.shapes[shapes[at]])
+        batch = self._assemble(rows[at], self._ids[rows[at]], self.shapes[shapes[at]])
         self.batches_done += 1
         return batch
 
@@ -133,32 +162,29 @@ class _Batcher(ABC, Generic[Batch]):
             self._check_open()
             rows = np.arange(start, min(start + self.batch_size, self.num_records))
             missing = self.batch_size - len(rows) if pad else 0
-            ids = _native.take(self._ids, rows)
+            ids = self._ids[rows]
             if missing:
                 ids = np.concatenate([ids, np.full(missing, -1)])
                 rows = np.concatenate([rows, np.full(missing, start)])
             yield self._assemble(rows, ids, self.shapes[self._shape_of[rows].max()])
 
     def state(self) -> bytes:
-        """Where the next batch is taken from, in at most 336 bytes: what `restore` continues at."""
-        return _native.encode_state(self.batches_done, **self._identity)
+        """Where the next batch is taken from, in a few hundred bytes: what `restore` continues at."""
+        return state.encode(self._identity, {"batches": self.batches_done})
 
-    def restore(self, state: bytes) -> None:
-        """Continue exactly where `state` was taken, in whatever process.
+    def restore(self, saved: bytes, /) -> None:
+        """Continue exactly where `saved` was taken, in whatever process.
 
         Raises:
           DataError: the state is damaged, or of other data, seed, batch size, shapes or format; the message says which.
         """
         self._check_open()
-        try:
-            self.batches_done = _native.decode_state(state, **self._identity)
-        except ValueError as error:
-            raise DataError(str(error)) from None
+        self.batches_done = state.decode(saved, self._identity)["batches"]
 
     def close(self) -> None:
         """Let go of the data. Batches that were handed out stay valid."""
         self._closed = True
-        self._columns = {}
+        self._tables = {}
         self._plan = None
 
     def __enter__(self: Own) -> Own:
@@ -174,7 +200,7 @@ class _Batcher(ABC, Generic[Batch]):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ValueError("a batcher must be open to hand out batches, got a closed one; make another")
+            raise ClosedError("a batcher must be open to hand out batches, but received a closed one. Make another.")
 
     def _first_batch(self, epoch: int) -> int:
         return -(-epoch * self.num_records // self.batch_size)
@@ -224,17 +250,17 @@ class PromptBatcher(_Batcher[PromptBatch]):
         )
 
     def _assemble(self, rows: Int64[np.ndarray, " P"], ids: Int64[np.ndarray, " P"], shape: Shape) -> PromptBatch:
-        tokens, lengths = _native.gather([self._columns["prompts"]], rows, shape[0])
-        return PromptBatch(tokens[:, 0], lengths[:, 0], ids)
+        tokens, lengths = _padded([self._tables["prompts"]], rows, shape[0])
+        return PromptBatch(tokens[:, 0], lengths[:, 0], _aligned(ids))
 
 
 class _RecordedBatcher(_Batcher[CompletionBatch]):
     def _assemble(self, rows: Int64[np.ndarray, " P"], ids: Int64[np.ndarray, " P"], shape: Shape) -> CompletionBatch:
-        prompts, *completions = self._columns.values()
-        prompt_tokens, prompt_lengths = _native.gather([prompts], rows, shape[0])
-        tokens, lengths = _native.gather(completions, rows, shape[1])
-        preference = _native.take(self._preference, rows)
-        return CompletionBatch(prompt_tokens[:, 0], prompt_lengths[:, 0], tokens, lengths, preference, ids)
+        prompts, *completions = self._tables.values()
+        prompt_tokens, prompt_lengths = _padded([prompts], rows, shape[0])
+        tokens, lengths = _padded(completions, rows, shape[1])
+        preference = _aligned(self._preference[rows])
+        return CompletionBatch(prompt_tokens[:, 0], prompt_lengths[:, 0], tokens, lengths, preference, _aligned(ids))
 
 
 class CompletionBatcher(_RecordedBatcher):

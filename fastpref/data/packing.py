@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 from jaxtyping import Bool, Float, Int, Int32, Int64
 
-from fastpref.data import _native
+from fastpref.data import _native, state
 from fastpref.data.batches import PackedPairs
 from fastpref.data.columns import Numbers, Rows, column, fingerprint, per_record, preferences, ragged
 from fastpref.data.records import DropReport
@@ -29,6 +29,8 @@ Own = TypeVar("Own", bound="PairBatcher")
 
 MAX_PAIRS = 32
 TOO_LONG = "pair too long for a row"
+PLAN_VERSION = 1
+"""Counts changes of csrc/pair_plan.cc that give the same arguments another order: a state of the old one is refused."""
 
 
 class PairBatcher:
@@ -132,11 +134,19 @@ class PairBatcher:
             hosts=hosts,
             threads=threads,
             prefetch=prefetch,
-            fingerprint=fingerprint(tables, names, chances, logps),
-            tokenizer=xxhash.xxh3_128(
-                tokenizer_hash.encode() if isinstance(tokenizer_hash, str) else tokenizer_hash
-            ).digest(),
         )
+        self._identity = {
+            "tokenizer hash": xxhash.xxh3_128_hexdigest(tokenizer_hash),
+            "number of pairs": count - len(dropped),
+            "data fingerprint": fingerprint(tables, names, chances, logps).hex(),
+            "seed": int(seed),
+            "layout": layout,
+            "decoder_start": start,
+            "max_pairs_per_row": int(max_pairs_per_row),
+            "window": int(window),
+            "set of shapes (rows, row_tokens, prompt_row_tokens)": [list(map(int, shape)) for shape in self.shapes],
+            "plan version": PLAN_VERSION,
+        }
         self.dropped_ids: Int64[np.ndarray, " D"] = names[dropped]
         """Names of the records that fit no shape."""
         self.report = DropReport(count, count - len(dropped), {TOO_LONG: len(dropped)} if len(dropped) else {})
@@ -147,7 +157,7 @@ class PairBatcher:
     @property
     def epoch(self) -> int:
         """Epoch that the next batch belongs to."""
-        epoch, done, batches = self._loader.position()
+        epoch, done, batches, _ = self._loader.position()
         return epoch + (done == batches)
 
     def batches_in(self, epoch: int) -> int:
@@ -170,20 +180,18 @@ class PairBatcher:
 
         It counts the batches that were handed out, never those assembled ahead, and is that of all hosts.
         """
-        return self._loader.state()
+        epoch, batch, _, plan = self._loader.position()
+        return state.encode(self._identity, {"epoch": epoch, "batch": batch, "plan": plan})
 
-    def restore(self, state: bytes) -> None:
-        """Continue exactly where `state` was taken, in whatever process, with any host, hosts, threads and prefetch.
+    def restore(self, saved: bytes, /) -> None:
+        """Continue exactly where `saved` was taken, in whatever process, with any host, hosts, threads and prefetch.
 
         Takes no time that grows with the position, once the epoch is planned.
 
         Raises:
           DataError: the state is damaged, or of other data, tokenizer, seed, settings or format; the message names it.
         """
-        try:
-            self._loader.restore(state)
-        except ValueError as error:
-            raise error if "must be open" in str(error) else DataError(str(error)) from None
+        self._loader.seek(**state.decode(saved, self._identity))
 
     def close(self) -> None:
         """End the threads and let go of the data. Batches that were handed out stay valid."""

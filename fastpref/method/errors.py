@@ -20,6 +20,10 @@ class DataError(FastprefError, ValueError):
     """Data that cannot be used; the message says where it is."""
 
 
+class ClosedError(FastprefError, ValueError):
+    """A batcher that was closed is asked for more."""
+
+
 class ChatError(FastprefError, ValueError):
     """A conversation that cannot be written as prompt and completions."""
 

@@ -3,7 +3,7 @@
 #include <optional>
 #include <vector>
 
-#include "assemble.h"
+#include "ragged.h"
 #include "buffer.h"
 #include "input.h"
 #include "pack.h"

@@ -3,7 +3,6 @@
 
 #include "input.h"
 #include "pair_plan.h"
-#include "plan.h"
 
 namespace {
 
@@ -59,34 +58,10 @@ void plan_of_pairs(Input& input) {
   for (const int count : used) HOLDS(count == 1);
 }
 
-void plan_of_records(Input& input) {
-  const auto shapes = static_cast<std::int32_t>(input.in(1, 32, 1));
-  const std::int64_t batch_size = input.in(1, 300);
-  const std::uint64_t seed = input.number(8), epoch = input.number(7);
-  std::vector<std::int32_t> shape_of;
-  while (input.left() > 0) shape_of.push_back(static_cast<std::int32_t>(input.in(0, shapes - 1, 1)));
-  if (shape_of.empty()) return;
-  try {
-    const fastpref::Plan plan = fastpref::plan_epoch(shape_of, shapes, batch_size, seed, epoch);
-    HOLDS(plan.rows.size() == plan.shapes.size() * static_cast<std::size_t>(batch_size));
-    for (std::size_t at = 0; at < plan.rows.size(); ++at) {
-      const std::int64_t row = plan.rows.data()[at];
-      HOLDS(row >= 0 && row < static_cast<std::int64_t>(shape_of.size()));
-      HOLDS(shape_of[row] <= plan.shapes.data()[at / static_cast<std::size_t>(batch_size)]);
-    }
-  } catch (const std::invalid_argument&) {
-    HOLDS(epoch >= (std::uint64_t{1} << 62) / shape_of.size() - 1);
-  }
-}
-
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   Input input(data, size);
-  if (input.in(0, 3, 1) == 0) {
-    plan_of_records(input);
-  } else {
-    plan_of_pairs(input);
-  }
+  plan_of_pairs(input);
   return 0;
 }

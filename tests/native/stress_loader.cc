@@ -69,6 +69,10 @@ std::uint64_t take(Loader& loader) {
   }
 }
 
+void seek(Loader& loader, const fastpref::Standing& standing) {
+  loader.seek(standing.position.epoch, standing.position.batch, standing.plan);
+}
+
 }  // namespace
 
 int main() {
@@ -88,8 +92,7 @@ int main() {
     for (int step = 0; step < 25; ++step) {
       if (random() % 5 == 0) {
         at = random() % 50;
-        loader->plan(standings[at].position.epoch);
-        loader->seek(standings[at]);
+        seek(*loader, standings[at]);
       }
       HOLDS(take(*loader) == expected[at++ % 60]);
       if (at >= 60) break;
@@ -115,7 +118,7 @@ int main() {
     threads.emplace_back([&] {
       try {
         for (std::size_t i = 0;; ++i) {
-          loader->seek(standings[i % 50]);
+          seek(*loader, standings[i % 50]);
           loader->standing();
         }
       } catch (const fastpref::Cancelled&) {

@@ -1,0 +1,57 @@
+"""The saved state of a batcher: what it belongs to and where the next batch is taken from, in a few hundred bytes.
+
+`FPSTATE`, the XXH3-64 checksum of what follows, and a JSON object with the identity and the position. A state of other
+data, settings or format is refused with the name of what differs.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import xxhash
+
+from fastpref.method.errors import DataError
+
+MAGIC = b"FPSTATE\n"
+FORMAT = 2
+_CHECKSUM = slice(len(MAGIC), len(MAGIC) + 16)
+
+
+def encode(identity: Mapping[str, Any], position: Mapping[str, int]) -> bytes:
+    """The bytes of a state.
+
+    Args:
+      identity: what `decode` compares, the plainest differences first: values that JSON keeps, with lists for tuples.
+      position: whole numbers by name.
+    """
+    content = {"format": FORMAT, "identity": dict(identity), "position": dict(position)}
+    text = json.dumps(content, separators=(",", ":")).encode()
+    return MAGIC + xxhash.xxh3_64_hexdigest(text).encode() + text
+
+
+def decode(state: bytes, identity: Mapping[str, Any]) -> dict[str, int]:
+    """The position that `encode` was given.
+
+    Raises:
+      TypeError: `state` is not bytes.
+      DataError: the bytes are damaged, or of another identity or format; the message names what differs.
+    """
+    if not isinstance(state, bytes):
+        raise TypeError(f"state must be bytes, but received {type(state).__name__}. Pass what state() returned.")
+    text = state[_CHECKSUM.stop :]
+    if not state.startswith(MAGIC) or state[_CHECKSUM] != xxhash.xxh3_64_hexdigest(text).encode():
+        raise DataError(
+            f"state must be the bytes of state(), but received {len(state)} bytes that are not. Start from an "
+            "undamaged copy, or anew."
+        )
+    saved = json.loads(text)
+    differing = [("format", saved["format"], FORMAT)]
+    differing += [(name, saved["identity"].get(name), own) for name, own in identity.items()]
+    for name, received, own in differing:
+        if received != own:
+            raise DataError(
+                f"state must have the {name} of this batcher, {own}, but received {received}. Restore with what it "
+                "was saved with, or start anew."
+            )
+    position: dict[str, int] = saved["position"]
+    return position
