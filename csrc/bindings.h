@@ -35,7 +35,7 @@ template <class T>
 T integer(py::handle object, const char* name, T low, T high) {
   const auto fail = [&]() -> std::string {
     return std::string(name) + " must be an integer in [" + std::to_string(low) + ", " + std::to_string(high) +
-           "], got " + describe(object);
+           "], but received " + describe(object);
   };
   const auto index = py::reinterpret_steal<py::object>(PyBool_Check(object.ptr()) ? nullptr
                                                                                   : PyNumber_Index(object.ptr()));
@@ -62,7 +62,7 @@ std::span<const T> contiguous(py::handle object, const char* name, py::ssize_t d
   const auto rule = [&] {
     return std::string(name) + " must be a contiguous array of " +
            (dimensions == 1 ? "one dimension" : std::to_string(dimensions) + " dimensions") + " and type " +
-           py::str(py::dtype::of<T>()).template cast<std::string>() + ", got ";
+           py::str(py::dtype::of<T>()).template cast<std::string>() + ", but received ";
   };
   if (!py::isinstance<py::array>(object)) throw py::type_error(rule() + Py_TYPE(object.ptr())->tp_name);
   const auto array = py::reinterpret_borrow<py::array>(object);
@@ -100,7 +100,7 @@ inline py::array to_numpy(Buffer<T>&& buffer, const std::vector<py::ssize_t>& sh
 inline void check_count(const char* name, std::size_t count, std::size_t records) {
   if (count != records) {
     throw py::value_error(std::string(name) + " must have one entry for each of the " + std::to_string(records) +
-                          " records, got " + std::to_string(count));
+                          " records, but received " + std::to_string(count));
   }
 }
 
@@ -115,7 +115,7 @@ void define_columns(py::module_& module);
 void define_batches(py::module_& module);
 
 inline Layout layout_from(py::handle layout, py::handle start_token) {
-  const std::string rule = "layout must be 'shared', 'separate' or 'encoder-decoder', got ";
+  const std::string rule = "layout must be 'shared', 'separate' or 'encoder-decoder', but received ";
   if (!py::isinstance<py::str>(layout)) throw py::type_error(rule + describe(layout));
   const auto name = layout.cast<std::string>();
   const auto start = static_cast<std::int32_t>(integer<std::int64_t>(start_token, "decoder_start", 0, kMaxInt32));
@@ -128,7 +128,7 @@ inline Layout layout_from(py::handle layout, py::handle start_token) {
 inline std::int32_t max_pairs_from(py::handle object, std::int64_t rows) {
   const auto most = static_cast<std::int32_t>(integer<std::int64_t>(object, "max_pairs_per_row", 1, kMaxInt32));
   if (rows > (kMaxInt32 / 2) / most) {
-    throw py::value_error("rows * max_pairs_per_row must be below 2^30, got " + std::to_string(rows) + " * " +
+    throw py::value_error("rows * max_pairs_per_row must be below 2^30, but received " + std::to_string(rows) + " * " +
                           std::to_string(most));
   }
   return most;
@@ -137,7 +137,7 @@ inline std::int32_t max_pairs_from(py::handle object, std::int64_t rows) {
 inline PackConfig pack_config_from(py::handle shapes, py::handle max_pairs, py::handle window, py::handle seed, bool encoder) {
   const std::string rule = "shapes must be 1 to " + std::to_string(kMaxRowShapes) +
                            " triples (rows, decoder places, encoder places), no row smaller than the one before in "
-                           "either stream and no two equal, encoder places 0 exactly without an encoder, got ";
+                           "either stream and no two equal, encoder places 0 exactly without an encoder, but received ";
   if (!py::isinstance<py::sequence>(shapes) || py::isinstance<py::str>(shapes)) {
     throw py::type_error(rule + describe(shapes));
   }

@@ -16,7 +16,7 @@ namespace {
 Size size_of(const Layout& layout, const Pair& pair, std::int64_t record) {
   for (const auto tokens : {pair.prompt, pair.completions[0], pair.completions[1]}) {
     if (tokens.empty()) {
-      throw std::invalid_argument("prompts and completions must have at least one token, got none at record " +
+      throw std::invalid_argument("prompts and completions must have at least one token, but received none at record " +
                                   std::to_string(record));
     }
   }
@@ -48,7 +48,7 @@ py::tuple py_plan_pairs(const py::object& tokens, const py::object& prompt_token
   const auto decoder = vector<std::int32_t>(tokens, "tokens");
   const auto encoder = vector<std::int32_t>(prompt_tokens, "prompt_tokens");
   if (decoder.empty() || decoder.size() >= static_cast<std::size_t>(kMaxInt32)) {
-    throw py::value_error("tokens must have 1 to 2^31 - 2 entries, got " + std::to_string(decoder.size()));
+    throw py::value_error("tokens must have 1 to 2^31 - 2 entries, but received " + std::to_string(decoder.size()));
   }
   if (!encoder.empty()) check_count("prompt_tokens", encoder.size(), decoder.size());
   const PackConfig config = pack_config_from(shapes, max_pairs, window, seed, !encoder.empty());
@@ -57,7 +57,7 @@ py::tuple py_plan_pairs(const py::object& tokens, const py::object& prompt_token
   for (std::size_t i = 0; i < sizes.size(); ++i) {
     sizes[i] = {decoder[i], encoder.empty() ? 0 : encoder[i]};
     if (sizes[i].tokens < 1 || sizes[i].prompt < 0 || shape_of(sizes[i], config.shapes) < 0) {
-      throw py::value_error("tokens must be at least 1 and fit the last shape, got " + std::to_string(sizes[i].tokens) +
+      throw py::value_error("tokens must be at least 1 and fit the last shape, but received " + std::to_string(sizes[i].tokens) +
                             " and " + std::to_string(sizes[i].prompt) + " at " + std::to_string(i));
     }
   }
@@ -97,7 +97,7 @@ class PairLoader {
                       vector<std::int64_t>(ids, "ids")};
     const std::size_t count = source.ids.size();
     if (count == 0 || count >= static_cast<std::size_t>(kMaxInt32)) {
-      throw py::value_error("ids must have 1 to 2^31 - 2 entries, got " + std::to_string(count));
+      throw py::value_error("ids must have 1 to 2^31 - 2 entries, but received " + std::to_string(count));
     }
     check_count("prompts", static_cast<std::size_t>(source.prompts->rows()), count);
     check_count("first", static_cast<std::size_t>(source.first->rows()), count);
@@ -105,7 +105,7 @@ class PairLoader {
     check_count("preference", source.preference.size(), count);
     if (!source.ref_logps.empty() && source.ref_logps.size() != 2 * count) {
       throw py::value_error("ref_logps must have no entry, or two for each of the " + std::to_string(count) +
-                            " records, got " + std::to_string(source.ref_logps.size()));
+                            " records, but received " + std::to_string(source.ref_logps.size()));
     }
     LoaderConfig config{};
     config.layout = layout_from(layout, start_token);
@@ -114,7 +114,7 @@ class PairLoader {
     config.host = static_cast<std::int32_t>(integer<std::int64_t>(host, "host", 0, config.hosts - 1));
     for (const RowShape& shape : config.pack.shapes) {
       if (shape.rows % config.hosts != 0) {
-        throw py::value_error("hosts must divide the rows of every shape, got " + std::to_string(config.hosts) +
+        throw py::value_error("hosts must divide the rows of every shape, but received " + std::to_string(config.hosts) +
                               " hosts and " + std::to_string(shape.rows) + " rows");
       }
     }
@@ -131,12 +131,12 @@ class PairLoader {
     for (std::size_t i = 0; i < number; ++i) {
       const std::int64_t record = kept.empty() ? static_cast<std::int64_t>(i) : kept[i];
       if (record < 0 || record >= static_cast<std::int64_t>(count)) {
-        throw std::invalid_argument("records must be in [0, " + std::to_string(count) + "), got " +
+        throw std::invalid_argument("records must be in [0, " + std::to_string(count) + "), but received " +
                                     std::to_string(record));
       }
       sizes.push_back(size_of(config.layout, source.pair(record), record));
       if (shape_of(sizes.back(), config.pack.shapes) < 0) {
-        throw std::invalid_argument("the last of shapes must hold every pair, got record " + std::to_string(record) +
+        throw std::invalid_argument("the last of shapes must hold every pair, but received record " + std::to_string(record) +
                                     " with " + std::to_string(sizes.back().tokens) + " and " +
                                     std::to_string(sizes.back().prompt) + " places");
       }
@@ -206,7 +206,7 @@ class PairLoader {
 
   static const Ragged& column(py::handle object, const char* name) {
     if (!py::isinstance<Column>(object)) {
-      throw py::type_error(std::string(name) + " must be a Column, got " + Py_TYPE(object.ptr())->tp_name);
+      throw py::type_error(std::string(name) + " must be a Column, but received " + Py_TYPE(object.ptr())->tp_name);
     }
     return object.cast<const Column&>().ragged;
   }
@@ -235,20 +235,20 @@ py::tuple py_pack_step(const py::object& prompt_tokens, const py::object& prompt
   const auto names = vector<std::int64_t>(ids, "ids");
   const auto group = static_cast<std::size_t>(sides[1]);
   if (group != 1 && group != 2) {
-    throw py::value_error("completion_tokens must hold 1 or 2 completions of each prompt, got " + std::to_string(group));
+    throw py::value_error("completion_tokens must hold 1 or 2 completions of each prompt, but received " + std::to_string(group));
   }
   check_count("prompt_lengths", prompt_ends.size(), count);
   check_count("completion_tokens", static_cast<std::size_t>(sides[0]), count);
   if (length_sides[0] != sides[0] || length_sides[1] != sides[1]) {
     throw py::value_error("completion_lengths must have one entry for each of the " + std::to_string(sides[0]) + " x " +
-                          std::to_string(sides[1]) + " completions, got " + std::to_string(length_sides[0]) + " x " +
+                          std::to_string(sides[1]) + " completions, but received " + std::to_string(length_sides[0]) + " x " +
                           std::to_string(length_sides[1]));
   }
   check_count("preference", chances.size(), count);
   for (const auto& [name, sides_of] : {std::pair{"ref_logps", &logp_sides}, std::pair{"scores", &score_sides}}) {
     check_count(name, static_cast<std::size_t>((*sides_of)[0]), count);
     if ((*sides_of)[1] != 2) {
-      throw py::value_error(std::string(name) + " must have two entries for each record, got " +
+      throw py::value_error(std::string(name) + " must have two entries for each record, but received " +
                             std::to_string((*sides_of)[1]));
     }
   }
@@ -260,7 +260,7 @@ py::tuple py_pack_step(const py::object& prompt_tokens, const py::object& prompt
       static_cast<std::int32_t>(integer<std::int64_t>(row_tokens, "row_tokens", 1, kMaxRowTokens)),
       static_cast<std::int32_t>(integer<std::int64_t>(prompt_row_tokens, "prompt_row_tokens", encoder, encoder ? kMaxRowTokens : 0))};
   if (!py::isinstance<py::sequence>(row_counts) || py::isinstance<py::str>(row_counts) || py::len(row_counts) == 0) {
-    throw py::type_error("row_counts must be a sequence of at least one integer, got " + describe(row_counts));
+    throw py::type_error("row_counts must be a sequence of at least one integer, but received " + describe(row_counts));
   }
   std::vector<std::int32_t> numbers;
   for (const py::handle number : py::reinterpret_borrow<py::sequence>(row_counts)) {

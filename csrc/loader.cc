@@ -60,7 +60,7 @@ bool Loader::forked() const noexcept { return getpid() != process_; }
 
 void Loader::check_process() const {
   if (forked()) {
-    throw std::logic_error("a batcher must be used in the process that made it, got a child of fork; make one there");
+    throw std::logic_error("a batcher must be used in the process that made it, but received a child of fork. Make one there.");
   }
 }
 

@@ -297,7 +297,7 @@ def test_resume_is_exact_at_every_position_whatever_runs_it() -> None:
             states.append(native.state())
             assert native.state() == states[-1]
     assert len(set(states)) == len(states)
-    assert max(map(len, states)) <= 316
+    assert max(map(len, states)) <= 600
     for at in (*range(len(batches)), 3, 0):
         with batcher(pairs, window=8, seed=5, threads=1 + at % 3, prefetch=at % 5) as other:
             other.restore(states[at])
@@ -322,16 +322,16 @@ def test_the_state_counts_what_was_handed_over() -> None:
 
 
 WRONG_STATES: list[tuple[dict[str, Any], str]] = [
-    ({"seed": 9}, "another seed: saved 0, this batcher has 9"),
-    ({"rows": 2}, r"another set of shapes .rows x row_tokens.: saved 4x40, this batcher has 2x40"),
-    ({"row_tokens": 64}, r"another set of shapes .rows x row_tokens.: saved 4x40, this batcher has 4x64"),
-    ({"tail": [(1, 64)]}, "another set of shapes .*: saved 4x40, this batcher has 4x40 1x64"),
-    ({"layout": "separate", "row_tokens": 64}, "another layout: saved shared, this batcher has separate"),
-    ({"max_pairs_per_row": 8}, "another max_pairs_per_row: saved 32, this batcher has 8"),
-    ({"window": 8}, "another window: saved 1024, this batcher has 8"),
-    ({"ids": list(range(30))}, "another data fingerprint"),
-    ({"ref_logps": None}, "another data fingerprint"),
-    ({"tokenizer_hash": "other"}, "another tokenizer hash"),
+    ({"seed": 9}, "seed of this batcher, 9, but received 0"),
+    ({"rows": 2}, r"set of shapes .*, \[\[2, 40, 0\]\], but received \[\[4, 40, 0\]\]"),
+    ({"row_tokens": 64}, r"set of shapes .*, \[\[4, 64, 0\]\], but received \[\[4, 40, 0\]\]"),
+    ({"tail": [(1, 64)]}, r"set of shapes .*, \[\[4, 40, 0\], \[1, 64, 0\]\], but received \[\[4, 40, 0\]\]"),
+    ({"layout": "separate", "row_tokens": 64}, "layout of this batcher, separate, but received shared"),
+    ({"max_pairs_per_row": 8}, "max_pairs_per_row of this batcher, 8, but received 32"),
+    ({"window": 8}, "window of this batcher, 8, but received 1024"),
+    ({"ids": list(range(30))}, "data fingerprint"),
+    ({"ref_logps": None}, "data fingerprint"),
+    ({"tokenizer_hash": "other"}, "tokenizer hash"),
 ]
 
 
@@ -340,7 +340,7 @@ def test_the_state_of_another_batcher_is_refused(options: dict[str, Any], messag
     pairs = random_pairs(30, (9, 9))
     with batcher(pairs) as native, batcher(pairs, **options) as other:
         state, before = native.state(), other.state()
-        with pytest.raises(DataError, match=f"state is of {message}.*; restore with what it was saved with"):
+        with pytest.raises(DataError, match=f"state must have the {message}.* Restore with what it was saved with"):
             other.restore(state)
         assert other.state() == before
 
@@ -350,8 +350,11 @@ def test_the_state_of_other_data_is_refused() -> None:
     with batcher(pairs) as native:
         state = native.state()
     fewer, changed = pairs[:-1], [*pairs[:-1], SlowPair([1], [[1], [2]], pairs[-1].id)]
-    for other, message in ((fewer, "number of pairs: saved 30, this batcher has 29"), (changed, "data fingerprint")):
-        with batcher(other) as native, pytest.raises(DataError, match=f"state is of another {message}"):
+    for other, message in (
+        (fewer, "number of pairs of this batcher, 29, but received 30"),
+        (changed, "data fingerprint"),
+    ):
+        with batcher(other) as native, pytest.raises(DataError, match=f"state must have the {message}"):
             native.restore(state)
 
 
@@ -361,7 +364,9 @@ def test_damaged_states_are_refused() -> None:
         state = native.state()
         for at in range(len(state)):
             for damaged in (state[:at] + bytes([state[at] ^ 1]) + state[at + 1 :], state[:at]):
-                with pytest.raises(DataError, match=r"state must be the bytes of state\(\), got bytes (that|whose)"):
+                with pytest.raises(
+                    DataError, match=r"state must be the bytes of state\(\), but received \d+ bytes that are not"
+                ):
                     native.restore(damaged)
         assert native.state() == state
 

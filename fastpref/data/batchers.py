@@ -81,7 +81,9 @@ class _Batcher(ABC, Generic[Batch]):
         self.num_records: int = len(tables["prompts"])
         """N."""
         if self.num_records == 0:
-            raise DataError("there must be at least one record, got none. The drop report says where they went.")
+            raise DataError(
+                "there must be at least one record, but received none. The drop report says where they went."
+            )
         for name, rows in tables.items():
             column(name, rows, self.num_records, vocab_size)
         self._tables: dict[str, Ragged] = tables
@@ -140,8 +142,8 @@ class _Batcher(ABC, Generic[Batch]):
         self._check_open()
         epoch = self.epoch
         if self._plan is None or self._plan[0] != epoch:
-            plan = padding.plan_epoch(self._shape_of, batch_size=self.batch_size, seed=self._seed, epoch=epoch)
-            self._plan = (epoch, *plan)
+            rows, shapes = padding.plan_epoch(self._shape_of, batch_size=self.batch_size, seed=self._seed, epoch=epoch)
+            self._plan = (epoch, rows, shapes)
         _, rows, shapes = self._plan
         at = self.batches_done - self._first_batch(epoch)
         batch = self._assemble(rows[at], self._ids[rows[at]], self.shapes[shapes[at]])

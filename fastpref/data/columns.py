@@ -24,7 +24,9 @@ def ragged(rows: Rows) -> Ragged:
 def column(name: str, rows: Ragged, records: int, vocab_size: int | None) -> _native.Column:
     """Rows with their ids and number checked, for the native core."""
     if len(rows) != records:
-        raise DataError(f"{name} must have one entry for each of the {records} prompts, got {len(rows)}. Align them.")
+        raise DataError(
+            f"{name} must have one entry for each of the {records} prompts, but received {len(rows)}. Align them."
+        )
     try:
         return _native.Column(rows.values, rows.offsets, vocab_size=vocab_size)
     except ValueError as error:
@@ -37,7 +39,7 @@ def check_lengths(name: str, lengths: Int32[np.ndarray, " N"], limit_name: str, 
     if wrong.any():
         at = int(wrong.argmax())
         raise DataError(
-            f"{name} must have 1 to {limit} tokens ({limit_name}), got {lengths[at]} at record {at}. "
+            f"{name} must have 1 to {limit} tokens ({limit_name}), but received {lengths[at]} at record {at}. "
             "Drop or truncate such records as tokenize_prompts does, or raise the limit."
         )
 
@@ -48,7 +50,7 @@ def per_record(name: str, numbers: Numbers, dtype: type[np.generic], records: in
     if array.shape != (records,) or not np.can_cast(array.dtype, dtype, "same_kind"):
         raise DataError(
             f"{name} must have one number ({np.dtype(dtype)}) for each of the {records} prompts, "
-            f"got {array.dtype} of shape {array.shape}. Align them."
+            f"but received {array.dtype} of shape {array.shape}. Align them."
         )
     return np.ascontiguousarray(array, dtype)
 
@@ -59,7 +61,9 @@ def preferences(preference: Numbers | None, records: int) -> np.ndarray:
     wrong = ~((array >= 0) & (array <= 1))
     if wrong.any():
         at = int(wrong.argmax())
-        raise DataError(f"preference must be in [0, 1], got {array[at]} at record {at}. Repair or drop such records.")
+        raise DataError(
+            f"preference must be in [0, 1], but received {array[at]} at record {at}. Repair or drop such records."
+        )
     return array
 
 

@@ -99,11 +99,13 @@ class PairBatcher:
         prefetch: int = 2,
     ) -> None:
         if overlong not in ("raise", "drop"):
-            raise ValueError(f"overlong must be 'raise' or 'drop', got {overlong!r}; choose one of them")
+            raise ValueError(f"overlong must be 'raise' or 'drop', but received {overlong!r}. Choose one of them.")
         tables = {"prompts": ragged(prompts), "chosen": ragged(chosen), "rejected": ragged(rejected)}
         count = len(tables["prompts"])
         if count == 0:
-            raise DataError("there must be at least one record, got none. The drop report says where they went.")
+            raise DataError(
+                "there must be at least one record, but received none. The drop report says where they went."
+            )
         columns = [column(name, of_rows, count, vocab_size) for name, of_rows in tables.items()]
         names = per_record("ids", range(count) if ids is None else ids, np.int64, count)
         chances = preferences(preference, count)
@@ -136,7 +138,9 @@ class PairBatcher:
             prefetch=prefetch,
         )
         self._identity = {
-            "tokenizer hash": xxhash.xxh3_128_hexdigest(tokenizer_hash),
+            "tokenizer hash": xxhash.xxh3_128_hexdigest(
+                tokenizer_hash.encode() if isinstance(tokenizer_hash, str) else tokenizer_hash
+            ),
             "number of pairs": count - len(dropped),
             "data fingerprint": fingerprint(tables, names, chances, logps).hex(),
             "seed": int(seed),
@@ -229,7 +233,9 @@ def row_counts(pairs: int, multiple: int = 1) -> tuple[int, ...]:
     """
     for name, value in (("pairs", pairs), ("multiple", multiple)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}; give the largest number that a step may have")
+            raise ValueError(
+                f"{name} must be at least 1, but received {value}. Give the largest number that a step may have."
+            )
     units, last = [1], -(-pairs // multiple)
     while units[-1] < last:
         power = 1 << (units[-1].bit_length() - 1)
@@ -312,8 +318,8 @@ def _encoder(layout: str, prompt_row_tokens: int | None, decoder_start: int | No
     for name, value in (("prompt_row_tokens", prompt_row_tokens), ("decoder_start", decoder_start)):
         if (value is not None) != (layout == "encoder-decoder"):
             raise ValueError(
-                f"{name} must be given exactly for the layout 'encoder-decoder', got {value} for {layout!r}; "
-                "take the layout of the model"
+                f"{name} must be given exactly for the layout 'encoder-decoder', but received {value} for {layout!r}; "
+                "take the layout of the model."
             )
     return prompt_row_tokens or 0, decoder_start or 0
 
@@ -328,11 +334,11 @@ def _sizes(columns: list[_native.Column], layout: str) -> Int32[np.ndarray, "N 2
 def _refuse(sizes: Int32[np.ndarray, "N 2"], fitting: Bool[np.ndarray, " N"], shape: RowShape) -> NoReturn:
     """Name the first pair that fits no row."""
     at = int((~fitting).argmax())
-    rule, got = f"row_tokens {shape[1]}", f"{sizes[at, 0]}"
+    rule, received = f"row_tokens {shape[1]}", f"{sizes[at, 0]}"
     if shape[2]:
-        rule, got = f"{rule}, prompt_row_tokens {shape[2]}", f"{got} and {sizes[at, 1]}"
+        rule, received = f"{rule}, prompt_row_tokens {shape[2]}", f"{received} and {sizes[at, 1]}"
     raise DataError(
-        f"a row must hold every pair whole, got {rule} and {got} places at record {at} "
+        f"a row must hold every pair whole, but received {rule} and {received} places at record {at} "
         f"({(~fitting).sum()} of {len(fitting)} are too long). Shorten or drop such records (overlong='drop'), enlarge "
         "row_tokens, or add a larger shape to tail."
     )
@@ -341,7 +347,7 @@ def _refuse(sizes: Int32[np.ndarray, "N 2"], fitting: Bool[np.ndarray, " N"], sh
 def _shape(shape: tuple[int, ...], encoder: int) -> RowShape:
     if len(shape) != (3 if encoder else 2):
         form = "(rows, row_tokens, prompt_row_tokens)" if encoder else "(rows, row_tokens)"
-        raise ValueError(f"a shape of tail must be {form}, got {shape!r}; give these numbers")
+        raise ValueError(f"a shape of tail must be {form}, but received {shape!r}. Give these numbers.")
     return shape[0], shape[1], shape[2] if encoder else 0
 
 
@@ -352,7 +358,8 @@ def _ref_logps(ref_logps: Any, count: int) -> np.ndarray:
     array = np.asarray(ref_logps)
     if array.shape != (count, 2) or array.dtype.kind != "f" or not np.isfinite(array).all():
         raise DataError(
-            f"ref_logps must be finite numbers, two for each of the {count} records, got {array.dtype} of shape "
+            f"ref_logps must be finite numbers, two for each of the {count} records, but received {array.dtype} of "
+            f"shape "
             f"{array.shape}. Score the records anew, or leave ref_logps out."
         )
     return np.ascontiguousarray(array, np.float32).reshape(-1)

@@ -1,6 +1,7 @@
 """The plan of padded batches: few shapes that waste little, and an order that is a pure function of seed and epoch."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -79,7 +80,7 @@ def check_shapes(shapes: Sequence[Shape]) -> tuple[Shape, ...]:
     pairs = [tuple(shape) if isinstance(shape, Sequence) else (shape,) for shape in shapes]
     growing = all(
         len(small) == len(large) == 2 and small[0] <= large[0] and small[1] <= large[1] and small != large
-        for small, large in zip(pairs, pairs[1:], strict=False)
+        for small, large in pairwise(pairs)
     )
     whole = all(len(pair) == 2 and all(isinstance(side, int | np.integer) for side in pair) for pair in pairs)
     if not whole or not growing or not 1 <= len(pairs) <= MAX_SHAPES or pairs[0][0] < 1 or pairs[0][1] < 0:

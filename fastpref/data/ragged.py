@@ -27,7 +27,9 @@ class Ragged:
         rows = list(rows)
         for index, row in enumerate(rows):
             if not hasattr(row, "__len__"):
-                raise DataError(f"a row must be a list of token ids, got {row!r} at record {index}. Put it in a list.")
+                raise DataError(
+                    f"a row must be a list of token ids, but received {row!r} at record {index}. Put it in a list."
+                )
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
         # An empty array is one of floats unless it is told otherwise.
@@ -38,11 +40,12 @@ class Ragged:
             values = np.asarray(list(chain.from_iterable(rows)))
         if values.size and values.dtype.kind not in "iu":
             raise DataError(
-                f"token ids must be whole numbers, got {values.dtype}. Tokenize text first, as tokenize_prompts does."
+                f"token ids must be whole numbers, but received {values.dtype}. Tokenize text first, as "
+                f"tokenize_prompts does."
             )
         if values.size and (values.min() < -(2**31) or values.max() >= 2**31):
             raise DataError(
-                f"token ids must fit into 32 bits, got {values.min()} to {values.max()}. Repair the tokens."
+                f"token ids must fit into 32 bits, but received {values.min()} to {values.max()}. Repair the tokens."
             )
         return cls(values.astype(np.int32), offsets)
 
@@ -58,6 +61,6 @@ class Ragged:
 
     def __getitem__(self, index: int) -> Int32[np.ndarray, " L"]:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"row must be in [{-len(self)}, {len(self)}), got {index}")
+            raise IndexError(f"row must be in [{-len(self)}, {len(self)}), but received {index}")
         index %= len(self)
         return self.values[self.offsets[index] : self.offsets[index + 1]]
