@@ -26,7 +26,6 @@
 #include "plan.h"
 #include "random.h"
 #include "state.h"
-#include "tournament.h"
 
 namespace py = pybind11;
 
@@ -318,55 +317,13 @@ std::uint64_t py_decode_state(const py::object& state, const py::object& fingerp
   return decode_state(bytes, identity_from(fingerprint, records, seed, batch_size, completions, shapes));
 }
 
-// The online side: tournament and pair log ----------------------------------------------------------------------------
+// The online side: pair log ----------------------------------------------------------------------------
 
 template <class T>
 py::array copied(const std::vector<T>& values) {
   Buffer<T> buffer(values.size());
   std::copy(values.begin(), values.end(), buffer.data());
   return to_numpy(std::move(buffer), {static_cast<py::ssize_t>(values.size())});
-}
-
-Tournament make_tournament(const py::object& prompt_ids, const py::object& k, const py::object& step,
-                           const py::object& seed, const py::object& classes) {
-  const auto ids = vector<std::int64_t>(prompt_ids, "prompt_ids");
-  const auto same = classes.is_none() ? std::span<const std::int32_t>() : vector<std::int32_t>(classes, "classes");
-  const auto contestants = integer<std::int64_t>(k, "k", 2, kMaxContestants);
-  const auto turn = integer<std::uint64_t>(step, "step", 0, static_cast<std::uint64_t>(kMaxInt64));
-  const auto key = integer<std::uint64_t>(seed, "seed", 0, std::numeric_limits<std::uint64_t>::max());
-  if (!classes.is_none()) check_count("classes", same.size(), ids.size() * static_cast<std::size_t>(contestants));
-  const py::gil_scoped_release release;
-  return Tournament(ids, contestants, turn, key, same);
-}
-
-py::tuple tournament_questions(const Tournament& tournament) {
-  const std::vector<Match>& matches = tournament.questions();
-  Buffer<std::int64_t> prompts(matches.size());
-  Buffer<std::int32_t> first(matches.size());
-  Buffer<std::int32_t> second(matches.size());
-  for (std::size_t i = 0; i < matches.size(); ++i) {
-    prompts[i] = matches[i].prompt;
-    first[i] = matches[i].first;
-    second[i] = matches[i].second;
-  }
-  const auto count = static_cast<py::ssize_t>(matches.size());
-  return py::make_tuple(to_numpy(std::move(prompts), {count}), to_numpy(std::move(first), {count}),
-                        to_numpy(std::move(second), {count}));
-}
-
-void tournament_answer(Tournament& tournament, const py::object& probabilities) {
-  tournament.answer(vector<float>(probabilities, "probabilities"));
-}
-
-py::tuple tournament_results(const Tournament& tournament) {
-  if (!tournament.questions().empty()) {
-    throw py::value_error("every question must be answered before there are results, got " +
-                          std::to_string(tournament.questions().size()) + " open ones");
-  }
-  std::vector<std::int8_t> outcomes;
-  for (const Outcome outcome : tournament.outcomes()) outcomes.push_back(static_cast<std::int8_t>(outcome));
-  return py::make_tuple(copied(tournament.best()), copied(tournament.worst()), copied(tournament.preference()),
-                        copied(outcomes), copied(tournament.asked()));
 }
 
 // Rows of two borrowed arrays: row i is values[offsets[i]:offsets[i + 1]].
@@ -502,13 +459,6 @@ py::array index_find(const PairIndex& index, const py::object& step, const py::o
 }
 
 void define_online_side(py::module_& module) {
-  py::class_<Tournament>(module, "Tournament")
-      .def(py::init(&make_tournament), py::arg("prompt_ids"), py::kw_only(), py::arg("k"), py::arg("step"),
-           py::arg("seed"), py::arg("classes") = py::none())
-      .def("questions", &tournament_questions)
-      .def("answer", &tournament_answer, py::arg("probabilities"))
-      .def("results", &tournament_results);
-
   py::class_<PairIndex>(module, "PairIndex")
       .def(py::init<>())
       .def("__len__", &PairIndex::size)

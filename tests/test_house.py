@@ -95,7 +95,6 @@ def test_kernels_import_nothing_of_the_trainer() -> None:
                 "fastpref.data.columns",
                 "fastpref.data.packing",
                 "fastpref.judging.pair_log",
-                "fastpref.judging.tournament",
             },
         ),
         ("matplotlib", {"fastpref.reproduce.figures", "fastpref.runs.plots"}),

@@ -1,4 +1,4 @@
-"""Typed face of the native core in csrc/. Columns, batchers, packing, tournament and pair_log alone import it.
+"""Typed face of the native core in csrc/. Columns, batchers, packing and pair_log alone import it.
 
 Every function raises TypeError or ValueError naming the argument, the rule and what it received, releases the GIL while
 it works, and returns read-only arrays at 64-byte aligned addresses that own their memory. Arrays given to a function
@@ -77,23 +77,7 @@ def decode_state(
 ) -> int:
     """The number of batches handed out; ValueError names what differs or that the bytes are damaged."""
 
-# The online side: tournament and pair log -----------------------------------------------------------------------------
-
-class Tournament:
-    """Knockout tournaments of `k` completions of each prompt, all in step; see csrc/tournament.h.
-
-    `classes` [prompts * k] says which completions of a prompt are identical.
-    """
-
-    def __init__(self, prompt_ids: _Int64, *, k: int, step: int, seed: int, classes: _Int32 | None = None) -> None: ...
-    def questions(self) -> tuple[_Int64, _Int32, _Int32]:
-        """Prompt index, first and second completion of each pair that must be compared now; none at the end."""
-
-    def answer(self, probabilities: _Float32) -> None:
-        """p(first beats second) of each question. After a ValueError the same questions stand."""
-
-    def results(self) -> tuple[_Int32, _Int32, _Float32, _Int8, _Int32]:
-        """Best, worst, p(best beats worst), outcome (an index of `judging.tournament.OUTCOMES`), pairs asked about."""
+# The online side: pair log -----------------------------------------------------------------------------
 
 class PairIndex:
     """Answers of a pair log by what was asked; see csrc/pair_log.h."""

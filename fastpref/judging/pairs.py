@@ -18,10 +18,6 @@ Compare = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """Prompts and two of their completions by number, [M] each, to p(first ≻ second), [M] float32."""
 
 
-DROPPED = {1: "worst_won", 2: "tie", 3: "identical", 4: "cyclic"}
-"""Metrics that count why a tournament's pair is not learned from, by the number of the outcome."""
-
-
 class Selection(NamedTuple):
     """What is learned from the K completions of P prompts."""
 
@@ -168,7 +164,7 @@ def select(pairs: str, jury: Jury, *, seed: int, baseline: str = "none") -> Sele
         "pairs/identical": float(identical.sum()),
     }
     if pairs == "tournament":
-        for code, reason in DROPPED.items():
+        for code, reason in enumerate(tournament.OUTCOMES[1:], 1):
             metrics[f"pairs/{reason}"] = float((found.outcomes == code).sum())
     return Selection(chosen, preference, label, scores, where, metrics)
 
