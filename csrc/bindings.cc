@@ -18,7 +18,6 @@
 
 #include "assemble.h"
 #include "buffer.h"
-#include "pair_log.h"
 #include "loader.h"
 #include "packed.h"
 #include "pair_plan.h"
@@ -315,168 +314,6 @@ std::uint64_t py_decode_state(const py::object& state, const py::object& fingerp
   }
   const std::string_view bytes = py::reinterpret_borrow<py::bytes>(state);
   return decode_state(bytes, identity_from(fingerprint, records, seed, batch_size, completions, shapes));
-}
-
-// The online side: pair log ----------------------------------------------------------------------------
-
-template <class T>
-py::array copied(const std::vector<T>& values) {
-  Buffer<T> buffer(values.size());
-  std::copy(values.begin(), values.end(), buffer.data());
-  return to_numpy(std::move(buffer), {static_cast<py::ssize_t>(values.size())});
-}
-
-// Rows of two borrowed arrays: row i is values[offsets[i]:offsets[i + 1]].
-class TokenRows {
- public:
-  TokenRows(const py::object& values, const py::object& offsets, const char* name, std::size_t rows)
-      : values_(vector<std::int32_t>(values, name)), offsets_(vector<std::int64_t>(offsets, name)) {
-    bool fits = offsets_.size() == rows + 1 && offsets_.front() >= 0 &&
-                offsets_.back() <= static_cast<std::int64_t>(values_.size());
-    for (std::size_t i = 0; fits && i < rows; ++i) fits = offsets_[i] <= offsets_[i + 1];
-    if (!fits) {
-      throw py::value_error(std::string(name) + " must have " + std::to_string(rows + 1) +
-                            " growing offsets in [0, " + std::to_string(values_.size()) + "], got " +
-                            std::to_string(offsets_.size()) + " that are not");
-    }
-  }
-
-  std::span<const std::int32_t> operator[](std::size_t row) const {
-    const auto start = static_cast<std::size_t>(offsets_[row]);
-    return values_.subspan(start, static_cast<std::size_t>(offsets_[row + 1]) - start);
-  }
-
- private:
-  std::span<const std::int32_t> values_;
-  std::span<const std::int64_t> offsets_;
-};
-
-std::string_view bytes_of(const py::object& object, const char* name) {
-  if (!py::isinstance<py::bytes>(object)) {
-    throw py::type_error(std::string(name) + " must be bytes, got " + Py_TYPE(object.ptr())->tp_name);
-  }
-  return py::reinterpret_borrow<py::bytes>(object);
-}
-
-std::int64_t step_of(const py::object& step) { return integer<std::int64_t>(step, "step", 0, kMaxInt64); }
-
-std::uint64_t word_of(const py::object& word, const char* name) {
-  return integer<std::uint64_t>(word, name, 0, std::numeric_limits<std::uint64_t>::max());
-}
-
-py::tuple py_pair_header(const py::object& judge, const py::object& seed) {
-  std::string out;
-  const std::uint64_t chain = append_header(out, bytes_of(judge, "judge"), word_of(seed, "seed"));
-  return py::make_tuple(py::bytes(out), chain);
-}
-
-py::tuple py_encode_pairs(const py::object& chain, const py::object& step, const py::object& prompts,
-                          const py::object& first_values, const py::object& first_offsets,
-                          const py::object& second_values, const py::object& second_offsets,
-                          const py::object& preference) {
-  std::uint64_t last = word_of(chain, "chain");
-  const std::int64_t turn = step_of(step);
-  const auto ids = vector<std::int64_t>(prompts, "prompts");
-  const TokenRows first(first_values, first_offsets, "first", ids.size());
-  const TokenRows second(second_values, second_offsets, "second", ids.size());
-  const auto answers = vector<float>(preference, "preference");
-  check_count("preference", answers.size(), ids.size());
-  std::string out;
-  {
-    const py::gil_scoped_release release;
-    for (std::size_t i = 0; i < ids.size(); ++i) {
-      last = append_pair(out, last, {turn, ids[i], answers[i], first[i], second[i]});
-    }
-  }
-  return py::make_tuple(py::bytes(out), last);
-}
-
-// Judge, seed and end of what is whole, and steps, prompts, answers and tokens of its records.
-py::tuple py_decode_pairs(const py::object& data) {
-  const std::string_view bytes = bytes_of(data, "data");
-  std::vector<std::int64_t> steps, prompts, lengths;
-  std::vector<float> preference;
-  std::vector<std::int32_t> tokens;
-  std::optional<PairReader> reader;
-  {
-    const py::gil_scoped_release release;
-    reader.emplace(bytes);
-    while (const std::optional<JudgedPair> pair = reader->next()) {
-      steps.push_back(pair->step);
-      prompts.push_back(pair->prompt);
-      preference.push_back(pair->preference);
-      for (const auto& side : {pair->first, pair->second}) {
-        lengths.push_back(static_cast<std::int64_t>(side.size()));
-        tokens.insert(tokens.end(), side.begin(), side.end());
-      }
-    }
-  }
-  return py::make_tuple(py::bytes(reader->judge()), reader->seed(), reader->end(), copied(steps), copied(prompts),
-                        copied(preference), copied(lengths), copied(tokens));
-}
-
-// Number of records and end of what is whole; those of this judge and seed from `first_step` on are added.
-py::tuple index_scan(PairIndex& index, const py::object& data, const py::object& judge, const py::object& seed,
-                     const py::object& first_step) {
-  const std::string_view bytes = bytes_of(data, "data");
-  const std::string_view name = bytes_of(judge, "judge");
-  const std::uint64_t key = word_of(seed, "seed");
-  const std::int64_t first = integer<std::int64_t>(first_step, "first_step", 0, kMaxInt64);
-  // Under the GIL, as is all that changes an object: threads must not meet inside it.
-  PairReader reader(bytes);
-  const bool ours = reader.judge() == name && reader.seed() == key;
-  while (const std::optional<JudgedPair> pair = reader.next()) {
-    if (ours && pair->step >= first) index.add(*pair);
-  }
-  return py::make_tuple(reader.records(), reader.end());
-}
-
-void index_add(PairIndex& index, const py::object& step, const py::object& prompts, const py::object& first_values,
-               const py::object& first_offsets, const py::object& second_values, const py::object& second_offsets,
-               const py::object& preference) {
-  const std::int64_t turn = step_of(step);
-  const auto ids = vector<std::int64_t>(prompts, "prompts");
-  const TokenRows first(first_values, first_offsets, "first", ids.size());
-  const TokenRows second(second_values, second_offsets, "second", ids.size());
-  const auto answers = vector<float>(preference, "preference");
-  check_count("preference", answers.size(), ids.size());
-  for (std::size_t i = 0; i < ids.size(); ++i) index.add({turn, ids[i], answers[i], first[i], second[i]});
-}
-
-// p of each pair, NaN where there is none.
-py::array index_find(const PairIndex& index, const py::object& step, const py::object& prompts,
-                     const py::object& first_values, const py::object& first_offsets, const py::object& second_values,
-                     const py::object& second_offsets) {
-  const std::int64_t turn = step_of(step);
-  const auto ids = vector<std::int64_t>(prompts, "prompts");
-  const TokenRows first(first_values, first_offsets, "first", ids.size());
-  const TokenRows second(second_values, second_offsets, "second", ids.size());
-  std::vector<float> found(ids.size());
-  for (std::size_t i = 0; i < ids.size(); ++i) {
-    found[i] = index.find(turn, ids[i], first[i], second[i]).value_or(std::numeric_limits<float>::quiet_NaN());
-  }
-  return copied(found);
-}
-
-void define_online_side(py::module_& module) {
-  py::class_<PairIndex>(module, "PairIndex")
-      .def(py::init<>())
-      .def("__len__", &PairIndex::size)
-      .def("scan", &index_scan, py::arg("data"), py::kw_only(), py::arg("judge"), py::arg("seed"),
-           py::arg("first_step"))
-      .def("add", &index_add, py::arg("step"), py::arg("prompts"), py::arg("first_values"), py::arg("first_offsets"),
-           py::arg("second_values"), py::arg("second_offsets"), py::arg("preference"))
-      .def("find", &index_find, py::arg("step"), py::arg("prompts"), py::arg("first_values"),
-           py::arg("first_offsets"), py::arg("second_values"), py::arg("second_offsets"))
-      .def(
-          "forget_before",
-          [](PairIndex& index, const py::object& step) { index.forget_before(step_of(step)); }, py::arg("step"));
-
-  module.def("pair_header", &py_pair_header, py::arg("judge"), py::arg("seed"));
-  module.def("encode_pairs", &py_encode_pairs, py::arg("chain"), py::arg("step"), py::arg("prompts"),
-             py::arg("first_values"), py::arg("first_offsets"), py::arg("second_values"), py::arg("second_offsets"),
-             py::arg("preference"));
-  module.def("decode_pairs", &py_decode_pairs, py::arg("data"));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -995,7 +832,6 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
   module.def("decode_state", &py_decode_state, py::arg("state"), py::kw_only(), py::arg("fingerprint"),
              py::arg("records"), py::arg("seed"), py::arg("batch_size"), py::arg("completions"), py::arg("shapes"));
 
-  define_online_side(module);
   add_pairs(module);
 }
 

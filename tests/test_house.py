@@ -94,7 +94,6 @@ def test_kernels_import_nothing_of_the_trainer() -> None:
                 "fastpref.data.batchers",
                 "fastpref.data.columns",
                 "fastpref.data.packing",
-                "fastpref.judging.pair_log",
             },
         ),
         ("matplotlib", {"fastpref.reproduce.figures", "fastpref.runs.plots"}),

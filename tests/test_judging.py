@@ -64,7 +64,7 @@ def test_rewards_are_any_finite_numbers() -> None:
     [
         ([1.0], r"one reward for each of 2 prompts, but returned an array of shape \(1,\)"),
         ([1.0, float("inf")], r"finite rewards, but returned inf for completion 1 \(1 of 2 answers are wrong\)"),
-        (["good", "bad"], r"must return numbers, but returned list. Return one reward"),
+        (["good", "bad"], r"must return numbers, but returned list of str. Return one reward"),
     ],
 )
 def test_other_rewards_are_refused(answer: Any, text: str) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fastpref.judging.pairs import Jury, select
+from fastpref.judging.recorded import RecordedJudge
 from fastpref.method.errors import JudgeError
 
 PROMPTS = 6
@@ -40,7 +41,13 @@ def jury(judge: Any, completions: Sequence[Sequence[int]]) -> Jury:
     tokens = np.asarray(completions, np.int32)[:, :, None]
     texts = [[str(token) for token in row] for row in completions]
     return Jury(
-        judge, ["x"] * len(texts), texts, tokens, np.ones(tokens.shape[:2], np.int32), ids=np.arange(len(texts)), step=0
+        RecordedJudge(judge),
+        ["x"] * len(texts),
+        texts,
+        tokens,
+        np.ones(tokens.shape[:2], np.int32),
+        ids=np.arange(len(texts)),
+        step=0,
     )
 
 

@@ -1,4 +1,4 @@
-"""Typed face of the native core in csrc/. Columns, batchers, packing and pair_log alone import it.
+"""Typed face of the native core in csrc/. Columns, batchers and packing alone import it.
 
 Every function raises TypeError or ValueError naming the argument, the rule and what it received, releases the GIL while
 it works, and returns read-only arrays at 64-byte aligned addresses that own their memory. Arrays given to a function
@@ -76,57 +76,6 @@ def decode_state(
     shapes: _Shapes,
 ) -> int:
     """The number of batches handed out; ValueError names what differs or that the bytes are damaged."""
-
-# The online side: pair log -----------------------------------------------------------------------------
-
-class PairIndex:
-    """Answers of a pair log by what was asked; see csrc/pair_log.h."""
-
-    def __init__(self) -> None: ...
-    def __len__(self) -> int: ...
-    def scan(self, data: bytes, *, judge: bytes, seed: int, first_step: int) -> tuple[int, int]:
-        """Add what a file holds of this judge and seed; its number of records, and the end of what is whole."""
-
-    def add(
-        self,
-        step: int,
-        prompts: _Int64,
-        first_values: _Int32,
-        first_offsets: _Int64,
-        second_values: _Int32,
-        second_offsets: _Int64,
-        preference: _Float32,
-    ) -> None: ...
-    def find(
-        self,
-        step: int,
-        prompts: _Int64,
-        first_values: _Int32,
-        first_offsets: _Int64,
-        second_values: _Int32,
-        second_offsets: _Int64,
-    ) -> _Float32:
-        """The answer to each pair, NaN where there is none."""
-
-    def forget_before(self, step: int) -> None: ...
-
-def pair_header(judge: bytes, seed: int) -> tuple[bytes, int]:
-    """The beginning of a file, and what the checksum of its first record goes on from."""
-
-def encode_pairs(
-    chain: int,
-    step: int,
-    prompts: _Int64,
-    first_values: _Int32,
-    first_offsets: _Int64,
-    second_values: _Int32,
-    second_offsets: _Int64,
-    preference: _Float32,
-) -> tuple[bytes, int]:
-    """Records to append, and what the next one goes on from."""
-
-def decode_pairs(data: bytes) -> tuple[bytes, int, int, _Int64, _Int64, _Float32, _Int64, _Int32]:
-    """Judge, seed, end of what is whole; step, prompt, preference of N records; 2N lengths; their tokens in a row."""
 
 # Packed pairs.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import orjson
 
-from fastpref.evaluation.side_by_side import draw
+from fastpref.evaluation.side_by_side import draw, kept
 from fastpref.evaluation.win_rates import WinRate, check_prompts, win_rate
 from fastpref.judging.protocol import Judge
 from fastpref.models import LanguageModel
@@ -125,6 +125,7 @@ def select_checkpoint(
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
+    save: str | Path | None = None,
 ) -> Ranking:
     """Compare every checkpoint with one baseline and rank them, as the IPO-MD paper chooses its checkpoints.
 
@@ -145,6 +146,7 @@ def select_checkpoint(
       temperature: of the draws.
       seed: of the draws.
       batch_size: prompts decoded at once.
+      save: a folder that keeps what the judge says; see `evaluate`.
 
     Returns:
       `Ranking`.
@@ -153,7 +155,7 @@ def select_checkpoint(
       ValueError: fewer than 2 prompts, an empty one, no checkpoint, or one that is given twice.
       FileNotFoundError: a run or checkpoint is not there.
       CheckpointError: a checkpoint is damaged, or does not fit `like`.
-      JudgeError: see `judging.ask`.
+      JudgeError: see `judging.protocol.ask`.
     """
     check_prompts(prompts)
     found = _candidates([runs] if isinstance(runs, LanguageModel | str | Path) else list(runs))
@@ -166,10 +168,11 @@ def select_checkpoint(
     against = read_model(baseline)
     theirs = draw(against, prompts, stream=f"{seed} baseline", **settings)
     ranked = []
-    for name, run, step, source in found:
-        model = read_model(source, like=like if like is not None or _finished(run) else against)
-        ours = draw(model, prompts, stream=f"{seed} policy", **settings)
-        ranked.append(Candidate(name, run, step, source, win_rate(prompts, ours, theirs, judge)))
+    with kept(judge, save) as asked:
+        for name, run, step, source in found:
+            model = read_model(source, like=like if like is not None or _finished(run) else against)
+            ours = draw(model, prompts, stream=f"{seed} policy", **settings)
+            ranked.append(Candidate(name, run, step, source, win_rate(prompts, ours, theirs, asked)))
     return Ranking(sorted(ranked, key=lambda one: -one.win_rate.value))
 
 

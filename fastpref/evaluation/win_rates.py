@@ -19,6 +19,9 @@ from jaxtyping import Float
 from fastpref.judging.protocol import Judge, ask
 from fastpref.runs import plots, terminal
 
+ASKED_AT_ONCE = 64
+"""Pairs of one call of the judge: what a judge that fails midway has answered before is kept."""
+
 RESAMPLES = 2000
 """Bootstrap samples of an interval."""
 
@@ -166,7 +169,7 @@ def win_rate(prompts: Sequence[str], policy: Sequence[str], baseline: Sequence[s
 
     Raises:
       ValueError: fewer than 2 prompts, or lists of different lengths.
-      JudgeError: see `judging.ask`.
+      JudgeError: see `judging.protocol.ask`.
     """
     check_prompts(prompts)
     if not len(prompts) == len(policy) == len(baseline):
@@ -186,10 +189,13 @@ def check_prompts(prompts: Sequence[str]) -> None:
 def both_orders(
     judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
 ) -> Float[np.ndarray, " P"]:
-    """p(first ≻ second) of each prompt, the mean of both orders, shape [P], float64; see `judging.ask`."""
-    # In float64: the two orders of a tie then add up to exactly 1.
-    there, back = (ask(judge, prompts, *pair).astype(np.float64) for pair in ((first, second), (second, first)))
-    preference: Float[np.ndarray, " P"] = (there + 1 - back) / 2
+    """p(first ≻ second) of each prompt, the mean of both orders, shape [P], float64; see `judging.protocol.ask`."""
+    preference = np.zeros(len(prompts))
+    for start in range(0, len(prompts), ASKED_AT_ONCE):
+        part, *sides = (texts[start : start + ASKED_AT_ONCE] for texts in (prompts, first, second))
+        # In float64: the two orders of a tie then add up to exactly 1.
+        forth, back = (ask(judge, part, *pair).astype(np.float64) for pair in (sides, sides[::-1]))
+        preference[start : start + ASKED_AT_ONCE] = (forth + 1 - back) / 2
     return preference
 
 

@@ -77,8 +77,8 @@ def run(
       `Result`.
 
     Raises:
-      ValueError: an argument is out of its range, a size does not fit, or an answer is not one probability in [0, 1] for
-        each pair.
+      ValueError: an argument is out of its range, a size does not fit, or an answer is not one probability in [0, 1]
+        for each pair.
     """
     _check(num_prompts, k, prompt_ids, step, seed, classes)
     classes = np.tile(np.arange(k), (num_prompts, 1)) if classes is None else classes
