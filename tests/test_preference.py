@@ -15,7 +15,7 @@ from tokenizers import models, pre_tokenizers
 from fastpref.data.tokenizer import Tokenizer
 from fastpref.judging.models import PreferenceModel, RewardModel
 from fastpref.judging.protocol import Judge, probability
-from fastpref.learning.objectives import bradley_terry
+from fastpref.method.losses import bradley_terry
 from fastpref.models import save
 
 TEMPLATE = "{prompt} 1 {first} 2 {second}"

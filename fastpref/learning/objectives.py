@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
 
 from fastpref.judging.models import answer_margins, rewards
 from fastpref.kernels import token_logprobs
+from fastpref.method.losses import bradley_terry
 
 Batch = dict[str, Array]
 Objective = Callable[[Any, Batch], tuple[Array, Array]]
@@ -31,11 +30,6 @@ def token_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
         hidden.reshape(-1, hidden.shape[-1]), module.head(), tokens.reshape(-1), where=real.reshape(-1)
     )
     return -logps.sum(), real.sum().astype(jnp.float32)
-
-
-def bradley_terry(margin: Float[Array, " N"], preference: Float[Array, " N"]) -> Float[Array, " N"]:
-    """Cross-entropy of σ(margin) with a soft label: −p·log σ(m) − (1 − p)·log σ(−m), shape [N] (IPO-MD, eq. 2)."""
-    return -preference * jax.nn.log_sigmoid(margin) - (1 - preference) * jax.nn.log_sigmoid(-margin)
 
 
 def preference_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
