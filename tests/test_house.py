@@ -161,6 +161,13 @@ assert not [name for name in sys.modules if name.startswith("fastpref.") and not
 """
 
 
+def test_evaluation_draws_only_when_it_is_asked_to() -> None:
+    rooms = [name for name in SOURCES if name.startswith(("fastpref.evaluation", "fastpref.judging"))]
+    code = f"import importlib, sys; list(map(importlib.import_module, {rooms})); sys.exit('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("room", "prefixes"),
     [
