@@ -22,12 +22,12 @@ from fastpref.judging.protocol import Judge
 from fastpref.learning.supervised import FitResult, fit_preference_model, fit_reward_model, sft
 from fastpref.learning.train import train
 from fastpref.method.config import SupervisedConfig, TrainConfig, from_mapping
-from fastpref.method.errors import CheckpointError, ConfigError, DivergedError, JudgeError
+from fastpref.method.errors import ConfigError, FastprefError
 from fastpref.reproduce import EXPERIMENTS, reproduce
 from fastpref.runs import terminal
 from fastpref.runs.read_model import locate, read_tokenizer
 
-USER_ERRORS = (JudgeError, CheckpointError, DivergedError, ValueError, OSError)
+USER_ERRORS = (FastprefError, ValueError, OSError)
 """What ends a command with one line instead of a traceback."""
 
 KEYS: dict[str, tuple[str, ...]] = {
@@ -219,12 +219,13 @@ def _evaluate(values: Mapping[str, Any]) -> None:
     first = next(iter(named.values()), None)
     prompts = _prompts(values["prompts"], first[0] if isinstance(first, list) else first)
     if not pair:
-        found = evaluate(values["policies"], prompts, judge, **settings)
+        found = evaluate(values["policies"], prompts, judge, save=values.get("output"), **settings)
         found.table()
         if "output" in values:
             found.save(values["output"])
         return
-    result = compare(values["policy"], values["baseline"], prompts, judge, **settings)
+    beside = Path(values["output"]).parent if "output" in values else None
+    result = compare(values["policy"], values["baseline"], prompts, judge, save=beside, **settings)
     terminal.table(
         "Win rate",
         ["policy", "baseline", "win rate", "95 % interval", "prompts"],
@@ -316,11 +317,19 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+class Terminated(SystemExit):
+    """A polite kill; a plain SystemExit inside a judge is the judge's own fault."""
+
+
+def _leave(number: int, frame: object) -> None:
+    raise Terminated(128 + number)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a reported error, 130 when interrupted."""
     chosen = parser().parse_args(arguments)
     # A polite kill leaves by the same door as an error, so that the state is saved.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _leave)
     try:
         if chosen.command == "demo":
             demo.run(chosen.run_dir, seed=chosen.seed)

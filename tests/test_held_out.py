@@ -14,6 +14,7 @@ from small import PROMPTS, language_model, prefers_w1
 
 from fastpref.evaluation import during_training
 from fastpref.evaluation.during_training import HeldOut, exact_kl
+from fastpref.judging.recorded import RecordedJudge
 from fastpref.kernels import Head
 from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError
@@ -119,8 +120,8 @@ def test_every_metric_is_what_was_written() -> None:
         asked.append(len(prompts))
         return prefers_w1(prompts, first, second)
 
-    evaluation = HeldOut(ref, HELD_OUT, judge, CONFIG)
-    found = evaluation.measure(policy)
+    evaluation = HeldOut(ref, HELD_OUT, RecordedJudge(judge), CONFIG)
+    found = evaluation.measure(policy, 1)
     settings: dict[str, Any] = {"max_new_tokens": 6, "max_prompt_tokens": 8, "ref": ref, "batch_size": 8}
     ours = write(policy, HELD_OUT, seed=0, **settings)
     pair = [write(ref, HELD_OUT, seed=seed, **settings) for seed in (1, 2)]
@@ -152,13 +153,13 @@ def test_every_metric_is_what_was_written() -> None:
     assert found["eval/agreement"] == pytest.approx(agreed[different].mean())
 
     judged = len(asked)
-    assert evaluation.measure(policy) == found
+    assert evaluation.measure(policy, 1) == found
     assert len(asked) == judged + 2, "the reference's own pairs are judged once"
 
 
 def test_at_the_reference_the_distance_is_zero_and_agreement_is_chance() -> None:
     ref = language_model()
-    found = HeldOut(ref, HELD_OUT, prefers_w1, CONFIG).measure(ref)
+    found = HeldOut(ref, HELD_OUT, RecordedJudge(prefers_w1), CONFIG).measure(ref, 1)
     assert (found["eval/kl"], found["eval/kl_exact"], found["eval/kl_per_token"]) == (0, 0, 0)
     assert found["eval/agreement"] == 0.5
     assert 2 < found["eval/entropy"] < np.log(36)
@@ -166,5 +167,5 @@ def test_at_the_reference_the_distance_is_zero_and_agreement_is_chance() -> None
 
 def test_prompts_are_needed_where_evaluation_is_asked_for() -> None:
     with pytest.raises(ConfigError, match=r"eval_every=2 needs at least 2 eval_prompts, but received 1"):
-        HeldOut(language_model(), ["w1"], prefers_w1, CONFIG)
-    HeldOut(language_model(), [], prefers_w1, replace(CONFIG, eval_every=0))
+        HeldOut(language_model(), ["w1"], RecordedJudge(prefers_w1), CONFIG)
+    HeldOut(language_model(), [], RecordedJudge(prefers_w1), replace(CONFIG, eval_every=0))

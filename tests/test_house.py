@@ -93,8 +93,6 @@ def test_kernels_import_nothing_of_the_trainer() -> None:
             {
                 "fastpref.data.columns",
                 "fastpref.data.packing",
-                "fastpref.judging.pair_log",
-                "fastpref.judging.tournament",
             },
         ),
         ("matplotlib", {"fastpref.reproduce.figures", "fastpref.runs.plots"}),
@@ -160,6 +158,13 @@ loaded = {{name.partition(".")[0] for name in sys.modules}}
 assert not loaded & set({trainer}), loaded
 assert not [name for name in sys.modules if name.startswith("fastpref.") and not name.startswith({prefixes})]
 """
+
+
+def test_evaluation_draws_only_when_it_is_asked_to() -> None:
+    rooms = [name for name in SOURCES if name.startswith(("fastpref.evaluation", "fastpref.judging"))]
+    code = f"import importlib, sys; list(map(importlib.import_module, {rooms})); sys.exit('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

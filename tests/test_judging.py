@@ -1,13 +1,20 @@
 """What a judge may answer, and what is said when it answers something else."""
 
+import contextvars
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fastpref.judging.judgements import FILE, Judgements
 from fastpref.judging.protocol import ask, rate
-from fastpref.method.errors import JudgeError
+from fastpref.judging.recorded import RecordedJudge
+from fastpref.method.errors import JudgeError, JudgeWarning
+from fastpref.runs import terminal
 
 
 def shortest(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
@@ -27,13 +34,124 @@ def test_a_plain_function_is_a_judge() -> None:
         ([[0.5], [0.5]], r"shape \(2, 1\)"),
         ([0.5, float("nan")], r"in \[0, 1\], but returned nan for pair 1 \(1 of 2 answers are wrong\)"),
         ([-0.1, 2.0], r"but returned -0.1\d* for pair 0 \(2 of 2"),
-        (["yes", "no"], r"must return numbers, but returned list"),
-        (None, r"the judge must return"),
+        (["yes", "no"], r"must return numbers, but returned list of str\. Return one probability"),
+        (["0.5", "0.25"], r"must return numbers, but returned list of str\. Return one probability"),
+        (["0.5", 0.25], r"must return numbers, but returned list of float, str"),
+        ([b"0.5", b"1"], r"must return numbers, but returned list of bytes"),
+        (np.array(["0.5", "1"]), r"must return numbers, but returned ndarray"),
+        ([0.5 + 0j, 1j], r"must return numbers, but returned list of complex"),
+        (np.array([0.5 + 0j, 0.5]), r"must return numbers, but returned ndarray"),
+        ([0.5, None], r"must return numbers, but returned list of NoneType, float"),
+        ([[0.5], [0.5, 1.0]], r"must return numbers, but returned list of list"),
+        ({0: 0.5, 1: 0.5}, r"must return numbers, but returned dict"),
+        ({0.5, 0.25}, r"must return numbers, but returned set"),
+        ((value for value in (0.5, 0.5)), r"must return numbers, but returned generator"),
+        (np.array([("a", 0.5), ("b", 0.5)], [("name", "U1"), ("p", "f4")]), r"must return numbers, but returned nd"),
+        ([10**400, 0], r"must return numbers, but returned list of int"),
+        (None, r"the judge must return numbers, but returned NoneType"),
     ],
 )
 def test_anything_but_probabilities_is_refused(answer: Any, text: str) -> None:
     with pytest.raises(JudgeError, match=text):
         ask(lambda *texts: answer, ["x", "y"], ["a", "b"], ["c", "d"])
+
+
+class Tensor:
+    """A tensor as PyTorch has them: it cannot become an array while it needs gradients."""
+
+    def __init__(self, value: Any, *, needs_gradient: bool = True) -> None:
+        self.value, self.needs_gradient = value, needs_gradient
+
+    def detach(self) -> "Tensor":
+        return Tensor(self.value, needs_gradient=False)
+
+    def __array__(self, *arguments: Any, **options: Any) -> np.ndarray:
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+
+    def tolist(self) -> Any:
+        assert not self.needs_gradient
+        return self.value
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (0.5, 0.25),
+        np.array([0.5, 0.25]),
+        jnp.array([0.5, 0.25], jnp.bfloat16),
+        [jnp.float32(0.5), np.float16(0.25)],
+        Tensor([0.5, 0.25]),
+        [Tensor(0.5), Tensor(0.25)],
+        np.ma.masked_array([0.5, 0.25]),
+    ],
+)
+def test_numbers_of_any_library_are_answers(answer: Any) -> None:
+    found = ask(lambda *texts: answer, ["x", "y"], ["a", "b"], ["c", "d"])
+    assert found.dtype == np.float32
+    assert found.tolist() == [0.5, 0.25]
+
+
+def test_a_hard_judge_may_say_true_and_false() -> None:
+    assert ask(lambda *texts: [True, False], ["x", "y"], ["a", "b"], ["c", "d"]).tolist() == [1, 0]
+
+
+def test_a_complex_tensor_is_refused() -> None:
+    with pytest.raises(JudgeError, match="must return numbers, but returned Tensor"):
+        ask(lambda *texts: Tensor([0.5j]), ["x"], ["a"], ["b"])
+
+
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_a_judge_that_ends_the_process_is_an_error_that_names_it(timeout: float | None) -> None:
+    def leaves(*texts: Sequence[str]) -> list[float]:
+        raise SystemExit(0)
+
+    with pytest.raises(
+        JudgeError, match=r"without ending the process, but .*leaves called sys.exit\(0\).*again"
+    ):
+        ask(leaves, ["x"], ["a"], ["b"], timeout=timeout)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, type("Terminated", (SystemExit,), {})])
+def test_a_user_or_a_signal_that_ends_the_process_does(kind: type[BaseException]) -> None:
+    def stopped(*texts: Sequence[str]) -> list[float]:
+        raise kind
+
+    with pytest.raises(kind):
+        ask(stopped, ["x"], ["a"], ["b"])
+
+
+def test_a_judge_that_hangs_is_left_behind() -> None:
+    woken = threading.Event()
+
+    def hangs(*texts: Sequence[str]) -> list[float]:
+        woken.wait()
+        return [0.5]
+
+    with pytest.raises(
+        JudgeError, match=r"within judge_timeout=0.01 seconds, but .*hangs took longer for 1 prompt"
+    ):
+        ask(hangs, ["x"], ["a"], ["b"], timeout=0.01)
+    with pytest.raises(JudgeError, match=r"but .*Slow took longer"):
+        rate(Slow(woken), ["x"], ["a"], timeout=0.01)
+    woken.set()
+    assert ask(hangs, ["x"], ["a"], ["b"], timeout=60.0).tolist() == [0.5]
+
+
+class Slow:
+    """A reward model that waits."""
+
+    def __init__(self, woken: threading.Event) -> None:
+        self.woken = woken
+
+    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        self.woken.wait()
+        return [1.0]
+
+
+def test_a_limited_judge_is_asked_in_the_same_context() -> None:
+    name = contextvars.ContextVar("name", default=0.0)
+    name.set(0.25)
+    assert ask(lambda *texts: [name.get()], ["x"], ["a"], ["b"], timeout=60.0).tolist() == [0.25]
 
 
 def test_a_judge_that_raises_is_named() -> None:
@@ -64,9 +182,65 @@ def test_rewards_are_any_finite_numbers() -> None:
     [
         ([1.0], r"one reward for each of 2 prompts, but returned an array of shape \(1,\)"),
         ([1.0, float("inf")], r"finite rewards, but returned inf for completion 1 \(1 of 2 answers are wrong\)"),
-        (["good", "bad"], r"must return numbers, but returned list. Return one reward"),
+        (["good", "bad"], r"must return numbers, but returned list of str. Return one reward"),
     ],
 )
 def test_other_rewards_are_refused(answer: Any, text: str) -> None:
     with pytest.raises(JudgeError, match=text):
         rate(Fixed(answer), ["x", "y"], ["a", "b"])
+
+
+QUESTION: dict[str, Any] = {"prompts": ["x", "y"], "first": ["a", "b"], "second": ["c", "d"], "step": 3}
+
+
+def says(value: float) -> Any:
+    return lambda prompts, first, second: [value] * len(prompts)
+
+
+def test_answers_of_a_judge_are_never_given_for_another(tmp_path: Path) -> None:
+    """Two lambdas of one place, which differ in what they hold."""
+    for value in (0.25, 0.75, 0.25):
+        with Judgements(tmp_path / FILE) as log:
+            assert RecordedJudge(says(value), log).ask(**QUESTION, purpose="training").tolist() == [value] * 2
+            assert log.asked + log.replayed == 2
+    with Judgements(tmp_path / FILE) as log:
+        assert len(log) == 4, "the third was answered by the first"
+
+
+def test_a_judge_that_cannot_be_told_from_another_is_asked_again_and_said_to_be(tmp_path: Path) -> None:
+    lock, calls = threading.Lock(), []
+
+    def locked(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        with lock:
+            calls.append(len(prompts))
+            return [0.5] * len(prompts)
+
+    for times in (1, 2):
+        with Judgements(tmp_path / FILE) as log:
+            with pytest.warns(JudgeWarning, match=r"locked must be told from others .* closure lock .*asked for again"):
+                recorded = RecordedJudge(locked, log)
+            recorded.ask(**QUESTION, purpose="training")
+            # Within one process it is one judge.
+            recorded.ask(**QUESTION, purpose="training")
+        assert calls == [2] * times
+
+
+def test_rewards_are_kept_too(tmp_path: Path) -> None:
+    for answer in ([1.5, -2.0], []):
+        with Judgements(tmp_path / FILE) as log:
+            judge = Fixed(answer)
+            judge.identity = "fixed"  # type: ignore[attr-defined]
+            recorded = RecordedJudge(judge, log)
+            assert recorded.rate(["x", "y"], ["a", "b"], purpose="training", step=0).tolist() == [1.5, -2.0]
+
+
+def test_the_progress_bar_says_judging(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[str] = []
+
+    def looks(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        seen.append(bar.activity)
+        return [0.5] * len(prompts)
+
+    with terminal.progress(2, description="x", enabled=False) as bar:
+        RecordedJudge(looks).ask(**QUESTION, purpose="training")
+        assert (seen, bar.activity) == (["judging"], "")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fastpref.judging.pairs import Jury, select
+from fastpref.judging.recorded import RecordedJudge
 from fastpref.method.errors import JudgeError
 
 PROMPTS = 6
@@ -40,7 +41,13 @@ def jury(judge: Any, completions: Sequence[Sequence[int]]) -> Jury:
     tokens = np.asarray(completions, np.int32)[:, :, None]
     texts = [[str(token) for token in row] for row in completions]
     return Jury(
-        judge, ["x"] * len(texts), texts, tokens, np.ones(tokens.shape[:2], np.int32), ids=np.arange(len(texts)), step=0
+        RecordedJudge(judge),
+        ["x"] * len(texts),
+        texts,
+        tokens,
+        np.ones(tokens.shape[:2], np.int32),
+        ids=np.arange(len(texts)),
+        step=0,
     )
 
 
@@ -57,7 +64,14 @@ def chosen(judge: Any, rows: list[list[int]], pairs: str, **options: Any) -> Any
     return select(pairs, jury(judge, rows), seed=0, **options)
 
 
-@pytest.mark.parametrize("judge", [Prefers, Rewards])
+class Both(Rewards):
+    """A judge of a user's own that scores, and can be called with pairs."""
+
+    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        raise AssertionError("K completions are scored, not their pairs compared")
+
+
+@pytest.mark.parametrize("judge", [Prefers, Rewards, Both])
 @pytest.mark.parametrize("pairs", ["tournament", "win rates"])
 def test_best_and_worst_are_those_of_the_taste(pairs: str, judge: Any) -> None:
     rows, asked = shuffled(), judge()
@@ -66,7 +80,7 @@ def test_best_and_worst_are_those_of_the_taste(pairs: str, judge: Any) -> None:
     assert found.where.all()
     assert (found.preference == 1).all() == (pairs == "tournament")
     # Rewards are asked for once, whatever is compared: σ(r − r') of the same numbers.
-    if judge is Rewards:
+    if issubclass(judge, Rewards):
         assert asked.calls == [4 * PROMPTS]
         assert found.judged == pytest.approx(1 / (1 + np.exp(0.1 - 0.9)))
     else:

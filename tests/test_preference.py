@@ -13,8 +13,9 @@ from small import language_model
 from tokenizers import models, pre_tokenizers
 
 from fastpref.data.tokenizer import Tokenizer
-from fastpref.judging.models import PreferenceModel, RewardModel, bradley_terry, probability
-from fastpref.judging.protocol import Judge
+from fastpref.judging.models import PreferenceModel, RewardModel
+from fastpref.judging.protocol import Judge, probability
+from fastpref.method.losses import bradley_terry
 from fastpref.models import save
 
 TEMPLATE = "{prompt} 1 {first} 2 {second}"

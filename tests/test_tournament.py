@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpref.data import _native
 from fastpref.judging import tournament
 
 MASK = 2**64 - 1
@@ -63,11 +62,11 @@ class Reference:
             winners, losers = self.halve(winners)[0], self.halve(losers)[1]
         (best,), (worst,) = winners, losers
         if best == worst:
-            return best, worst, HALF, "cyclic preferences", self.asked
+            return best, worst, HALF, "cyclic", self.asked
         if self.classes[best] == self.classes[worst]:
-            return best, worst, HALF, "identical completions", self.asked
+            return best, worst, HALF, "identical", self.asked
         p = self.answers[best, worst] if self.k <= 3 else self.compare(best, worst)
-        outcome = "kept" if p > HALF else "worst won" if p < HALF else "tie"
+        outcome = "kept" if p > HALF else "worst_won" if p < HALF else "tie"
         return best, worst, p, outcome, self.asked
 
 
@@ -116,7 +115,6 @@ def test_thousands_of_random_tournaments_are_those_of_the_reference() -> None:
             assert tournament.OUTCOMES[result.outcomes[p]] == outcome
             assert result.kept[p] == (outcome == "kept")
             assert result.comparisons[p] == asked
-        assert sum(result.dropped().values()) == prompts - result.kept.sum()
     assert seen == set(tournament.OUTCOMES)
 
 
@@ -213,8 +211,7 @@ def test_identical_completions_tie_and_are_not_asked_about() -> None:
     assert asked
     assert all(prompt == 0 and 2 in (first, second) for prompt, first, second in asked)
     assert (result.worst[0], result.kept[0]) == (2, True)
-    assert (result.comparisons[1], tournament.OUTCOMES[result.outcomes[1]]) == (0, "identical completions")
-    assert result.dropped() == {"identical completions": 1}
+    assert (result.comparisons[1], tournament.OUTCOMES[result.outcomes[1]]) == (0, "identical")
 
     def never(*_: np.ndarray) -> np.ndarray:
         raise AssertionError("nothing is left to ask")
@@ -231,7 +228,7 @@ def test_a_bye_may_win_above_and_lose_below() -> None:
     result = tournament.run(lookup(table), prompts, 3, np.arange(prompts), 0, 0)
     cyclic = result.best == result.worst
     assert 0 < cyclic.sum() <= prompts
-    assert (result.outcomes[cyclic] == tournament.OUTCOMES.index("cyclic preferences")).all()
+    assert (result.outcomes[cyclic] == tournament.OUTCOMES.index("cyclic")).all()
     assert not result.kept[cyclic].any()
 
 
@@ -242,40 +239,20 @@ def answers(value: Any) -> Any:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"k": 1}, "k must be at least 2, got 1; a tournament needs two completions of a prompt"),
-        ({"k": 2**17}, r"k must be an integer in \[2, 65536\], got 131072"),
-        ({"prompt_ids": np.arange(3)}, "prompt_ids must name each of the 2 prompts, got 3 of them"),
-        ({"step": -1}, "step must be an integer in"),
-        ({"seed": 2**64}, "seed must be an integer in"),
-        ({"classes": np.zeros((2, 3), int)}, r"classes must have the completions' shape \(2, 4\), got \(2, 3\)"),
-        ({"ask_round": answers(np.nan)}, r"probabilities must be in \[0, 1\], got nan for completions \d and \d of pr"),
-        ({"ask_round": answers(1.5)}, r"got 1.50* for .* of prompt 0; return p\(first beats second\)"),
-        ({"ask_round": answers(-1e-9)}, r"probabilities must be in \[0, 1\], got -0.0"),
-        ({"ask_round": lambda *_: [0.5]}, "probabilities must have one entry for each of the 4 questions, got 1"),
-        ({"ask_round": lambda *_: np.zeros((2, 2))}, "must be a contiguous array of one dimension"),
+        ({"k": 1}, r"k must be in \[2, 65537\), but received 1\. Choose"),
+        ({"k": 2**17}, r"k must be in \[2, 65537\), but received 131072"),
+        ({"prompt_ids": np.arange(3)}, "prompt_ids must name each of the 2 prompts, but received 3 of them"),
+        ({"step": -1}, r"step must be in \[0, 9223372036854775808\), but received -1"),
+        ({"seed": 2**64}, r"seed must be in \[0, 18446744073709551616\), but received"),
+        ({"classes": np.zeros((2, 3), int)}, r"have the completions' shape \(2, 4\), but received \(2, 3\)"),
+        ({"ask_round": answers(np.nan)}, r"in \[0, 1\], but received nan for completions \d and \d of prompt 0\."),
+        ({"ask_round": answers(1.5)}, r"received 1.5 for .* of prompt 0\. Return p\(first beats second\)"),
+        ({"ask_round": answers(-1e-9)}, r"probabilities must be in \[0, 1\], but received -9.99\d*e-10"),
+        ({"ask_round": lambda *_: [0.5]}, r"one probability for each of 4 pairs, but received shape \(1,\)"),
+        ({"ask_round": lambda *_: np.zeros((2, 2))}, r"each of 4 pairs, but received shape \(2, 2\)"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: dict[str, Any], message: str) -> None:
     usual: dict[str, Any] = {"ask_round": answers(1), "num_prompts": 2, "k": 4, "prompt_ids": np.arange(2)}
     with pytest.raises(ValueError, match=message):
         tournament.run(**usual | {"step": 0, "seed": 0} | arguments)
-
-
-def test_the_same_questions_stand_after_a_wrong_answer() -> None:
-    native = _native.Tournament(np.arange(2), k=4, step=0, seed=0)
-    before = [array.tolist() for array in native.questions()]
-    with pytest.raises(ValueError, match=r"every question must be answered .* got 4 open ones"):
-        native.results()
-    with pytest.raises(ValueError, match="got nan"):
-        native.answer(np.array([0, 1, 1, np.nan], np.float32))
-    with pytest.raises(TypeError, match="probabilities must be a contiguous array"):
-        native.answer([0.5] * 4)  # type: ignore[arg-type]
-    assert [array.tolist() for array in native.questions()] == before
-    while len(native.questions()[0]):
-        native.answer(np.ones(len(native.questions()[0]), np.float32))
-    native.answer(np.zeros(0, np.float32))
-    with pytest.raises(ValueError, match="for each of the 0 questions, got 1"):
-        native.answer(np.zeros(1, np.float32))
-    assert len(native.results()[0]) == 2
-    with pytest.raises(ValueError, match="classes must have one entry for each of the 8"):
-        _native.Tournament(np.arange(2), k=4, step=0, seed=0, classes=np.zeros(3, np.int32))

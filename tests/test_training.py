@@ -325,6 +325,8 @@ def test_a_judge_that_fails_loses_no_step(tmp_path: Path) -> None:
             raise ConnectionError("gone")
         return prefers_w1(prompts, first, second)
 
+    # What it counts does not decide what it says.
+    fails_third.identity = "fails third"  # type: ignore[attr-defined]
     config = TrainConfig(**SMALL, steps=4)
     with pytest.raises(JudgeError, match=r"raised ConnectionError: gone"):
         train(language_model(), PROMPTS, fails_third, config, run_dir=tmp_path / "a", quiet=True)
@@ -335,13 +337,14 @@ def test_a_judge_that_fails_loses_no_step(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_does_not_ask_again_what_was_judged(tmp_path: Path) -> None:
-    """What was asked since the last checkpoint is answered by `pairs/`, as a killed run leaves it."""
+    """What was asked since the last checkpoint is answered by `judged.sqlite`, as a killed run leaves it."""
     asked: list[tuple[str, str, str]] = []
 
     def counts(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
         asked.extend(zip(prompts, first, second, strict=True))
         return prefers_w1(prompts, first, second)
 
+    counts.identity = "counts"  # type: ignore[attr-defined]
     config = TrainConfig(**SMALL, steps=4, checkpoint_every=2)
     train(language_model(), PROMPTS, counts, config, run_dir=tmp_path, quiet=True)
     before, questions = metrics_of(tmp_path), len(asked)

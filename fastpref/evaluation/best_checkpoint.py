@@ -1,17 +1,14 @@
 """Choosing a checkpoint: all of a run, or of several, are compared with one baseline (IPO-MD paper, section 6.1)."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import orjson
-
-from fastpref.evaluation.side_by_side import draw
+from fastpref.evaluation.side_by_side import draw, kept
 from fastpref.evaluation.win_rates import WinRate, check_prompts, win_rate
 from fastpref.judging.protocol import Judge
 from fastpref.models import LanguageModel
-from fastpref.runs import checkpoints, plots, terminal
+from fastpref.runs import checkpoints, tables, terminal
 from fastpref.runs.read_model import Model, locate, read_model, step_directory
 
 
@@ -65,6 +62,8 @@ class Ranking:
         Raises:
           ValueError: no candidate is a checkpoint of a run.
         """
+        from fastpref.runs import plots
+
         runs = sorted({one.run for one in self.candidates if one.run is not None})
         if not runs:
             raise ValueError(
@@ -97,18 +96,17 @@ class Ranking:
         """Write `ranking.csv`, `records.jsonl` and, where there are runs, `ranking.png`, over what is there."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "ranking.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["checkpoint", "run", "step", "win_rate", "low", "high", "prompts"])
-            for one in self.candidates:
-                rate = one.win_rate
-                writer.writerow([one.name, one.run, one.step, rate.value, rate.low, rate.high, len(rate.prompts)])
-        lines = [
-            orjson.dumps({"checkpoint": one.name, **record}) + b"\n"
-            for one in self.candidates
-            for record in one.win_rate.records()
+        columns = ["checkpoint", "run", "step", "win_rate", "low", "high", "prompts"]
+        ranked = [
+            (each.name, each.run, each.step, rate.value, rate.low, rate.high, len(rate.prompts))
+            for each in self.candidates
+            for rate in [each.win_rate]
         ]
-        (folder / "records.jsonl").write_bytes(b"".join(lines))
+        tables.write_csv(folder / "ranking.csv", columns, ranked)
+        tables.write_jsonl(
+            folder / "records.jsonl",
+            ({"checkpoint": each.name, **record} for each in self.candidates for record in each.win_rate.records()),
+        )
         if any(one.run is not None for one in self.candidates):
             self.plot(folder / "ranking.png")
 
@@ -125,6 +123,7 @@ def select_checkpoint(
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
+    save: str | Path | None = None,
 ) -> Ranking:
     """Compare every checkpoint with one baseline and rank them, as the IPO-MD paper chooses its checkpoints.
 
@@ -145,6 +144,7 @@ def select_checkpoint(
       temperature: of the draws.
       seed: of the draws.
       batch_size: prompts decoded at once.
+      save: a folder that keeps what the judge says; see `evaluate`.
 
     Returns:
       `Ranking`.
@@ -153,7 +153,7 @@ def select_checkpoint(
       ValueError: fewer than 2 prompts, an empty one, no checkpoint, or one that is given twice.
       FileNotFoundError: a run or checkpoint is not there.
       CheckpointError: a checkpoint is damaged, or does not fit `like`.
-      JudgeError: see `judging.ask`.
+      JudgeError: see `judging.protocol.ask`.
     """
     check_prompts(prompts)
     found = _candidates([runs] if isinstance(runs, LanguageModel | str | Path) else list(runs))
@@ -166,10 +166,11 @@ def select_checkpoint(
     against = read_model(baseline)
     theirs = draw(against, prompts, stream=f"{seed} baseline", **settings)
     ranked = []
-    for name, run, step, source in found:
-        model = read_model(source, like=like if like is not None or _finished(run) else against)
-        ours = draw(model, prompts, stream=f"{seed} policy", **settings)
-        ranked.append(Candidate(name, run, step, source, win_rate(prompts, ours, theirs, judge)))
+    with kept(judge, save) as asked:
+        for name, run, step, source in found:
+            model = read_model(source, like=like if like is not None or _finished(run) else against)
+            ours = draw(model, prompts, stream=f"{seed} policy", **settings)
+            ranked.append(Candidate(name, run, step, source, win_rate(prompts, ours, theirs, asked)))
     return Ranking(sorted(ranked, key=lambda one: -one.win_rate.value))
 
 

@@ -12,7 +12,8 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from fastpref.evaluation.win_rates import both_orders, summarise
-from fastpref.judging.protocol import Judge
+from fastpref.judging.identity import digest
+from fastpref.judging.recorded import RecordedJudge
 from fastpref.kernels import Head, token_logprobs
 from fastpref.kernels.chunks import chunk_rows, compact
 from fastpref.method.config import TrainConfig
@@ -21,6 +22,9 @@ from fastpref.models import LanguageModel
 from fastpref.models.policy import Policy
 from fastpref.runs.metrics import ended
 from fastpref.sampling.generate import Written, write
+
+PURPOSE = "evaluation"
+"""Purpose under which the log keeps answers; those to pairs of the reference's own stand at step 0."""
 
 
 class Distances(NamedTuple):
@@ -161,14 +165,14 @@ class HeldOut:
     Args:
       ref: π_ref.
       prompts: held-out prompts, at least 2 where `config.eval_every` asks for evaluation.
-      judge: says p(first ≻ second).
+      judge: says p(first ≻ second); it is asked nothing that its log holds.
       config: lengths, temperature and batch size of the run.
 
     Raises:
       ConfigError: too few prompts.
     """
 
-    def __init__(self, ref: LanguageModel, prompts: list[str], judge: Judge, config: TrainConfig) -> None:
+    def __init__(self, ref: LanguageModel, prompts: list[str], judge: RecordedJudge, config: TrainConfig) -> None:
         if config.eval_every and len(prompts) < 2:
             raise ConfigError(
                 f"eval_every={config.eval_every} needs at least 2 eval_prompts, but received {len(prompts)}. "
@@ -178,18 +182,28 @@ class HeldOut:
         self._rows = min(2 * config.batch_size, max(len(prompts), 1))
         self._baseline: _References | None = None
 
-    def measure(self, policy: LanguageModel) -> dict[str, float]:
+    def fingerprint(self) -> dict[str, Any]:
+        """Judge and prompts as JSON, for the fingerprint of the run: a curve is measured by one judge on one set."""
+        return {"judge": self._judge.identity.fingerprint(), "prompts": digest(self._prompts)}
+
+    def measure(self, policy: LanguageModel, step: int) -> dict[str, float]:
         """Metrics of the policy as it is now, under `eval/`; `fastpref.runs.metrics` says what they mean.
 
+        Args:
+          policy: π.
+          step: steps done, under which the answers of the judge are kept.
+
         Raises:
-          JudgeError: see `judging.ask`.
+          JudgeError: see `judging.protocol.ask`.
         """
         if self._baseline is None:
             self._baseline = self._references()
         pairs, baseline, preference, ref_logps = self._baseline
         written = self._write(policy, seed=0)
         texts = [text for (text,) in written.texts]
-        rate = summarise(self._prompts, texts, baseline, both_orders(self._judge, self._prompts, texts, baseline))
+        rate = summarise(
+            self._prompts, texts, baseline, both_orders(self._judge.at(PURPOSE, step), self._prompts, texts, baseline)
+        )
         definition, params = nnx.split(policy.module)
         kl, entropy = self._batched(partial(_along, definition, params, *nnx.split(self._ref.module)), written)
         # Both from the same computation, so that a policy that is the reference ties exactly.
@@ -214,7 +228,7 @@ class HeldOut:
         # Two calls of one program: with two completions at once it would be another, compiled for this alone.
         pairs = self._write(self._ref, seed=1), self._write(self._ref, seed=2)
         first, second = ([text for (text,) in side.texts] for side in pairs)
-        preference = both_orders(self._judge, self._prompts, first, second)
+        preference = both_orders(self._judge.at(PURPOSE, 0), self._prompts, first, second)
         return _References(pairs, first, preference, tuple(self._score(self._ref, side) for side in pairs))
 
     def _write(self, model: LanguageModel, *, seed: int) -> Written:

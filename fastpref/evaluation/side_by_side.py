@@ -1,6 +1,7 @@
 """Side-by-side evaluation: policies write to held-out prompts, and a judge compares what they wrote."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import numpy as np
 import xxhash
 
 from fastpref.evaluation.win_rates import WinRate, WinRates, both_orders, check_prompts, summarise, tabulate
+from fastpref.judging.judgements import FILE, Judgements
 from fastpref.judging.protocol import Judge
+from fastpref.judging.recorded import RecordedJudge
 from fastpref.models import LanguageModel
 from fastpref.runs.read_model import Model, locate, read_model
 from fastpref.sampling.generate import write
@@ -29,6 +32,7 @@ def compare(
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
+    save: str | Path | None = None,
 ) -> WinRate:
     """Let two policies write to the same held-out prompts and compare them side by side.
 
@@ -43,11 +47,14 @@ def compare(
       temperature: of the draws.
       seed: of the draws; the two policies draw with different noise.
       batch_size: prompts decoded at once.
+      save: a folder that keeps what the judge says, in `judged.sqlite`: the same call again, after a kill or a judge
+        that failed midway, asks for the rest alone.
 
     Raises:
       ValueError: fewer than 2 prompts, or an empty one.
       FileNotFoundError: there is no such model.
-      JudgeError: see `judging.ask`.
+      JudgeError: see `judging.protocol.ask`.
+      JudgementsError: what the folder keeps is damaged, or cannot be written.
     """
     found = evaluate(
         {"policy": policy, "baseline": baseline},
@@ -58,6 +65,7 @@ def compare(
         temperature=temperature,
         seeds=(seed,),
         batch_size=batch_size,
+        save=save,
     )
     ((ours,), (theirs,)) = found.texts
     return summarise(prompts, ours, theirs, found.preference["policy", "baseline"][0])
@@ -73,6 +81,7 @@ def evaluate(
     temperature: float = 1.0,
     seeds: Sequence[int] = (0, 1, 2),
     batch_size: int = 64,
+    save: str | Path | None = None,
 ) -> WinRates:
     """Let any number of policies write to the same held-out prompts, and compare each with each, side by side.
 
@@ -92,11 +101,14 @@ def evaluate(
       temperature: of the draws.
       seeds: sampling seeds, different ones.
       batch_size: prompts decoded at once.
+      save: a folder that keeps what the judge says, in `judged.sqlite`: the same call again, after a kill or a judge
+        that failed midway, asks for the rest alone.
 
     Raises:
       ValueError: fewer than 2 policies or prompts, an empty prompt, a name or seed given twice.
       FileNotFoundError: there is no such model.
-      JudgeError: see `judging.ask`.
+      JudgeError: see `judging.protocol.ask`.
+      JudgementsError: what the folder keeps is damaged, or cannot be written.
     """
     # All before anything is written, which may take long.
     check_prompts(prompts)
@@ -126,12 +138,23 @@ def evaluate(
         ]
         for one, other in combinations(named, 2)
     }
-    preference = {
-        (one, other): np.stack([both_orders(judge, prompts, texts[one][i], texts[other][j]) for i, j in drawn])
-        for (one, other), drawn in pairs.items()
-    }
+    with kept(judge, save) as asked:
+        preference = {
+            (one, other): np.stack([both_orders(asked, prompts, texts[one][i], texts[other][j]) for i, j in drawn])
+            for (one, other), drawn in pairs.items()
+        }
     value, low, high, deviation = tabulate(list(named), preference)
     return WinRates(list(named), prompts, list(texts.values()), preference, pairs, value, low, high, deviation)
+
+
+@contextmanager
+def kept(judge: Judge, folder: str | Path | None) -> Iterator[Judge]:
+    """The judge with its answers kept in a folder, or as it is."""
+    if folder is None:
+        yield judge
+        return
+    with Judgements(Path(folder) / FILE) as log:
+        yield RecordedJudge(judge, log).at("side by side", 0)
 
 
 def name_policies(policies: Policies) -> dict[str, list[Model]]:

@@ -7,7 +7,6 @@ sweep/results.md                 mean and standard deviation over seeds
 sweep/results.png                the same, against the first field of the grid
 """
 
-import csv
 import dataclasses
 import math
 import re
@@ -23,7 +22,7 @@ import orjson
 from fastpref.method.config import Config, from_mapping, to_json
 from fastpref.method.errors import ConfigError, DivergedError, nearest
 from fastpref.method.schedules import Schedule
-from fastpref.runs import files, plots, terminal
+from fastpref.runs import files, tables, terminal
 from fastpref.runs.metrics import METRICS
 
 
@@ -86,9 +85,7 @@ class SweepResult:
 
     def markdown(self) -> str:
         """The same as a Markdown table."""
-        columns, rows = self._cells()
-        lines = [columns, ["---"] * len(columns), *rows]
-        return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+        return tables.markdown(*self._cells())
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         rows = self.rows()
@@ -106,6 +103,8 @@ class SweepResult:
 
     def plot(self, path: str | Path) -> Path:
         """Draw the mean over seeds, with its deviation, against the first field; a line for each of the others."""
+        from fastpref.runs import plots
+
         rows = self.rows()
         fields = list(_without_seed(self.points[0].values)) or ["seed"]
         lines: dict[str, list[dict[str, Any]]] = {}
@@ -144,13 +143,12 @@ class SweepResult:
     def save(self, directory: str | Path) -> None:
         """Write `results.csv`, `results.md` and `results.png`, over what is there."""
         folder = Path(directory)
-        with (folder / "results.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([*self.points[0].values, self.metric, "run", "error"])
-            for point in self.points:
-                values = [_word(value) for value in point.values.values()]
-                writer.writerow([*values, point.score, point.folder.name, point.error or ""])
-        (folder / "results.md").write_text(self.markdown(), encoding="utf-8")
+        points = [
+            [*map(_word, point.values.values()), point.score, point.folder.name, point.error or ""]
+            for point in self.points
+        ]
+        tables.write_csv(folder / "results.csv", [*self.points[0].values, self.metric, "run", "error"], points)
+        files.replace(folder / "results.md", self.markdown().encode())
         self.plot(folder / "results.png")
 
 

@@ -5,7 +5,6 @@ half. Intervals are bootstrapped over prompts: they say how far the choice of pr
 is that of the means between sampling seeds and trained models: it says how far another run could.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -17,7 +16,10 @@ import orjson
 from jaxtyping import Float
 
 from fastpref.judging.protocol import Judge, ask
-from fastpref.runs import plots, terminal
+from fastpref.runs import files, tables, terminal
+
+ASKED_AT_ONCE = 64
+"""Pairs of one call of the judge: what a judge that fails midway has answered before is kept."""
 
 RESAMPLES = 2000
 """Bootstrap samples of an interval."""
@@ -136,6 +138,8 @@ class WinRates:
 
     def plot(self, path: str | Path) -> Path:
         """Draw the matrix as a heat map to a PNG file."""
+        from fastpref.runs import plots
+
         return plots.heat_map(Path(path), self.names, self.value, self.deviation)
 
     def save(self, directory: str | Path) -> None:
@@ -145,13 +149,10 @@ class WinRates:
         matrices = {name: getattr(self, name).tolist() for name in ("value", "low", "high", "deviation")}
         content = {"names": list(self.names), "prompts": len(self.prompts), **matrices}
         # JSON has no NaN: a deviation of one comparison is null.
-        (folder / "win_rates.json").write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
-        rows = self.rows()
-        with (folder / "win_rates.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        (folder / "records.jsonl").write_bytes(b"".join(orjson.dumps(record) + b"\n" for record in self.records()))
+        files.replace(folder / "win_rates.json", orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
+        entries = self.rows()
+        tables.write_csv(folder / "win_rates.csv", list(entries[0]), [list(entry.values()) for entry in entries])
+        tables.write_jsonl(folder / "records.jsonl", self.records())
         self.plot(folder / "win_rates.png")
 
 
@@ -166,7 +167,7 @@ def win_rate(prompts: Sequence[str], policy: Sequence[str], baseline: Sequence[s
 
     Raises:
       ValueError: fewer than 2 prompts, or lists of different lengths.
-      JudgeError: see `judging.ask`.
+      JudgeError: see `judging.protocol.ask`.
     """
     check_prompts(prompts)
     if not len(prompts) == len(policy) == len(baseline):
@@ -186,10 +187,13 @@ def check_prompts(prompts: Sequence[str]) -> None:
 def both_orders(
     judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]
 ) -> Float[np.ndarray, " P"]:
-    """p(first ≻ second) of each prompt, the mean of both orders, shape [P], float64; see `judging.ask`."""
-    # In float64: the two orders of a tie then add up to exactly 1.
-    there, back = (ask(judge, prompts, *pair).astype(np.float64) for pair in ((first, second), (second, first)))
-    preference: Float[np.ndarray, " P"] = (there + 1 - back) / 2
+    """p(first ≻ second) of each prompt, the mean of both orders, shape [P], float64; see `judging.protocol.ask`."""
+    preference = np.zeros(len(prompts))
+    for start in range(0, len(prompts), ASKED_AT_ONCE):
+        part, *sides = (texts[start : start + ASKED_AT_ONCE] for texts in (prompts, first, second))
+        # In float64: the two orders of a tie then add up to exactly 1.
+        forth, back = (ask(judge, part, *pair).astype(np.float64) for pair in (sides, sides[::-1]))
+        preference[start : start + ASKED_AT_ONCE] = (forth + 1 - back) / 2
     return preference
 
 

@@ -18,6 +18,8 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from fastpref.judging.identity import digest
+from fastpref.judging.protocol import probability
 from fastpref.models import LanguageModel, load, save
 from fastpref.models.policy import Policy
 from fastpref.sampling.generate import round_up
@@ -32,7 +34,7 @@ SUMMARY_PROMPT = (
 FIELDS = re.compile(r"(\{prompt\}|\{first\}|\{second\})")
 
 
-Row = tuple[tuple[int, ...], ...]
+Reading = tuple[tuple[int, ...], ...]
 """Token ids of what is scored at once: a prompt and its completions."""
 
 
@@ -80,20 +82,6 @@ class ScoredPolicy(nnx.Module):
         self.weight = nnx.Param(jnp.zeros(width, jnp.float32))
 
 
-def bradley_terry(margin: Float[Array, " N"], preference: Float[Array, " N"]) -> Float[Array, " N"]:
-    """Cross-entropy of σ(margin) with a soft label: −p·log σ(m) − (1 − p)·log σ(−m), shape [N] (IPO-MD, eq. 2)."""
-    return -preference * jax.nn.log_sigmoid(margin) - (1 - preference) * jax.nn.log_sigmoid(-margin)
-
-
-def probability(margin: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-    """σ(margin) in float32, such that probability(m) + probability(−m) is exactly 1."""
-    # Of the negative magnitude, whose exponential cannot overflow.
-    small = np.exp(-np.abs(margin.astype(np.float64)))
-    lower = (small / (1 + small)).astype(np.float32)
-    above: Float[np.ndarray, " N"] = np.where(margin >= 0, np.float32(1) - lower, lower).astype(np.float32)
-    return above
-
-
 @partial(jax.jit, static_argnames=("definition",))
 def _answer_margins(definition: Any, params: Any, answers: Array, *readings: Array) -> Array:
     return answer_margins(nnx.merge(definition, params), answers, *readings)
@@ -104,41 +92,41 @@ def _rewards(definition: Any, params: Any, *completions: Array) -> Array:
     return rewards(nnx.merge(definition, params), *completions)
 
 
-def _padded(rows: Sequence[Sequence[int]], multiple: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as [N, S] int32 with S a multiple, and their lengths."""
-    lengths = np.array([len(row) for row in rows], np.int32)
-    tokens = np.zeros((len(rows), round_up(max(1, int(lengths.max(initial=1))), multiple)), np.int32)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)] = row
+def _padded(parts: Sequence[Sequence[int]], multiple: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids as [N, S] int32 with S a multiple, and their lengths."""
+    lengths = np.array([len(ids) for ids in parts], np.int32)
+    tokens = np.zeros((len(parts), round_up(max(1, int(lengths.max(initial=1))), multiple)), np.int32)
+    for index, ids in enumerate(parts):
+        tokens[index, : len(ids)] = ids
     return tokens, lengths
 
 
-def _row(*parts: Sequence[int]) -> Row:
+def _reading(*parts: Sequence[int]) -> Reading:
     return tuple(tuple(part) for part in parts)
 
 
-def _arrays(rows: Sequence[Row]) -> tuple[np.ndarray, ...]:
-    """The four arrays of `last_states` of rows that are a prompt and K completions each."""
-    texts, lengths = _padded([text for row in rows for text in row[1:]])
-    shape = (len(rows), len(rows[0]) - 1)
-    return *_padded([row[0] for row in rows]), texts.reshape(*shape, -1), lengths.reshape(shape)
+def _arrays(readings: Sequence[Reading]) -> tuple[np.ndarray, ...]:
+    """The four arrays of `last_states` of readings that are a prompt and K completions each."""
+    texts, lengths = _padded([text for reading in readings for text in reading[1:]])
+    shape = (len(readings), len(readings[0]) - 1)
+    return *_padded([reading[0] for reading in readings]), texts.reshape(*shape, -1), lengths.reshape(shape)
 
 
 def _score_distinct(
-    rows: Sequence[Row], score: Callable[[Sequence[Row]], np.ndarray], batch_size: int
+    readings: Sequence[Reading], score: Callable[[Sequence[Reading]], np.ndarray], batch_size: int
 ) -> Float[np.ndarray, " N"]:
-    """Score N rows in full batches, each distinct row once.
+    """Score N readings in full batches, each distinct reading once.
 
-    Rounding depends on the company that a row is scored in. So the batches follow from the set of rows alone, and
-    neither the order of a call nor a repetition in it can make two scores of a row differ.
+    Rounding depends on the company that a reading is scored in. So the batches follow from the set of readings alone,
+    and neither the order of a call nor a repetition in it can make two scores of a reading differ.
     """
-    distinct = sorted(set(rows), key=lambda row: ([len(tokens) for tokens in row], row))
-    scores: dict[Row, np.float32] = {}
+    distinct = sorted(set(readings), key=lambda reading: ([len(tokens) for tokens in reading], reading))
+    scores: dict[Reading, np.float32] = {}
     for start in range(0, len(distinct), batch_size):
         part = distinct[start : start + batch_size]
         filled = part + part[:1] * (batch_size - len(part))
         scores.update(zip(part, score(filled)[: len(part)], strict=True))
-    return np.array([scores[row] for row in rows], np.float32)
+    return np.array([scores[reading] for reading in readings], np.float32)
 
 
 @dataclass(frozen=True)
@@ -175,6 +163,17 @@ class PreferenceModel:
                 f"{self.template!r}. Write one such as SUMMARY_PROMPT."
             )
         self.answer_ids()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Weights, tokenizer and settings by content, for `judging.identity`; the batch size decides rounding alone."""
+        return {
+            **_content(self.model, self.model.module),
+            "template": self.template,
+            "answers": list(self.answers),
+            "symmetric": self.symmetric,
+            "max_tokens": self.max_tokens,
+        }
 
     def answer_ids(self) -> Int[np.ndarray, " 2"]:
         """Token ids of the two answers, shape [2]."""
@@ -217,19 +216,21 @@ class PreferenceModel:
         definition, params = nnx.split(self.model.module)
         answers = self.answer_ids()
 
-        def score(rows: Sequence[Row]) -> np.ndarray:
-            margins = np.asarray(_answer_margins(definition, params, answers, *_arrays(rows)))
+        def score(readings: Sequence[Reading]) -> np.ndarray:
+            margins = np.asarray(_answer_margins(definition, params, answers, *_arrays(readings)))
             return (margins[:, 0] - margins[:, 1]) / np.float32(2) if self.symmetric else margins[:, 0]
 
         opened, forward = self.readings(prompts, first, second)
         if not self.symmetric:
-            rows = [_row(*row) for row in zip(opened, forward, strict=True)]
-            return _score_distinct(rows, score, self.batch_size)
+            readings = [_reading(*parts) for parts in zip(opened, forward, strict=True)]
+            return _score_distinct(readings, score, self.batch_size)
         _, backward = self.readings(prompts, second, first)
-        # One canonical order, so that (y, y') and (y', y) are the same row and answered by exact opposites.
+        # One canonical order, so that (y, y') and (y', y) are the same reading and answered by exact opposites.
         sign = [1 if one <= other else -1 for one, other in zip(forward, backward, strict=True)]
-        rows = [_row(prompt, *sorted(orders)) for prompt, *orders in zip(opened, forward, backward, strict=True)]
-        margin: Float[np.ndarray, " P"] = np.array(sign, np.float32) * _score_distinct(rows, score, self.batch_size)
+        readings = [
+            _reading(prompt, *sorted(orders)) for prompt, *orders in zip(opened, forward, backward, strict=True)
+        ]
+        margin: Float[np.ndarray, " P"] = np.array(sign, np.float32) * _score_distinct(readings, score, self.batch_size)
         return margin
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " P"]:
@@ -276,6 +277,11 @@ class RewardModel:
     max_prompt_tokens: int = 512
     batch_size: int = 64
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Weights, tokenizer and settings by content, for `judging.identity`; the batch size decides rounding alone."""
+        return {**_content(self.model, self.module), "max_prompt_tokens": self.max_prompt_tokens}
+
     @classmethod
     def from_model(cls, model: LanguageModel, **settings: int) -> "RewardModel":
         """A reward model on a language model's body, its scalar head at zero."""
@@ -290,11 +296,11 @@ class RewardModel:
         written = tokenizer.encode_completions(list(completions))
         definition, params = nnx.split(self.module)
 
-        def score(rows: Sequence[Row]) -> np.ndarray:
-            return np.asarray(_rewards(definition, params, *_arrays(rows)))[:, 0]
+        def score(readings: Sequence[Reading]) -> np.ndarray:
+            return np.asarray(_rewards(definition, params, *_arrays(readings)))[:, 0]
 
-        rows = [_row(*row) for row in zip(read, written, strict=True)]
-        return _score_distinct(rows, score, self.batch_size)
+        readings = [_reading(*parts) for parts in zip(read, written, strict=True)]
+        return _score_distinct(readings, score, self.batch_size)
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " P"]:
         """p(first ≻ second | prompt), shape [P], float32; the two orders add up to exactly 1."""
@@ -328,6 +334,16 @@ class RewardModel:
         result = cls.from_model(load(path), **settings)
         result.module.weight[...] = jnp.asarray(weight)
         return result
+
+
+def _content(model: LanguageModel, module: Any) -> dict[str, str]:
+    """Hashes of what a model computes by."""
+    weights = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(nnx.state(module))}
+    return {
+        "weights": digest(weights),
+        "architecture": digest(getattr(model.module, "config", None)),
+        "tokenizer": model.tokenizer.fingerprint.hex(),
+    }
 
 
 def _read_settings(path: Path, name: str, kind: str) -> dict[str, Any]:

@@ -1,25 +1,20 @@
-"""Which of the K completions of a prompt are learned from, and how they are judged.
+"""Choice of the completions that are learned from among K of each prompt, and their judgement.
 
-The loop asks for `select`; what a row of the table calls `pairs` is one function here.
+The loop asks for `select`; each kind of `pairs` of a method in the table is one function here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from fastpref.judging import tournament
-from fastpref.judging.models import RewardModel, probability
-from fastpref.judging.pair_log import PairLog
-from fastpref.judging.protocol import Judge, Rewarder, ask, rate
+from fastpref.judging.protocol import Rewarder, probability
+from fastpref.judging.recorded import RecordedJudge
 
-Compare = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""Prompts and two of their completions by number, [M] each, to p(first ≻ second), [M] float32."""
-
-
-DROPPED = {1: "worst_won", 2: "tie", 3: "identical", 4: "cyclic"}
-"""Metrics that count why a tournament's pair is not learned from, by the number of the outcome."""
+PURPOSE = "training"
+"""Purpose under which the log keeps the answers of a step."""
 
 
 class Selection(NamedTuple):
@@ -41,20 +36,22 @@ class Selection(NamedTuple):
 class Jury:
     """Answers comparisons: ½ where two completions are the same tokens, else as the judge says.
 
+    A judge with `scores` is read by them: p(y ≻ y') = σ(r(y) − r(y')), and every completion is scored once. Any other
+    is asked about pairs.
+
     Args:
-      judge: a judge, or a reward model: p(y ≻ y') is then σ(r(y) − r(y')), and every completion is scored once.
+      judge: the judge; answers that its log holds for this step are used again.
       prompts: P texts.
       texts: the K completions of each.
       tokens: their token ids, [P, K, T].
       lengths: how many of them are real, [P, K].
-      ids: names of the prompts, for the log and the draw of a tournament.
-      step: number of the step, for the same.
-      log: answers what it holds, and writes down what it does not before it is used; None to ask about everything.
+      ids: names of the prompts, for the draw of a tournament.
+      step: number of the step, for the same and for the log.
     """
 
     def __init__(
         self,
-        judge: Judge | Rewarder | None,
+        judge: RecordedJudge,
         prompts: Sequence[str],
         texts: Sequence[Sequence[str]],
         tokens: Int[np.ndarray, "P K T"],
@@ -62,11 +59,9 @@ class Jury:
         *,
         ids: Int[np.ndarray, " P"],
         step: int,
-        log: PairLog | None = None,
     ) -> None:
         self.judge, self.prompts, self.texts = judge, prompts, texts
-        self._tokens, self._lengths = tokens, lengths
-        self.ids, self.step, self._log = ids, step, log
+        self.ids, self.step = ids, step
         self.classes = tournament.identical(tokens, lengths)
         """Equal numbers, equal completions, [P, K]."""
         self.asked = 0
@@ -75,14 +70,15 @@ class Jury:
 
     def rewards(self) -> Float[np.ndarray, "P K"]:
         """r(x, y) of every completion, asked for once."""
-        if not isinstance(self.judge, Rewarder):
-            raise TypeError(f"rewards need a judge with scores(prompts, completions), got {self.judge!r}")
+        if not isinstance(self.judge.judge, Rewarder):
+            raise TypeError(f"rewards need a judge with scores(prompts, completions), got {self.judge.judge!r}")
         if self._rewards is None:
             prompts, completions = self.classes.shape
-            flat = rate(
-                self.judge,
+            flat = self.judge.rate(
                 [prompt for prompt in self.prompts for _ in range(completions)],
-                [text for row in self.texts for text in row],
+                [text for written in self.texts for text in written],
+                purpose=PURPOSE,
+                step=self.step,
             )
             self._rewards = flat.reshape(prompts, completions)
         return self._rewards
@@ -97,32 +93,18 @@ class Jury:
         self.asked += len(prompt)
         if not len(prompt):
             return preference
-
-        def answer(missing: Int[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-            return self._ask(prompt[missing], first[missing], second[missing])
-
-        if self._log is None:
-            preference[different] = answer(np.arange(len(prompt)))
+        if isinstance(self.judge.judge, Rewarder):
+            rewards = self.rewards()
+            preference[different] = probability(rewards[prompt, first] - rewards[prompt, second])
         else:
-            one, other = self._rows(prompt, first), self._rows(prompt, second)
-            preference[different] = self._log.judge(self.step, self.ids[prompt], one, other, answer)
-        return preference
-
-    def _ask(
-        self, prompt: Int[np.ndarray, " M"], first: Int[np.ndarray, " M"], second: Int[np.ndarray, " M"]
-    ) -> Float[np.ndarray, " M"]:
-        if callable(self.judge) and not isinstance(self.judge, RewardModel):
-            return ask(
-                self.judge,
+            preference[different] = self.judge.ask(
                 [self.prompts[at] for at in prompt],
                 [self.texts[at][which] for at, which in zip(prompt, first, strict=True)],
                 [self.texts[at][which] for at, which in zip(prompt, second, strict=True)],
+                purpose=PURPOSE,
+                step=self.step,
             )
-        rewards = self.rewards()
-        return probability(rewards[prompt, first] - rewards[prompt, second])
-
-    def _rows(self, prompt: Int[np.ndarray, " M"], which: Int[np.ndarray, " M"]) -> list[np.ndarray]:
-        return [self._tokens[at, k, : self._lengths[at, k]] for at, k in zip(prompt, which, strict=True)]
+        return preference
 
 
 def select(pairs: str, jury: Jury, *, seed: int, baseline: str = "none") -> Selection:
@@ -138,7 +120,7 @@ def select(pairs: str, jury: Jury, *, seed: int, baseline: str = "none") -> Sele
       `Selection`.
 
     Raises:
-      JudgeError: see `judging.ask` and `judging.rate`.
+      JudgeError: see `protocol.ask` and `protocol.rate`.
     """
     prompts, completions = jury.classes.shape
     everyone = np.arange(prompts)
@@ -168,7 +150,7 @@ def select(pairs: str, jury: Jury, *, seed: int, baseline: str = "none") -> Sele
         "pairs/identical": float(identical.sum()),
     }
     if pairs == "tournament":
-        for code, reason in DROPPED.items():
+        for code, reason in enumerate(tournament.OUTCOMES[1:], 1):
             metrics[f"pairs/{reason}"] = float((found.outcomes == code).sum())
     return Selection(chosen, preference, label, scores, where, metrics)
 

@@ -1,18 +1,27 @@
-"""What judges and rewards are, and the one place where they are asked and their answers checked."""
+"""Judges and rewards, and the one place where they are asked and their answers checked."""
 
+import contextvars
+import threading
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 from fastpref.data.records import Record
-from fastpref.method.errors import JudgeError
+from fastpref.judging.identity import name_of
+from fastpref.method.errors import JudgeError, JudgementsError
 
 
 @runtime_checkable
 class Judge(Protocol):
-    """Anything that says how likely the first completion of a prompt beats the second. A plain function will do."""
+    """Anything that says how likely the first completion of a prompt beats the second. A plain function will do.
+
+    A run belongs to its judge, which is known by its content; see `fastpref.judging.identity`. A judge behind a
+    network, or one that holds what does not decide its answers, may say who it is: an attribute `identity`, any JSON
+    value.
+    """
 
     def __call__(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], /
@@ -23,7 +32,12 @@ class Judge(Protocol):
 
 @runtime_checkable
 class Rewarder(Protocol):
-    """Anything that scores single completions, such as `fastpref.RewardModel`."""
+    """Anything that scores single completions, such as `fastpref.RewardModel`.
+
+    Training reads the `scores` of a judge that has them, whatever else it can be called with: each of K completions is
+    scored once, and p(y ≻ y') = σ(r(y) − r(y')) (IPO-MD, eq. 2), where a judge of pairs makes up to K(K − 1)/2
+    comparisons.
+    """
 
     def scores(
         self, prompts: Sequence[str], completions: Sequence[str], /
@@ -32,7 +46,14 @@ class Rewarder(Protocol):
         ...
 
 
-def ask(judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " P"]:
+def ask(
+    judge: Judge,
+    prompts: Sequence[str],
+    first: Sequence[str],
+    second: Sequence[str],
+    *,
+    timeout: float | None = None,
+) -> Float[np.ndarray, " P"]:
     """The judge's preferences, checked.
 
     Args:
@@ -40,14 +61,16 @@ def ask(judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequ
       prompts: P texts.
       first: y of each prompt.
       second: y' of each prompt.
+      timeout: seconds that it may take; None for any number.
 
     Returns:
       p(y ≻ y' | x), shape [P], float32, in [0, 1].
 
     Raises:
-      JudgeError: the judge raised, gave another number of answers than P, or gave one that is not in [0, 1].
+      JudgeError: the judge raised, took longer than its time, gave another number of answers than P, or gave one that
+        is not a number in [0, 1].
     """
-    preference = _answer("probability", judge, prompts, first, second)
+    preference = _answer("probability", name_of(judge), judge, prompts, first, second, timeout=timeout)
     wrong = ~((preference >= 0) & (preference <= 1))
     if wrong.any():
         index = int(np.flatnonzero(wrong)[0])
@@ -59,21 +82,25 @@ def ask(judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequ
     return preference
 
 
-def rate(judge: Rewarder, prompts: Sequence[str], completions: Sequence[str]) -> Float[np.ndarray, " P"]:
+def rate(
+    judge: Rewarder, prompts: Sequence[str], completions: Sequence[str], *, timeout: float | None = None
+) -> Float[np.ndarray, " P"]:
     """The rewards of P completions, checked.
 
     Args:
       judge: the reward model.
       prompts: P texts.
-      completions: one of each prompt.
+      completions: a completion of each prompt.
+      timeout: seconds that it may take; None for any number.
 
     Returns:
       r(x, y), shape [P], float32.
 
     Raises:
-      JudgeError: the reward model raised, gave another number of answers than P, or gave one that is not finite.
+      JudgeError: the reward model raised, took longer than its time, gave another number of answers than P, or gave one
+        that is not a finite number.
     """
-    rewards = _answer("reward", judge.scores, prompts, completions)
+    rewards = _answer("reward", name_of(judge), judge.scores, prompts, completions, timeout=timeout)
     wrong = ~np.isfinite(rewards)
     if wrong.any():
         index = int(np.flatnonzero(wrong)[0])
@@ -84,30 +111,106 @@ def rate(judge: Rewarder, prompts: Sequence[str], completions: Sequence[str]) ->
     return rewards
 
 
+def probability(margin: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """σ(margin) in float32, such that probability(m) + probability(−m) is exactly 1."""
+    # Of the negative magnitude, whose exponential cannot overflow.
+    small = np.exp(-np.abs(margin.astype(np.float64)))
+    lower = (small / (1 + small)).astype(np.float32)
+    above: Float[np.ndarray, " N"] = np.where(margin >= 0, np.float32(1) - lower, lower).astype(np.float32)
+    return above
+
+
 def _answer(
-    kind: str, judge: Callable[..., Sequence[float] | np.ndarray], prompts: Sequence[str], *texts: Sequence[str]
+    kind: str,
+    name: str,
+    judge: Callable[..., Any],
+    prompts: Sequence[str],
+    *texts: Sequence[str],
+    timeout: float | None,
 ) -> Float[np.ndarray, " P"]:
-    """What the judge says, one float32 for each prompt."""
+    """Answers of the judge, a float32 for each prompt."""
+    again = "start the same command again: it goes on from the last checkpoint."
     try:
-        answer = judge(prompts, *texts)
+        answer = _within(timeout, judge, prompts, *texts)
+    except _LateError:
+        raise JudgeError(
+            f"the judge must answer within judge_timeout={timeout:g} seconds, but {name} took longer for "
+            f"{len(prompts)} prompts. Raise judge_timeout or mend the judge, and {again}"
+        ) from None
+    except (JudgeError, JudgementsError):
+        # Of the judge that is asked in turn, or of its log.
+        raise
     except Exception as error:
         raise JudgeError(
-            f"the judge must answer without raising, but raised {type(error).__name__}: {error}. "
-            "Mend the judge and start the same command again: it goes on from the last checkpoint."
+            f"the judge must answer without raising, but {name} raised {type(error).__name__}: {error}. "
+            f"Mend the judge and {again}"
         ) from error
-    try:
-        numbers = np.asarray(answer, np.float32)
-    except (TypeError, ValueError) as error:
+    except SystemExit as error:
+        # A subclass comes from a signal, which ends the process on purpose.
+        if type(error) is not SystemExit:
+            raise
         raise JudgeError(
-            f"the judge must return numbers, but returned {type(answer).__name__}. "
-            f"Return one {kind} for each prompt, as a float."
+            f"the judge must answer without ending the process, but {name} called sys.exit({error.code!r}). "
+            f"Mend the judge and {again}"
         ) from error
+    numbers = _numbers(kind, answer)
     if numbers.shape != (len(prompts),):
         raise JudgeError(
             f"the judge must return one {kind} for each of {len(prompts)} prompts, but returned an array of shape "
             f"{numbers.shape}. Return a flat list in the order of the prompts."
         )
     return numbers
+
+
+class _LateError(Exception):
+    """The time is over."""
+
+
+def _within(timeout: float | None, judge: Callable[..., Any], *texts: Sequence[str]) -> Any:
+    """Call a judge, in a thread of its own where its time is limited: a judge that hangs is left behind."""
+    if timeout is None:
+        return judge(*texts)
+    ended: list[tuple[Any, BaseException | None]] = []
+
+    def call() -> None:
+        try:
+            ended.append((judge(*texts), None))
+        except BaseException as error:
+            ended.append((None, error))
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(call,), name="judge", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if not ended:
+        raise _LateError
+    answer, error = ended[0]
+    if error is not None:
+        raise error
+    return answer
+
+
+def _numbers(kind: str, answer: Any) -> Float[np.ndarray, "..."]:
+    """Numbers of Python, NumPy, JAX or PyTorch as float32. Text and complex numbers are none."""
+    parts = isinstance(answer, list | tuple)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            array = np.asarray([_plain(value) for value in answer] if parts else _plain(answer))
+            # Kind V holds the narrow floats of JAX.
+            if array.dtype.kind not in "biufV" or array.dtype.names is not None:
+                raise TypeError(f"{array.dtype} is not a type of real numbers")
+            return array.astype(np.float32)
+    except Exception as error:
+        inside = f" of {', '.join(sorted({type(value).__name__ for value in answer}))}" if parts and answer else ""
+        raise JudgeError(
+            f"the judge must return numbers, but returned {type(answer).__name__}{inside}. "
+            f"Return one {kind} for each prompt, as a float."
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """A tensor of PyTorch as Python numbers, whether it needs gradients or lies on a device."""
+    return value.detach().tolist() if hasattr(value, "detach") and hasattr(value, "tolist") else value
 
 
 def agreement(judge: Judge, records: Sequence[Record]) -> float:

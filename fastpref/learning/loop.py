@@ -156,5 +156,5 @@ def digest(*parts: Any) -> str:
 
 def lasting(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a continuation must share; the others do not change what a step computes."""
-    changeable = ("steps", "rounds", "checkpoint_every", "keep_checkpoints", "sample_every")
+    changeable = ("steps", "rounds", "checkpoint_every", "keep_checkpoints", "sample_every", "judge_timeout")
     return {f"config.{name}": value for name, value in settings.items() if name not in changeable}

@@ -6,8 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from fastpref.judging.models import answer_margins, bradley_terry, rewards
+from fastpref.judging.models import answer_margins, rewards
 from fastpref.kernels import token_logprobs
+from fastpref.method.losses import bradley_terry
 
 Batch = dict[str, Array]
 Objective = Callable[[Any, Batch], tuple[Array, Array]]

@@ -12,9 +12,8 @@ from jaxtyping import Float
 
 from fastpref.data.batches import PackedPairs, PromptBatch
 from fastpref.data.packing import pack_pairs
-from fastpref.judging.pair_log import PairLog
 from fastpref.judging.pairs import Jury, Selection, select
-from fastpref.judging.protocol import Judge, Rewarder
+from fastpref.judging.recorded import RecordedJudge
 from fastpref.learning import update
 from fastpref.learning.row_plan import RowPlan
 from fastpref.method.config import TrainConfig
@@ -50,10 +49,9 @@ class Rollout:
       definition: its GraphDef.
       ref: π_ref.
       partner: the frozen model that the sampler mixes with: π_ref, or μ.
-      judge: of the completions; None where the data has labels.
+      judge: of the completions, with the log of its answers; None where the data has labels.
       texts: each prompt by its id.
       rows: how pairs are laid out.
-      log: where judged pairs are written before they are used; None for nowhere.
     """
 
     config: TrainConfig
@@ -61,10 +59,9 @@ class Rollout:
     definition: Any
     ref: Frozen
     partner: Frozen
-    judge: Judge | Rewarder | None
+    judge: RecordedJudge | None
     texts: Mapping[int, str]
     rows: RowPlan
-    log: PairLog | None = None
 
     def __call__(self, step: int, batch: PromptBatch | PackedPairs, params: Any, round_params: Any) -> Gathered:
         """What is learned from a batch at a step.
@@ -102,7 +99,8 @@ class Rollout:
         clock.lap("time/generate")
         prompts = [self.texts[int(index)] for index in batch.ids]
         written = decode(self.policy, drawn)
-        jury = Jury(self.judge, prompts, written, tokens, lengths, ids=batch.ids, step=step, log=self.log)
+        assert self.judge is not None
+        jury = Jury(self.judge, prompts, written, tokens, lengths, ids=batch.ids, step=step)
         found = select(row.pairs, jury, seed=config.seed, baseline=config.baseline)
         clock.lap("time/judge")
         learned = found.chosen[:, :1] if row.pairs == "first" else found.chosen

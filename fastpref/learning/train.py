@@ -25,9 +25,9 @@ from fastpref.data import (
 )
 from fastpref.data.batches import PackedPairs, PromptBatch
 from fastpref.evaluation.during_training import HeldOut
-from fastpref.judging.models import PreferenceModel, RewardModel
-from fastpref.judging.pair_log import PairLog
+from fastpref.judging.judgements import FILE, Judgements
 from fastpref.judging.protocol import Judge, Rewarder
+from fastpref.judging.recorded import RecordedJudge
 from fastpref.learning import loop, optimizers, rollout, update
 from fastpref.learning.row_plan import RowPlan, pair_sizes, plan_rows
 from fastpref.method.config import TrainConfig, to_json
@@ -123,7 +123,7 @@ def train(
       ConfigError: a setting breaks its rule.
       DataError: the prompts cannot be read, or none is left.
       JudgeError: the judge failed; the steps before are saved.
-      PairLogError: what the judge said before is damaged, or cannot be written.
+      JudgementsError: what the judge said before is damaged, or cannot be written.
       CheckpointError: the run directory holds another run.
       DivergedError: five updates in a row were not finite.
     """
@@ -149,9 +149,7 @@ def train(
         return jax.tree.map(jnp.copy, parameters)
 
     checks = read_prompts(eval_prompts, policy.tokenizer, on_bad_record=config.on_bad_record)[: config.eval_prompts]
-    held_out = None
-    if config.eval_every:
-        held_out = HeldOut(ref, checks, _as_judge(eval_judge or judge, config), config)
+    eval_judge = _as_judge(eval_judge or judge, config) if config.eval_every else None
 
     def current(parameters: Any) -> LanguageModel:
         return dataclasses.replace(policy, module=nnx.merge(definition, copy(parameters)))
@@ -191,7 +189,7 @@ def train(
             **clock.laps,
         }
         if held_out is not None and ((done + 1) % config.eval_every == 0 or done + 1 == config.steps):
-            metrics |= held_out.measure(current(parameters))
+            metrics |= held_out.measure(current(parameters), done + 1)
         samples = gathered.samples if (done + 1) % config.sample_every == 0 else []
         return loop.Outcome((parameters, opt_state, round_params), metrics, samples)
 
@@ -210,30 +208,38 @@ def train(
 
     folder = None if run_dir is None else Path(run_dir)
     settings = to_json(config)
-    fingerprint = {
-        **loop.lasting(settings),
-        "policy": loop.digest(start),
-        "reference": loop.digest(frozen.params),
-        "optimizer": config.optimizer if optimizer is None else "passed as an object",
-        **({"behaviour": loop.digest(partner.params)} if partner is not frozen else {}),
-        **({"steps of a round": config.round_steps} if row.in_rounds else {}),
-    }
     params = copy(start)
     with ExitStack() as stack:
         stack.enter_context(source)
         log = None
-        if folder is not None and row.judged_by == "preference":
-            log = stack.enter_context(PairLog(folder / "pairs", judge=_name(judge), seed=config.seed))
+        if folder is not None and (judge is not None or eval_judge is not None):
+            log = stack.enter_context(Judgements(folder / FILE))
+        asked = None if judge is None else RecordedJudge(judge, log, timeout=config.judge_timeout)
+        held_out = None
+        if eval_judge is not None:
+            same = asked if eval_judge is judge else None
+            judged = same or RecordedJudge(eval_judge, log, timeout=config.judge_timeout)
+            held_out = HeldOut(ref, checks, judged, config)
+        fingerprint = {
+            **loop.lasting(settings),
+            "policy": loop.digest(start),
+            "tokenizer": policy.tokenizer.fingerprint.hex(),
+            "reference": loop.digest(frozen.params),
+            "optimizer": config.optimizer if optimizer is None else "passed as an object",
+            **({"behaviour": loop.digest(partner.params)} if partner is not frozen else {}),
+            **({"steps of a round": config.round_steps} if row.in_rounds else {}),
+            **({} if asked is None else {"judge": asked.identity.fingerprint()}),
+            **({} if held_out is None else {"evaluation": held_out.fingerprint()}),
+        }
         gather = rollout.Rollout(
             config=config,
             policy=policy,
             definition=definition,
             ref=frozen,
             partner=partner,
-            judge=judge,
+            judge=asked,
             texts=texts,
             rows=rows,
-            log=log,
         )
         (params, _, _), history = loop.drive(
             advance,
@@ -344,16 +350,6 @@ def _source(
     )
     rows = plan_rows(config, decoder_start=start, prompts=encoded.prompts)
     return {record.id: record.prompt for record in records}, batcher, rows, read.then(kept)
-
-
-def _name(judge: Judge | Rewarder | None) -> str:
-    """Names a judge in the log of pairs: answers of another are not used again."""
-    kind: Any = judge if hasattr(judge, "__qualname__") else type(judge)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    if isinstance(judge, PreferenceModel | RewardModel):
-        module = judge.model.module if isinstance(judge, PreferenceModel) else judge.module
-        name += f" {loop.digest(nnx.state(module))}"
-    return name
 
 
 def _as_judge(judge: Judge | Rewarder | None, config: TrainConfig) -> Judge:

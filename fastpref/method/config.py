@@ -1,6 +1,7 @@
 """What a run is asked to do: frozen, validated, and written to the run directory as JSON."""
 
 import dataclasses
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -100,6 +101,7 @@ class TrainConfig:
       sample_every: steps between entries of samples.jsonl.
       eval_every: steps between held-out evaluations against the reference; 0 for none.
       eval_prompts: at most this many held-out prompts are used.
+      judge_timeout: seconds that a call of the judge may take before the run stops, its state saved; None for any.
 
     Raises:
       ConfigError: a setting breaks its rule.
@@ -135,6 +137,7 @@ class TrainConfig:
     sample_every: int = 10
     eval_every: int = 0
     eval_prompts: int = 256
+    judge_timeout: float | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -178,6 +181,12 @@ class TrainConfig:
         _check_algorithm(self)
         require(self.temperature > 0, "temperature must be above 0", self.temperature, "The losses assume 1.")
         require(self.eval_every >= 0, "eval_every must not be negative", self.eval_every, "0 switches it off.")
+        require(
+            self.judge_timeout is None or 0 < self.judge_timeout < threading.TIMEOUT_MAX,
+            f"judge_timeout must be in (0, {threading.TIMEOUT_MAX:g}) seconds, or None",
+            self.judge_timeout,
+            "Set the seconds that the slowest call may take, or leave it out.",
+        )
         _check_optimizer(self)
 
     @property

@@ -36,8 +36,8 @@ class JudgeError(FastprefError, RuntimeError):
     """A judge raised, or answered with something that is not one probability, or reward, for each prompt."""
 
 
-class PairLogError(FastprefError, RuntimeError):
-    """The log of judged pairs could not be written, or holds something that was never written by it."""
+class JudgementsError(FastprefError, RuntimeError):
+    """The log of judgements could not be written, is damaged, or is held by another process."""
 
 
 class CheckpointError(FastprefError, RuntimeError):
@@ -50,6 +50,10 @@ class DivergedError(FastprefError, RuntimeError):
 
 class CacheWarning(UserWarning):
     """A damaged cache of tokens was thrown away and made anew."""
+
+
+class JudgeWarning(UserWarning):
+    """A judge cannot be told from another: what it said is not used again."""
 
 
 class CheckpointWarning(UserWarning):

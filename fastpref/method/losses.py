@@ -31,6 +31,11 @@ class Objective(NamedTuple):
     """Whether y is learned from without y'."""
 
 
+def bradley_terry(margin: Float[Array, " N"], preference: Float[Array, " N"]) -> Float[Array, " N"]:
+    """Cross-entropy of σ(margin) with a soft label: −p·log σ(m) − (1 − p)·log σ(−m), shape [N] (IPO-MD, eq. 2)."""
+    return -preference * jax.nn.log_sigmoid(margin) - (1 - preference) * jax.nn.log_sigmoid(-margin)
+
+
 def ipo(log_ratio: Float[Array, " P"], preference: Float[Array, " P"], *, tau: float | Float[Array, ""]) -> Array:
     """Squared distance of ρ from its target: p·(ρ − 1/2τ)² + (1 − p)·(ρ + 1/2τ)².
 

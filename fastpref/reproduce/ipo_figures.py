@@ -4,9 +4,9 @@ A softmax policy of three logits, 18000 steps of Adam at 0.01 on batches of 9 dr
 and its 95 % interval (section 5.4). The paper's text does not say which τ: 0.1, 0.5 and 1 are ours.
 """
 
-import csv
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from fastpref.learning.optimizers import apply, initial_state
 from fastpref.method.losses import Loss, dpo, ipo
 from fastpref.reproduce import figures
+from fastpref.runs import tables
 
 TAUS = (0.1, 0.5, 1.0)
 LOSSES: dict[str, Loss] = {"IPO": ipo, "DPO": dpo}
@@ -87,23 +88,23 @@ def figure_2(out: Path) -> list[Path]:
 
 def _figure(out: Path, name: str, title: str, data: dict[str, tuple[tuple[int, int], ...]]) -> list[Path]:
     steps, rows = np.arange(0, STEPS + 1, EVERY), []
-    table = out / f"{name}.csv"
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["data", "loss", "tau", "step", "action", "mean", "low", "high"])
-        for label, pairs in data.items():
-            for method, loss in LOSSES.items():
-                row = []
-                for tau in TAUS:
-                    found = curves(pairs, loss, tau)
-                    mean = found.mean(0)
-                    reach = STUDENT_T * found.std(0, ddof=1) / SEEDS**0.5
-                    lines = optimum(pairs, tau) if method == "IPO" else None
-                    row.append(figures.BandPanel(f"{method}, τ = {tau:g}", steps, mean, reach, lines))
-                    for step, values in zip(steps, np.stack([mean, mean - reach, mean + reach], -1), strict=True):
-                        for action, numbers in zip("abc", values, strict=True):
-                            texts = [f"{number:.5f}" for number in numbers]
-                            writer.writerow([label or "D1", method, tau, step, action, *texts])
-                rows.append((label, row))
+    cells: list[list[Any]] = []
+    for label, pairs in data.items():
+        for method, loss in LOSSES.items():
+            panels = []
+            for tau in TAUS:
+                found = curves(pairs, loss, tau)
+                mean = found.mean(0)
+                reach = STUDENT_T * found.std(0, ddof=1) / SEEDS**0.5
+                lines = optimum(pairs, tau) if method == "IPO" else None
+                panels.append(figures.BandPanel(f"{method}, τ = {tau:g}", steps, mean, reach, lines))
+                for step, values in zip(steps, np.stack([mean, mean - reach, mean + reach], -1), strict=True):
+                    for action, numbers in zip("abc", values, strict=True):
+                        texts = [f"{number:.5f}" for number in numbers]
+                        cells.append([label or "D1", method, tau, step, action, *texts])
+            rows.append((label, panels))
+    table = tables.write_csv(
+        out / f"{name}.csv", ["data", "loss", "tau", "step", "action", "mean", "low", "high"], cells
+    )
     image = figures.bands(out / f"{name}.png", title, rows, ("$y_a$", "$y_b$", "$y_c$"))
     return [image, table]

@@ -5,13 +5,14 @@ diagonal. "printed" takes every number as it stands: y and y' are drawn alike, s
 and the expected gradient is that of the game (P + 1 − Pᵀ)/2 (`docs/theory.md`).
 """
 
-import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from fastpref.reproduce import figures
+from fastpref.runs import tables
 from fastpref.theory.games import PreferenceGame
 
 PRINTED = np.array([[0.5, 0.8, 0.1], [0.1, 0.5, 0.8], [0.9, 0.1, 0.5]])
@@ -45,20 +46,21 @@ def paths(preferences: Float[np.ndarray, "A A"], start: Float[np.ndarray, " A"])
 
 def figure_6(out: Path) -> list[Path]:
     """Write `ipo-md-figure-6.png` and `.csv` into the folder; returns them."""
-    table, panels = out / "ipo-md-figure-6.csv", []
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["matrix", "start", "mixture_beta", "step", "y1", "y2", "y3"])
-        for reading, preferences in matrices().items():
-            game = PreferenceGame(preferences, REF, TAU)
-            ends = np.stack([game.nash(float(beta)) for beta in BETAS])
-            for name, start in STARTS.items():
-                found = paths(preferences, start)
-                panels.append(figures.SimplexPanel(TITLES[reading, name], found, ends, zoom=name == "reference"))
-                for beta, path in zip(BETAS, found, strict=True):
-                    for number in _kept(len(path)):
-                        row = [f"{probability:.5f}" for probability in path[number]]
-                        writer.writerow([reading, name, f"{beta:.2f}", number * EVERY, *row])
+    cells: list[list[Any]] = []
+    panels = []
+    for reading, preferences in matrices().items():
+        game = PreferenceGame(preferences, REF, TAU)
+        ends = np.stack([game.nash(float(beta)) for beta in BETAS])
+        for name, start in STARTS.items():
+            found = paths(preferences, start)
+            panels.append(figures.SimplexPanel(TITLES[reading, name], found, ends, zoom=name == "reference"))
+            for beta, path in zip(BETAS, found, strict=True):
+                for number in _kept(len(path)):
+                    texts = [f"{probability:.5f}" for probability in path[number]]
+                    cells.append([reading, name, f"{beta:.2f}", number * EVERY, *texts])
+    table = tables.write_csv(
+        out / "ipo-md-figure-6.csv", ["matrix", "start", "mixture_beta", "step", "y1", "y2", "y3"], cells
+    )
     image = figures.simplices(
         out / "ipo-md-figure-6.png", "IPO-MD from online (β = 0) to offline IPO (β = 1), τ = 0.1", panels, BETAS
     )

@@ -9,7 +9,6 @@ started again, or for another study in the same folder, what is there is used, a
     NAME.md  NAME.csv  NAME.png    what a study found
 """
 
-import csv
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from fastpref.method.algorithms import ALGORITHMS
 from fastpref.method.config import TrainConfig
 from fastpref.method.schedules import Schedule, bounds
 from fastpref.models import LanguageModel
-from fastpref.runs import plots
+from fastpref.runs import plots, tables
 
 Settings = Mapping[str, Any]
 """Fields of `TrainConfig` that differ from the demo's."""
@@ -297,11 +296,8 @@ def figure_2(lab: Lab) -> list[Path]:
 
 
 def _csv(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-    return path
+    columns = list(records[0])
+    return tables.write_csv(path, columns, [[record[name] for name in columns] for record in records])
 
 
 STUDIES: dict[str, tuple[str, Callable[[Lab], list[Path]]]] = {

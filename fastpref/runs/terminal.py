@@ -35,13 +35,33 @@ class Bar:
         self._show = show
         self._completed = completed
         self._metrics: dict[str, Any] = {}
+        self.activity = ""
 
     def update(self, advance: int = 1, /, **metrics: Any) -> None:
         """Move on by `advance` steps and show the metrics that are in `SHOWN`; each stays until it is given again."""
         self._completed += advance
         self._metrics |= metrics
         shown = [write(self._metrics) for name, write in SHOWN.items() if _can_show(name, self._metrics)]
-        self._show(self._completed, " · ".join(shown))
+        self._show(self._completed, " · ".join([*shown, *([self.activity] if self.activity else [])]))
+
+
+_bars: list[Bar] = []
+"""Progress bars that are shown now, the innermost last."""
+
+
+@contextmanager
+def doing(activity: str) -> Iterator[None]:
+    """Say on the progress bar, where there is one, what is going on, such as "judging"."""
+    bars = _bars[-1:]
+    for bar in bars:
+        bar.activity = activity
+        bar.update(0)
+    try:
+        yield
+    finally:
+        for bar in bars:
+            bar.activity = ""
+            bar.update(0)
 
 
 def _can_show(name: str, metrics: Mapping[str, Any]) -> bool:
@@ -68,7 +88,8 @@ def progress(
     """
     console = rich.get_console() if console is None else console
     if enabled is False:
-        yield Bar(lambda done, text: None, completed)
+        with _shown(Bar(lambda done, text: None, completed)) as bar:
+            yield bar
     elif enabled or console.is_terminal:
         columns = (
             TextColumn("[bold]{task.description}", markup=True),
@@ -81,9 +102,20 @@ def progress(
         )
         with _TwoLines(*columns, console=console, refresh_per_second=4) as bars:
             task = bars.add_task(description, total=total, completed=completed, metrics="")
-            yield Bar(lambda done, text: bars.update(task, completed=done, metrics=text), completed)
+            with _shown(Bar(lambda done, text: bars.update(task, completed=done, metrics=text), completed)) as bar:
+                yield bar
     else:
-        yield Bar(_lines(total, description, completed, console), completed)
+        with _shown(Bar(_lines(total, description, completed, console), completed)) as bar:
+            yield bar
+
+
+@contextmanager
+def _shown(bar: Bar) -> Iterator[Bar]:
+    _bars.append(bar)
+    try:
+        yield bar
+    finally:
+        _bars.remove(bar)
 
 
 class _TwoLines(RichProgress):
