@@ -37,7 +37,9 @@ def tokenizer(*, bare: bool) -> Tokenizer:
     if bare:
         backend.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
         files = {}
-    return Tokenizer(backend, eos_id=1, pad_id=0, files={"tokenizer.json": backend.to_str().encode()} | files)
+    files = {"tokenizer.json": backend.to_str().encode()} | files
+    # What the template wrote stands in plain text for the bare one, with its special tokens.
+    return Tokenizer(backend, eos_id=1, pad_id=0, files=files, special_text=bare)
 
 
 def model(*, bare: bool = False) -> LanguageModel:
@@ -68,7 +70,9 @@ def test_the_two_tokenizers_differ_and_agree_where_it_matters() -> None:
     assert chat == TEXTS[0]["prompt"]
     bare, full = tokenizer(bare=True).encode_prompts([chat]), tokenizer(bare=False).encode_prompts([chat, str(chat)])
     assert bare == full[:1]
-    assert full[1] == [*bare[0], 1]
+    # Without the mark, its special tokens are text, and EOS is added.
+    assert full[1] != [*bare[0], 1]
+    assert full[1][-1] == 1
 
 
 def test_online_training_reads_conversations_as_written() -> None:

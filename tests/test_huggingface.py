@@ -230,7 +230,11 @@ def grow_vocabulary(folder: Path) -> None:
             FileNotFoundError,
             "holds tokenizer.json, but .* has none",
         ),
-        (lambda folder: (folder / "tokenizer.json").write_text("{}"), ValueError, "tokenizer.json is a tokenizer, but"),
+        (
+            lambda folder: (folder / "tokenizer.json").write_text("{}"),
+            ValueError,
+            "tokenizer.json must be a tokenizer, but received one in",
+        ),
         (truncate, ValueError, "model.safetensors is not a whole safetensors file"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 50), ValueError, "not a whole safetensors"),
         (rename_tensor, ValueError, "lacks 1 tensors that its config.json asks for, first model.norm.weight"),
@@ -252,7 +256,7 @@ def test_broken_directories_are_named(
     [
         ({"model_type": "gpt2"}, "model_type is one of llama, mistral, mt5, qwen2, t5, not 'gpt2'"),
         ({"model_type": "umt5"}, "model_type is one of .*, not 'umt5'"),
-        ({"hidden_size": None}, "config.json holds hidden_size, but this one does not"),
+        ({"hidden_size": None}, "hidden_size of config.json must be a whole number"),
         ({"hidden_act": "gelu"}, "hidden_act of a llama is 'silu' here, not 'gelu'"),
         ({"mlp_bias": True}, "mlp_bias of a llama is False here, not True"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type of a llama is .*, not 'yarn'"),
@@ -276,7 +280,10 @@ def test_unsupported_configurations_are_named(changes: dict[str, Any], message: 
     ("changes", "message"),
     [
         ({"feed_forward_proj": "gated-tanh"}, "feed_forward_proj of a t5 is 'relu' or .*, not 'gated-tanh'"),
-        ({"decoder_start_token_id": None, "pad_token_id": None}, "decoder_start_token_id is an id, not None"),
+        (
+            {"decoder_start_token_id": None, "pad_token_id": None},
+            "decoder_start_token_id must be an id below \\d+, but received None",
+        ),
     ],
 )
 def test_unsupported_t5s_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

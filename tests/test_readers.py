@@ -179,7 +179,11 @@ def test_a_table_with_offsets_out_of_range_is_refused() -> None:
     """Only the middle offset is wrong, which Arrow itself accepts."""
     offsets, text = pa.py_buffer(b"\0\0\0\0\xff\xff\xff\x00\1\0\0\0"), pa.py_buffer(b"a")
     column = pa.Array.from_buffers(pa.string(), 2, [None, offsets, text])
-    with pytest.raises(DataError, match=r"^table must be a whole Arrow table, got an error: .*Write it anew"):
+    with pytest.raises(
+        DataError,
+        match=r"^table must be a whole Arrow table with one column of each name, but "
+        r"received .*Write it anew",
+    ):
         read_records(pa.table({"prompt": column}), on_bad_record="skip")
 
 
@@ -191,7 +195,11 @@ def test_a_cut_table_is_refused_as_a_whole(write: Any, name: str, keep: float, t
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
     kind = "Parquet" if name == "t.parquet" else "Arrow"
-    with pytest.raises(DataError, match=rf"{name} must be a whole {kind} file, got an error: .*Write it anew"):
+    with pytest.raises(
+        DataError,
+        match=rf"{name} must be a whole {kind} file with one column of each name, but "
+        rf"received .*Write it anew",
+    ):
         read_records(path, on_bad_record="skip")
 
 

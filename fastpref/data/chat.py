@@ -1,15 +1,11 @@
 """Conversations to text, by the chat template of a checkpoint: Jinja in a sandbox, set up as Hugging Face does."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
-from jinja2.ext import Extension
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from fastpref.data.sandbox import MAX_TEMPLATE, environment
 from fastpref.data.tokenizer import Rendered, Tokenizer, read_json
 from fastpref.method.errors import ChatError
 
@@ -35,15 +31,17 @@ class ChatTemplate:
     def __init__(self, text: str, tokens: Mapping[str, str] | None = None) -> None:
         self.text = text
         self.tokens: dict[str, str] = dict(tokens or {})
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
+        if len(text) > MAX_TEMPLATE:
+            raise ChatError(
+                f"a chat template must have at most {MAX_TEMPLATE} characters, but received {len(text)}. Shorten it."
+            )
         try:
-            self._template = environment.from_string(text)
-        except jinja2.TemplateError as error:
-            raise ChatError(f"a chat template must be Jinja, got an error: {error}. Copy it again.") from error
+            self._environment = environment()
+            self._template = self._environment.from_string(text)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise ChatError(
+                f"a chat template must be Jinja, but received one that does not compile: {error}. Copy it again."
+            ) from error
 
     @staticmethod
     def of(tokenizer: Tokenizer) -> "ChatTemplate":
@@ -91,7 +89,7 @@ class ChatTemplate:
             raise ChatError("a prompt must end with a message that is not the assistant's")
         return Rendered(self._render(messages, True))
 
-    def completion(self, messages: Sequence[Message], reply: Sequence[Message]) -> str:
+    def completion(self, messages: Sequence[Message], reply: Sequence[Message]) -> Rendered:
         """What follows `prompt(messages)` where `reply` is the answer, without a closing end-of-sequence token.
 
         Raises:
@@ -108,8 +106,8 @@ class ChatTemplate:
         eos = self.tokens.get("eos_token")
         # Tokenization ends every completion with EOS itself; some templates put a line end behind theirs.
         if eos and (bare := text.rstrip()).endswith(eos):
-            return bare.removesuffix(eos)
-        return text
+            return Rendered(bare.removesuffix(eos))
+        return Rendered(text)
 
     def texts(self, row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, str]:
         """A conversational record as one of text, with the same columns.
@@ -141,24 +139,15 @@ class ChatTemplate:
             replies = [reply] * len(names)
         else:
             raise ChatError(f"a conversational record must hold {', '.join(columns)}, got {', '.join(row) or 'none'}")
-        written = {"prompt": self.prompt(prompt)}
+        written: dict[str, str] = {"prompt": self.prompt(prompt)}
         return written | {name: self.completion(prompt, reply) for name, reply in zip(names, replies, strict=True)}
 
     def _render(self, messages: Sequence[Message], open_answer: bool) -> str:
         try:
+            self._environment.begin()
             return self._template.render(messages=messages, add_generation_prompt=open_answer, **self.tokens)
         except Exception as error:  # templates are programs, and fail like programs
             raise ChatError(f"the chat template refuses the conversation: {type(error).__name__}: {error}") from error
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks what an assistant wrote; the text inside is written as it is."""
-
-    tags: set[str] = {"generation"}  # noqa: RUF012  (its type is Jinja's)
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
 
 def is_conversation(row: Mapping[str, Any], columns: Iterable[str]) -> bool:
@@ -210,12 +199,3 @@ def _shared(conversations: Sequence[list[Message]]) -> tuple[list[Message], list
 def _content(token: object) -> str | None:
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
-    # Jinja's own escapes what HTML would.
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)

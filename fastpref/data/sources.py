@@ -194,5 +194,9 @@ def _binary_field(field: pa.Field) -> pa.Field:
 def _whole(name: str, kind: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
     try:
         yield from ((name, "record", number, row) for number, row in _table_rows(batches))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{name} must be a whole {kind}, got an error: {error}. Write it anew.") from error
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{name} must be a whole {kind} with one column of each name, but received {type(error).__name__}: "
+            f"{error}. "
+            "Write it anew."
+        ) from error

@@ -8,6 +8,8 @@ import orjson
 import tokenizers
 import xxhash
 
+from fastpref.method.errors import ModelError
+
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -33,16 +35,18 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` that knows its end-of-sequence and padding tokens.
 
     Prompts get the special tokens of the checkpoint's own post-processor; completions get none, and end with EOS.
-    Nothing is padded or truncated here.
+    Nothing is padded or truncated here. Special tokens that a text names are text, unless it is `Rendered` or
+    `special_text` says otherwise.
 
     Args:
       backend: the tokenizer; its padding and truncation are switched off.
       eos_id: ends every completion.
       pad_id: fills rows; `eos_id` if None. Lengths say what is real, so it needs no id of its own.
       files: contents by name of the files of `FILES` that it came from. None writes them from `backend`.
+      special_text: read special tokens that a plain text names as the control tokens themselves.
 
     Raises:
-      ValueError: an id lies outside the vocabulary.
+      ModelError: an id lies outside the vocabulary.
     """
 
     def __init__(
@@ -52,19 +56,21 @@ class Tokenizer:
         eos_id: int,
         pad_id: int | None = None,
         files: Mapping[str, bytes] | None = None,
+        special_text: bool = False,
     ) -> None:
         backend.no_padding()
         backend.no_truncation()
         self.backend = backend
         self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         """One more than the highest id."""
+        self.special_text = special_text
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
         names = {}
         for key, value in (("eos_token", self.eos_id), ("pad_token", self.pad_id)):
             token = backend.id_to_token(value) if 0 <= value < self.vocab_size else None
             if token is None:
-                raise ValueError(
+                raise ModelError(
                     f"{key} is in the vocabulary, ids 0 to {self.vocab_size - 1}, but id {value} is not: add it first"
                 )
             names[key] = token
@@ -79,21 +85,26 @@ class Tokenizer:
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt, with the special tokens that the post-processor adds; `Rendered` ones get none."""
+        return self._encode(texts, add_special_tokens=True)
+
+    def _encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         rendered = [text for text in texts if isinstance(text, Rendered)]
         plain = [text for text in texts if not isinstance(text, Rendered)]
+        self.backend.encode_special_tokens = False
         bare = iter(self.backend.encode_batch_fast(rendered, add_special_tokens=False))
-        full = iter(self.backend.encode_batch_fast(plain))
+        self.backend.encode_special_tokens = not self.special_text
+        full = iter(self.backend.encode_batch_fast(plain, add_special_tokens=add_special_tokens))
         return [next(bare if isinstance(text, Rendered) else full).ids for text in texts]
 
     @property
     def fingerprint(self) -> bytes:
         """16 bytes that differ for tokenizers that may encode differently: XXH3-128 of all that they encode by."""
-        return xxhash.xxh3_128_digest(self.backend.to_str().encode() + f"{self.eos_id} {self.pad_id}".encode())
+        settings = f"{self.eos_id} {self.pad_id} {self.special_text}"
+        return xxhash.xxh3_128_digest(self.backend.to_str().encode() + settings.encode())
 
     def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each completion, without special tokens, followed by EOS."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [[*encoding.ids, self.eos_id] for encoding in encodings]
+        return [[*ids, self.eos_id] for ids in self._encode(texts, add_special_tokens=False)]
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Text of each row of ids; special tokens are dropped."""
@@ -107,7 +118,7 @@ class Tokenizer:
             (target / name).write_bytes(content)
 
     @staticmethod
-    def load(directory: str | Path) -> "Tokenizer":
+    def load(directory: str | Path, *, special_text: bool = False) -> "Tokenizer":
         """Read the tokenizer of a Hugging Face directory.
 
         EOS and padding are, in this order, those named in `tokenizer_config.json` or `special_tokens_map.json`, those
@@ -116,13 +127,14 @@ class Tokenizer:
 
         Args:
           directory: holds at least `tokenizer.json`.
+          special_text: see `Tokenizer`.
 
         Returns:
           The tokenizer; `save` writes the same files again.
 
         Raises:
           FileNotFoundError: there is no `tokenizer.json`.
-          ValueError: a file cannot be read, or none of them says what EOS is.
+          ModelError: a file cannot be read, or none of them says what EOS is.
         """
         source = Path(directory)
         if not (source / "tokenizer.json").is_file():
@@ -132,16 +144,42 @@ class Tokenizer:
         files = {name: (source / name).read_bytes() for name in FILES if (source / name).is_file()}
         try:
             backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
-        except Exception as error:  # the library raises no narrower type
-            raise ValueError(f"tokenizer.json is a tokenizer, but {source} holds one that is not: {error}") from error
-        config = {"config.json": (source / "config.json").read_bytes()} if (source / "config.json").is_file() else {}
-        eos_id, pad_id = special_ids(files | config, backend)
-        if eos_id is None:
-            raise ValueError(
-                f"a tokenizer names its end-of-sequence token, but no file of {source} does: "
-                "set eos_token in tokenizer_config.json or eos_token_id in config.json"
+            config = (
+                {"config.json": (source / "config.json").read_bytes()} if (source / "config.json").is_file() else {}
             )
-        return Tokenizer(backend, eos_id=eos_id, pad_id=pad_id, files=files)
+            eos_id, pad_id = special_ids(files | config, backend)
+            if eos_id is None:
+                raise ModelError(
+                    f"a tokenizer names its end-of-sequence token, but no file of {source} does: "
+                    "set eos_token in tokenizer_config.json or eos_token_id in config.json"
+                )
+            tokenizer = Tokenizer(backend, eos_id=eos_id, pad_id=pad_id, files=files, special_text=special_text)
+            tokenizer.probe()
+        except (ModelError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library panics with one, and raises no narrower type than Exception
+            raise ModelError(
+                f"tokenizer.json must be a tokenizer, but received one in {source} that fails: "
+                f"{type(error).__name__}: {error}. Copy it again."
+            ) from error
+        return tokenizer
+
+    def probe(self) -> None:
+        """Raise ModelError unless a text survives being encoded and decoded.
+
+        A post-processor may add special tokens to a text; the text's own tokens must still be there.
+        """
+        vocabulary = sorted(self.backend.get_vocab(with_added_tokens=False).values())
+        tokens = vocabulary[:: max(len(vocabulary) // 16, 1)][:16]
+        text = self.backend.decode(tokens, skip_special_tokens=True)
+        ((bare,), (whole,)) = self._encode([Rendered(text)], add_special_tokens=False), self.encode_prompts([text])
+        at = range(len(whole) - len(bare) + 1)
+        if not bare or not any(whole[start : start + len(bare)] == bare for start in at):
+            raise ModelError(
+                "a tokenizer's post-processor must keep the text's own tokens, but received one that makes "
+                f"{text!r} the ids {whole}. Mend post_processor in tokenizer.json."
+            )
+        self.decode([whole])
 
 
 def special_ids(files: Mapping[str, bytes], backend: tokenizers.Tokenizer) -> tuple[int | None, int | None]:
@@ -164,7 +202,7 @@ def read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     try:
         content = orjson.loads(files.get(name, b"{}"))
     except orjson.JSONDecodeError as error:
-        raise ValueError(f"{name} is JSON, but this one cannot be read ({error}): copy it again") from error
+        raise ModelError(f"{name} is JSON, but this one cannot be read ({error}): copy it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{name} is a JSON object, not {type(content).__name__}: copy it again")
+        raise ModelError(f"{name} is a JSON object, not {type(content).__name__}: copy it again")
     return content

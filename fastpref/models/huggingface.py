@@ -19,13 +19,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fastpref.data.tokenizer import FILES, Tokenizer, read_json
-from fastpref.models.configs import read_config, write_config
+from fastpref.method.errors import ModelError
+from fastpref.models.configs import check_sizes, read_config, write_config
 from fastpref.models.decoder import Decoder, DecoderConfig
 from fastpref.models.policy import Policy
 from fastpref.models.t5 import T5, T5Config
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
+
+FLOATS = ("F16", "BF16", "F32", "F64")
+"""Types of tensors that are read."""
 
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias")
 """Tensors of old checkpoints that no model reads."""
@@ -88,7 +92,7 @@ class LanguageModel:
     """`config.json` as loaded, with entries that only other libraries read; empty writes one from the module."""
 
 
-def load(path: str | Path, *, dtype: DTypeLike = jnp.float32) -> LanguageModel:
+def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = True) -> LanguageModel:
     """Read a checkpoint directory in Hugging Face's layout.
 
     Supported are `t5` and `mt5` (both forms of T5), `llama`, and `mistral` and `qwen2` without sliding windows.
@@ -96,13 +100,14 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32) -> LanguageModel:
     Args:
       path: holds `config.json`, `model.safetensors` (or its shards and their index) and `tokenizer.json`.
       dtype: of the parameters, whatever the file has.
+      finite: refuse weights that hold NaN or infinity.
 
     Returns:
       The module, a `Policy`, and its tokenizer.
 
     Raises:
       FileNotFoundError: the directory or one of its files is missing.
-      ValueError: a file cannot be read, the model is of an unsupported kind, or tensors do not fit the configuration.
+      ModelError: a file cannot be read, the model is of an unsupported kind, or tensors do not fit the configuration.
     """
     source = Path(path)
     if not source.is_dir():
@@ -113,16 +118,18 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32) -> LanguageModel:
     config = read_config(raw, tied=False)
     with contextlib.ExitStack() as stack:
         tensors = open_tensors(source, stack)
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in tensors.items()}
+        check_sizes(config, shapes)
         config = replace(config, tied=drop_copies(tensors, raw))
         graph, state = nnx.split(abstract_module(config))
         places = named_leaves(config, state)
         if missing := sorted(places.keys() - tensors.keys()):
-            raise ValueError(
+            raise ModelError(
                 f"{source} lacks {len(missing)} tensors that its config.json asks for, first {missing[0]}: "
                 "copy it again"
             )
         if unexpected := sorted(tensors.keys() - places.keys()):
-            raise ValueError(
+            raise ModelError(
                 f"{source} holds {len(unexpected)} tensors that its config.json has no place for, first "
                 f"{unexpected[0]}: use the config.json that belongs to these weights"
             )
@@ -130,19 +137,30 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32) -> LanguageModel:
         for name, (path_in_module, variable) in places.items():
             shape = tuple(variable.shape)
             kernel = is_kernel(path_in_module, shape)
-            wanted, received = shape[::-1] if kernel else shape, tuple(tensors[name].get_slice(name).get_shape())
+            wanted, received = shape[::-1] if kernel else shape, shapes[name]
             if received != wanted:
-                raise ValueError(
+                raise ModelError(
                     f"{name} has shape {wanted} by config.json, but {source} holds {received}: "
                     "use the config.json that belongs to these weights"
                 )
+            if (stored := tensors[name].get_slice(name).get_dtype()) not in FLOATS:
+                raise ModelError(
+                    f"a tensor must be of type {', '.join(FLOATS)}, but received {name} of {source} with type "
+                    f"{stored}. "
+                    "Save the weights in one of these."
+                )
             tensor = tensors[name].get_tensor(name)
+            if finite and not np.isfinite(tensor.astype(np.float32)).all():
+                raise ModelError(
+                    f"weights must be finite, but received {name} of {source} with NaN or infinity. Use an earlier "
+                    "checkpoint, or load(..., finite=False)."
+                )
             array = jnp.asarray(np.ascontiguousarray(tensor.T if kernel else tensor), dtype)
             leaves[path_in_module] = variable.replace(array)
     module = nnx.merge(graph, nnx.from_flat_state(leaves))
     tokenizer = Tokenizer.load(source)
     if tokenizer.vocab_size > module.vocab_size:
-        raise ValueError(
+        raise ModelError(
             f"a tokenizer's ids fit the model's vocabulary of {module.vocab_size}, but that of {source} has "
             f"{tokenizer.vocab_size}: use the tokenizer that belongs to these weights"
         )
@@ -162,7 +180,7 @@ def save(model: LanguageModel, path: str | Path, *, max_shard_bytes: int = 5_000
 
     Raises:
       TypeError: the module is neither a `T5` nor a `Decoder`.
-      ValueError: `model.config` describes another model, or no kind of checkpoint fits the module's configuration.
+      ModelError: `model.config` describes another model, or no kind of checkpoint fits the module's configuration.
       FileExistsError: `path` holds files that are no part of a checkpoint.
     """
     target, module = Path(path).absolute(), model.module
@@ -174,7 +192,7 @@ def save(model: LanguageModel, path: str | Path, *, max_shard_bytes: int = 5_000
     eos_id, pad_id = model.tokenizer.eos_id, model.tokenizer.pad_id
     raw = dict(model.config) or write_config(config, eos_id=eos_id, pad_id=pad_id)
     if (described := read_config(raw, tied=config.tied)) != config:
-        raise ValueError(
+        raise ModelError(
             f"the config of a LanguageModel describes its module, but it says {described} and the module is {config}: "
             "leave config empty to have it written"
         )
@@ -240,21 +258,27 @@ def open_tensors(source: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     shards = [WEIGHTS]
     if (source / INDEX).is_file():
         try:
-            shards = sorted(set(orjson.loads((source / INDEX).read_bytes())["weight_map"].values()))
+            shards = sorted(
+                {str(shard) for shard in orjson.loads((source / INDEX).read_bytes())["weight_map"].values()}
+            )
         except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{INDEX} maps tensors to files, but that of {source} does not: copy it again") from error
+            raise ModelError(f"{INDEX} maps tensors to files, but that of {source} does not: copy it again") from error
     elif not (source / WEIGHTS).is_file():
         raise FileNotFoundError(
             f"a checkpoint holds {WEIGHTS} or {INDEX}, but {source} has neither: save its weights as safetensors"
         )
     tensors: dict[str, Any] = {}
     for shard in shards:
+        if Path(shard).name != shard:
+            raise ModelError(
+                f"{INDEX} must name files of its own directory, but received {shard!r} in {source}. Copy it again."
+            )
         if not (source / shard).is_file():
             raise FileNotFoundError(f"{INDEX} names {shard}, but {source} has no such file: copy it again")
         try:
             file = stack.enter_context(safe_open(source / shard, framework="np"))
         except SafetensorError as error:
-            raise ValueError(f"{source / shard} is not a whole safetensors file ({error}): copy it again") from error
+            raise ModelError(f"{source / shard} is not a whole safetensors file ({error}): copy it again") from error
         tensors |= dict.fromkeys(file.keys(), file)
     return {name: file for name, file in tensors.items() if not IGNORED.search(name)}
 
