@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from fastpref.models.masks import Distances, Mask, Masks, Places, block_size, padding_mask, window_size
+from fastpref.models.masks import Distances, Mask, Masks, Places, Spans, block_size, padding_mask, window_size
 
 
 class Shared(NamedTuple):
@@ -110,7 +110,7 @@ class Cache(NamedTuple):
     @classmethod
     def of(
         cls,
-        prompts: tuple[Shared, ...],
+        prompts: tuple[Any, ...],
         lengths: Int[Array, " P"],
         begin: Int[Array, " P"],
         *,
@@ -154,7 +154,7 @@ def attend(queries: Float[Array, "P N K G T H"], *parts: tuple[Shared | Own, Mas
       The attended values, shape [P, N, K, G, T, H], in the dtype of the queries.
     """
     if len(parts) == 1 and isinstance(parts[0][0], Shared) and parts[0][1].spans is not None:
-        return attend_in_blocks(queries, *parts[0])
+        return attend_in_blocks(queries, parts[0][0], parts[0][1], parts[0][1].spans)
     scores = [stored.scores(queries) + mask.bias(queries.shape[4], stored.size) for stored, mask in parts]
     peak = jax.lax.stop_gradient(reduce(jnp.maximum, (score.max(-1, keepdims=True) for score in scores)))
     weights = [jnp.exp(score - peak) for score in scores]
@@ -164,7 +164,9 @@ def attend(queries: Float[Array, "P N K G T H"], *parts: tuple[Shared | Own, Mas
     return (reduce(jnp.add, mixed) / total).astype(queries.dtype)
 
 
-def attend_in_blocks(queries: Float[Array, "R N 1 G T H"], stored: Shared, mask: Mask) -> Float[Array, "R N 1 G T H"]:
+def attend_in_blocks(
+    queries: Float[Array, "R N 1 G T H"], stored: Shared, mask: Mask, spans: Spans
+) -> Float[Array, "R N 1 G T H"]:
     """`attend` within long packed rows, a block of queries at a time.
 
     A block reads a window of three blocks of keys where that is all it attends to, in every row, and the whole row
@@ -200,6 +202,6 @@ def attend_in_blocks(queries: Float[Array, "R N 1 G T H"], stored: Shared, mask:
         return attended
 
     begins = length * jnp.arange(split.shape[4])
-    each = (jnp.moveaxis(split, 4, 0), begins, *mask.spans)
+    each = (jnp.moveaxis(split, 4, 0), begins, *spans)
     attended = jnp.moveaxis(jax.lax.map(jax.checkpoint(block, prevent_cse=False), each), 0, 4)
     return attended.reshape(*queries.shape[:4], -1, queries.shape[5])[:, :, :, :, :size]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -159,7 +160,7 @@ class Decoder(nnx.Module):
         prompts: tuple[Shared, ...] = (),
         past: tuple[Own, ...] = (),
         slot: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "P K T D"], tuple[Shared | Own, ...]]:
+    ) -> tuple[Float[Array, "P K T D"], tuple[Any, ...]]:
         """Run the layers on T tokens of every stream.
 
         Args:

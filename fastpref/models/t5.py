@@ -6,6 +6,7 @@ stack, is added instead (Raffel et al., 2020).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -191,7 +192,7 @@ class T5(nnx.Module):
         prompts: tuple[Shared, ...],
         past: tuple[Own, ...] = (),
         slot: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "P K T D"], tuple[Shared | Own, ...]]:
+    ) -> tuple[Float[Array, "P K T D"], tuple[Any, ...]]:
         """Run the decoder on T tokens of every completion. Positions are places in the stream.
 
         Args:
