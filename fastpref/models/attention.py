@@ -26,22 +26,9 @@ class Shared(NamedTuple):
         """Store the heads of single streams."""
         return cls(keys[:, 0].transpose(0, 2, 3, 1), values[:, 0].transpose(0, 2, 1, 3))
 
-    @property
-    def size(self) -> int:
-        """Keys of a stream, S."""
-        return self.keys.shape[3]
-
     def scores(self, queries: Float[Array, "P N K G T H"]) -> Float[Array, "P N K G T S"]:
-        """Products with the queries of all completions at once: keys are never repeated."""
-        p, n, k, g, t, h = queries.shape
-        product = partial(jnp.einsum, "pnmh,pnhs->pnms", preferred_element_type=jnp.float32)
-        return product(queries.reshape(p, n, k * g * t, h), self.keys).reshape(p, n, k, g, t, -1)
-
-    def mix(self, weights: Float[Array, "P N K G T S"]) -> Float[Array, "P N K G T H"]:
-        """Weighted sums of the values."""
-        p, n, k, g, t, s = weights.shape
-        product = partial(jnp.einsum, "pnms,pnsh->pnmh", preferred_element_type=jnp.float32)
-        return product(weights.reshape(p, n, k * g * t, s), self.values).reshape(p, n, k, g, t, -1)
+        """Products of queries and keys."""
+        return product("...mh,...hs->...ms", queries, self.keys)
 
     def cut(self, start: Int[Array, ""], size: int) -> "Shared":
         """The keys and values from `start` on."""
@@ -60,22 +47,9 @@ class Own(NamedTuple):
         """Store the heads of completions."""
         return cls(keys.transpose(0, 3, 1, 2, 4), values.transpose(0, 3, 1, 2, 4))
 
-    @property
-    def size(self) -> int:
-        """Keys of a completion, T."""
-        return self.keys.shape[3]
-
     def scores(self, queries: Float[Array, "P N K G T H"]) -> Float[Array, "P N K G T U"]:
-        """Products with the queries of each completion."""
-        p, n, k, g, t, h = queries.shape
-        product = partial(jnp.einsum, "pnkmh,pnkuh->pnkmu", preferred_element_type=jnp.float32)
-        return product(queries.reshape(p, n, k, g * t, h), self.keys).reshape(p, n, k, g, t, -1)
-
-    def mix(self, weights: Float[Array, "P N K G T U"]) -> Float[Array, "P N K G T H"]:
-        """Weighted sums of the values."""
-        p, n, k, g, t, u = weights.shape
-        product = partial(jnp.einsum, "pnkmu,pnkuh->pnkmh", preferred_element_type=jnp.float32)
-        return product(weights.reshape(p, n, k, g * t, u), self.values).reshape(p, n, k, g, t, -1)
+        """Products of queries and keys."""
+        return product("...mh,...uh->...mu", queries, self.keys)
 
     def write(self, new: "Own", slot: Int[Array, ""] | int) -> "Own":
         """The cache with `new` stored from token `slot` on."""
@@ -83,16 +57,10 @@ class Own(NamedTuple):
         return Own(*(jax.lax.dynamic_update_slice(old, x, start) for old, x in zip(self, new, strict=True)))
 
 
-def store(
-    keys: Float[Array, "P K T N H"],
-    values: Float[Array, "P K T N H"],
-    past: Own | None = None,
-    slot: Int[Array, ""] | int = 0,
-) -> Shared | Own:
-    """The keys and values of streams: written to what was read before from token `slot` on, or by themselves."""
-    if past is not None:
-        return past.write(Own.of(keys, values), slot)
-    return Shared.of(keys, values) if keys.shape[1] == 1 else Own.of(keys, values)
+def product(axes: str, rows: Float[Array, "P N K G T _"], stored: Array) -> Float[Array, "P N K G T _"]:
+    """Product of queries or weights with what is stored, in float32: with a prompt for all its completions at once."""
+    flat = rows.reshape(*stored.shape[:-2], -1, rows.shape[-1])
+    return jnp.einsum(axes, flat, stored, preferred_element_type=jnp.float32).reshape(*rows.shape[:-1], -1)
 
 
 class Cache(NamedTuple):
@@ -131,13 +99,11 @@ class Cache(NamedTuple):
     def reading(self, size: int, step: Int[Array, ""] | int) -> tuple[Int[Array, "P 1 T"], Masks]:
         """Positions of `size` tokens of every completion from number `step` on, and what they attend to."""
         tokens = (step + jnp.arange(size))[None, None]
-        slots = self.completions[0].size if self.completions else size
+        slots = self.completions[0].values.shape[3] if self.completions else size
         own = Mask(Places(tokens), Places(jnp.arange(slots)[None, None]))
-        return self.begin[:, None, None] + tokens, Masks(own, padding_mask(self.lengths, self.prompts[0].size))
-
-    def kept(self, written: tuple[Any, ...]) -> "Cache":
-        """The cache after completions were written to it, if it keeps them."""
-        return self._replace(completions=written) if self.completions else self
+        return self.begin[:, None, None] + tokens, Masks(
+            own, padding_mask(self.lengths, self.prompts[0].values.shape[2])
+        )
 
 
 def attend(queries: Float[Array, "P N K G T H"], *parts: tuple[Shared | Own, Mask]) -> Float[Array, "P N K G T H"]:
@@ -155,12 +121,15 @@ def attend(queries: Float[Array, "P N K G T H"], *parts: tuple[Shared | Own, Mas
     """
     if len(parts) == 1 and isinstance(parts[0][0], Shared) and parts[0][1].spans is not None:
         return attend_in_blocks(queries, parts[0][0], parts[0][1], parts[0][1].spans)
-    scores = [stored.scores(queries) + mask.bias(queries.shape[4], stored.size) for stored, mask in parts]
+    scores = [stored.scores(queries) + mask.bias(queries.shape[4], stored.values.shape[-2]) for stored, mask in parts]
     peak = jax.lax.stop_gradient(reduce(jnp.maximum, (score.max(-1, keepdims=True) for score in scores)))
     weights = [jnp.exp(score - peak) for score in scores]
     total = reduce(jnp.add, (weight.sum(-1, keepdims=True) for weight in weights))
     # The division comes last: it costs H numbers a query where normalised weights would cost S + U.
-    mixed = [stored.mix(weight.astype(queries.dtype)) for (stored, _), weight in zip(parts, weights, strict=True)]
+    mixed = [
+        product("...mu,...uh->...mh", weight.astype(queries.dtype), stored.values)
+        for (stored, _), weight in zip(parts, weights, strict=True)
+    ]
     return (reduce(jnp.add, mixed) / total).astype(queries.dtype)
 
 
@@ -173,7 +142,7 @@ def attend_in_blocks(
     elsewhere: with pairs up to a quarter of a row, time grows with the length of a row and not with its square. Scores
     and mask of a block are made again for its gradient, so memory does too.
     """
-    size, keys = queries.shape[4], stored.size
+    size, keys = queries.shape[4], stored.values.shape[2]
     length, window = block_size(size), window_size(size, keys)
     rest = -size % length
 

@@ -115,19 +115,6 @@ class DecoderLayer(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(
-        self,
-        x: Float[Array, "P K T D"],
-        rotation: Rotation,
-        mask: Masks,
-        prompt: Shared | None,
-        past: Own | None,
-        slot: Int[Array, ""] | int,
-    ) -> tuple[Float[Array, "P K T D"], Shared | Own]:
-        """The layer's result, and the keys and values of the streams; see `Attention`."""
-        x, own = self.attention(x, mask, prompt=prompt, past=past, slot=slot, rotation=rotation)
-        return self.feed_forward(x), own
-
 
 class Decoder(nnx.Module):
     """A decoder-only language model: keeps `fastpref.models.Policy`.
@@ -178,7 +165,8 @@ class Decoder(nnx.Module):
         rotation = self._rotation(positions)
         none, written = (None,) * len(self.layers), []
         for layer, prompt, before in zip(self.layers, prompts or none, past or none, strict=True):
-            x, own = layer(x, rotation, mask, prompt, before, slot)
+            x, own = layer.attention(x, mask, prompt=prompt, past=before, slot=slot, rotation=rotation)
+            x = layer.feed_forward(x)
             written.append(own)
         return rms_norm(x, self.norm[...], self.config.norm_eps), tuple(written)
 
@@ -200,7 +188,7 @@ class Decoder(nnx.Module):
         """Read T tokens of every completion from number `step` on; return the states that predict the next ones."""
         positions, mask = cache.reading(tokens.shape[2], step)
         states, written = self.forward(tokens, positions, mask, cache.prompts, cache.completions, step)
-        return states, cache.kept(written)
+        return states, cache._replace(completions=written) if cache.completions else cache
 
     def packed_hidden_states(self, batch: PackedPairs) -> Float[Array, "R L D"]:
         """The states of packed rows; prompts lie in the decoder stream, shared or not.

@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from fastpref.models.attention import Own, Shared, attend, store
+from fastpref.models.attention import Own, Shared, attend
 from fastpref.models.masks import Mask, Masks
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -133,7 +133,11 @@ class Attention(nnx.Module):
         queries, keys = self.queries(inner), self.keys(inner)
         if rotation is not None:
             queries, keys = rotation.turn(queries), rotation.turn(keys)
-        own = store(keys, self.values(inner), past, slot)
+        own: Shared | Own
+        if past is None:
+            own = (Shared if x.shape[1] == 1 else Own).of(keys, self.values(inner))
+        else:
+            own = past.write(Own.of(keys, self.values(inner)), slot)
         shared = () if prompt is None else ((prompt, mask.prompt),)
         return self.merge(x, attend(as_queries(queries), *shared, (own, mask.own))), own
 

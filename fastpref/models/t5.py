@@ -206,7 +206,7 @@ class T5(nnx.Module):
           The states, shape [P, K, T, D], and the keys and values of the completions, of each layer.
         """
         x = self.embedding[...][tokens]
-        size = past[0].size if past else tokens.shape[2]
+        size = past[0].values.shape[3] if past else tokens.shape[2]
         own_mask = Masks(mask.own._replace(distances=self.decoder.distances(size, slot)))
         none, written = (None,) * len(self.cross), []
         for layer, cross, prompt, before in zip(self.decoder.layers, self.cross, prompts, past or none, strict=True):
@@ -231,7 +231,7 @@ class T5(nnx.Module):
         """Read T tokens of every completion from number `step` on; return the states that predict the next ones."""
         _, mask = cache.reading(tokens.shape[2], step)
         states, written = self.forward(tokens, mask, cache.prompts, cache.completions, step)
-        return states, cache.kept(written)
+        return states, cache._replace(completions=written) if cache.completions else cache
 
     def packed_hidden_states(self, batch: PackedPairs) -> Float[Array, "R L D"]:
         """The states of packed rows; prompts lie in the encoder stream.

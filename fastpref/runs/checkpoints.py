@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import orjson
 import xxhash
+
 from fastpref.method.errors import CheckpointError, CheckpointWarning
 
 Leaf = jax.Array | jax.ShapeDtypeStruct

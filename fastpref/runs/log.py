@@ -18,7 +18,6 @@ from typing import IO, Any
 import orjson
 from tensorboardX import SummaryWriter
 
-
 from fastpref.runs import files
 
 
