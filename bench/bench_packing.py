@@ -33,6 +33,7 @@ from fastpref.kernels import preference_loss
 from fastpref.method import losses
 from fastpref.models import T5, Decoder, DecoderConfig, T5Config
 from fastpref.models import packed as rules
+from fastpref.models.policy import hidden_states
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from slow_packing import PaddedPairs, pack
@@ -196,7 +197,7 @@ def forms(work: Workload) -> dict[str, Form]:
         prompt = jnp.arange(batch.prompt_tokens.shape[1])[None, :] < batch.prompt_lengths[:, None]
         real = jnp.arange(batch.completion_tokens.shape[2])[None, None, :] < batch.completion_lengths[:, :, None]
         segments = jnp.arange(2 * len(prompt), dtype=jnp.int32).reshape(-1, 2, 1)
-        states = policy.hidden_states(batch.prompt_tokens, prompt, batch.completion_tokens)
+        states = hidden_states(policy, batch.prompt_tokens, prompt, batch.completion_tokens)
         return loss(policy, states, batch.completion_tokens, jnp.where(real, segments, -1), batch)
 
     def packed_loss(state: Any, batch: PackedPairs) -> Array:

@@ -41,14 +41,11 @@ class Table(nnx.Module):
         self.vocab_size = len(logits)
         self.logits = nnx.Param(jnp.asarray(logits, jnp.float32)[:, None])
 
-    def prefill(self, tokens: Array, mask: Array, *, completions: int, max_new_tokens: int) -> tuple[Array, Any]:
-        return jnp.ones((tokens.shape[0] * completions, 1), jnp.float32), ()
+    def prefill(self, tokens: Array, mask: Array, **room: int) -> tuple[Array, Any]:
+        return tokens[:, 0], ()
 
     def decode(self, cache: Any, tokens: Array, step: Array) -> tuple[Array, Any]:
-        return jnp.ones((tokens.shape[0], 1), jnp.float32), ()
-
-    def hidden_states(self, prompt_tokens: Array, prompt_mask: Array, completion_tokens: Array) -> Array:
-        return jnp.ones((*completion_tokens.shape, 1), jnp.float32)
+        return jnp.ones((*tokens.shape, 1), jnp.float32), ()
 
     def packed_hidden_states(self, batch: PackedPairs) -> Array:
         return jnp.ones((*batch.tokens.shape, 1), jnp.float32)

@@ -313,7 +313,7 @@ WRONG: list[tuple[Any, str]] = [
      r"rejected must have one entry for each of the 1 prompts, but received 2"),
     (lambda: PaddedPairBatcher([[1]], [[1]], [[2]], [1.5], **PAIR_LIMITS),
      r"preference must be in \[0, 1\], but received 1.5 at record 0"),
-    (lambda: PaddedPairBatcher([[1]], [[1]], [[2]], [float("nan")], **PAIR_LIMITS), r"preference must be .* but received nan"),
+    (lambda: PaddedPairBatcher([[1]], [[1]], [[2]], [float("nan")], **PAIR_LIMITS), r"preference must be .*nan"),
     (lambda: PaddedPairBatcher([[1]], [[1]], [[2]], [0.5, 0.5], **PAIR_LIMITS),
      r"preference must have one number \(float32\) for each of the 1 prompts, but received float64 of shape \(2,\)"),
     (lambda: PromptBatcher([[1]], batch_size=1, max_tokens=4, ids=[0.5]), r"ids must have one number \(int64\)"),

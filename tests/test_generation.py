@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from small import PROMPTS, language_model, tokenizer
 
+from fastpref.models.policy import hidden_states
 from fastpref.sampling.completions import Completions
 from fastpref.sampling.generate import generate, generate_jit, num_valid_tokens, write
 
@@ -60,7 +61,7 @@ def uncached(family: str, beta: float) -> tuple[np.ndarray, np.ndarray]:
     written = np.zeros((len(tokens), 1, NEW), np.int32)
     sums = np.zeros((len(tokens), 2))
     live = np.ones(len(tokens), bool)
-    forwards = [jax.jit(model.hidden_states) for model in models]
+    forwards = [jax.jit(functools.partial(hidden_states, model)) for model in models]
     for step in range(NEW):
         logps = [
             np.asarray(jax.nn.log_softmax(model.head().logits(forward(tokens, mask, written)[:, 0, step])), np.float64)
@@ -176,7 +177,9 @@ def test_sequences_are_drawn_with_their_probabilities() -> None:
     drawn = np.asarray(run(tokens, mask, betas, rows, family="decoder", options=options).tokens).reshape(-1)
     unread = np.zeros((1, 1, 1), np.int32)
     logps = [
-        jax.nn.log_softmax(model.head().logits(jax.jit(model.hidden_states)(tokens, mask, unread)[:, 0, 0]))
+        jax.nn.log_softmax(
+            model.head().logits(jax.jit(functools.partial(hidden_states, model))(tokens, mask, unread)[:, 0, 0])
+        )
         for model in (language_model("decoder", seed).module for seed in (0, 1))
     ]
     exact = np.asarray(jax.nn.softmax(0.5 * logps[0] + 0.5 * logps[1]))[0]

@@ -12,12 +12,14 @@ from flax import nnx
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from small import PROMPTS, language_model, prefers_w1
 
+from fastpref.data.batches import token_mask
 from fastpref.evaluation import during_training
 from fastpref.evaluation.during_training import HeldOut, exact_kl
 from fastpref.judging.recorded import RecordedJudge
 from fastpref.kernels import Head
 from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError
+from fastpref.models.policy import hidden_states
 from fastpref.sampling.generate import write
 
 CONFIG = TrainConfig(batch_size=4, max_prompt_tokens=8, max_new_tokens=6, eval_every=2)
@@ -102,7 +104,7 @@ def test_models_are_compared_at_every_token(family: str) -> None:
 
     @nnx.jit
     def both(policy: Any, ref: Any) -> Any:
-        states = [model.hidden_states(prompts, prompt_mask, tokens) for model in (policy, ref)]
+        states = [hidden_states(model, prompts, prompt_mask, tokens) for model in (policy, ref)]
         return exact_kl(policy, ref, prompts, prompt_mask, tokens, mask), states
 
     found, (states, ref_states) = both(policy, ref)
@@ -134,9 +136,9 @@ def test_every_metric_is_what_was_written() -> None:
     ends = [row[0][length[0] - 1] == 1 for row, length in zip(ours.tokens, ours.lengths, strict=True)]
     assert found["eval/eos_rate"] == pytest.approx(np.mean(ends))
 
-    mask = jnp.arange(ours.prompt_tokens.shape[1])[None, :] < ours.prompt_lengths[:, None]
+    mask = token_mask(jnp.asarray(ours.prompt_lengths), ours.prompt_tokens.shape[1])
     states = nnx.jit(
-        lambda module: module.hidden_states(jnp.asarray(ours.prompt_tokens), mask, jnp.asarray(ours.tokens))
+        lambda module: hidden_states(module, jnp.asarray(ours.prompt_tokens), mask, jnp.asarray(ours.tokens))
     )
     real = np.arange(6)[None, None, :] < ours.lengths[:, :, None]
     heads = policy.module.head(), ref.module.head()

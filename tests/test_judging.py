@@ -105,9 +105,7 @@ def test_a_judge_that_ends_the_process_is_an_error_that_names_it(timeout: float 
     def leaves(*texts: Sequence[str]) -> list[float]:
         raise SystemExit(0)
 
-    with pytest.raises(
-        JudgeError, match=r"without ending the process, but .*leaves called sys.exit\(0\).*again"
-    ):
+    with pytest.raises(JudgeError, match=r"without ending the process, but .*leaves called sys.exit\(0\).*again"):
         ask(leaves, ["x"], ["a"], ["b"], timeout=timeout)
 
 
@@ -127,9 +125,7 @@ def test_a_judge_that_hangs_is_left_behind() -> None:
         woken.wait()
         return [0.5]
 
-    with pytest.raises(
-        JudgeError, match=r"within judge_timeout=0.01 seconds, but .*hangs took longer for 1 prompt"
-    ):
+    with pytest.raises(JudgeError, match=r"within judge_timeout=0.01 seconds, but .*hangs took longer for 1 prompt"):
         ask(hangs, ["x"], ["a"], ["b"], timeout=0.01)
     with pytest.raises(JudgeError, match=r"but .*Slow took longer"):
         rate(Slow(woken), ["x"], ["a"], timeout=0.01)

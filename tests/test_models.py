@@ -13,9 +13,12 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from fastpref.models import T5, Decoder, DecoderConfig, Policy, RopeScaling, T5Config, load
+from fastpref.models.attention import Own, Shared, attend
 from fastpref.models.decoder import inverse_frequencies
-from fastpref.models.layers import MASKED, Own, Shared, attend, compact
-from fastpref.models.t5 import relative_buckets, toeplitz
+from fastpref.models.layers import right_padded
+from fastpref.models.masks import Distances, Mask, Places, toeplitz
+from fastpref.models.policy import hidden_states
+from fastpref.models.t5 import relative_buckets
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
@@ -71,7 +74,7 @@ def forced_states(model: Any, *arguments: jax.Array) -> jax.Array:
 
 @compiled
 def states_of(graph: Any, state: Any, *arguments: jax.Array) -> jax.Array:
-    states: jax.Array = nnx.merge(graph, state).hidden_states(*arguments)
+    states: jax.Array = hidden_states(nnx.merge(graph, state), *arguments)
     return states
 
 
@@ -92,15 +95,14 @@ def decoded_states(model: Any, *arguments: jax.Array) -> jax.Array:
 def loop_of(graph: Any, state: Any, prompts: jax.Array, mask: jax.Array, completions: jax.Array) -> jax.Array:
     policy = nnx.merge(graph, state)
     p, k, t = completions.shape
-    rows = completions.reshape(p * k, t)
     first, cache = policy.prefill(prompts, mask, completions=k, max_new_tokens=t)
+    inputs = jnp.concatenate([jnp.broadcast_to(first[:, None, None], (p, k, 1)), completions[:, :, :-1]], axis=-1)
 
     def body(cache: Any, step: jax.Array) -> tuple[Any, jax.Array]:
-        states, cache = policy.decode(cache, jnp.take(rows, step, axis=1), step)
-        return cache, states
+        states, cache = policy.decode(cache, jax.lax.dynamic_slice_in_dim(inputs, step, 1, axis=2), step)
+        return cache, states[:, :, 0]
 
-    _, later = jax.lax.scan(body, cache, jnp.arange(t - 1))
-    return jnp.concatenate([first[None], later]).swapaxes(0, 1).reshape(p, k, t, -1)
+    return jnp.moveaxis(jax.lax.scan(body, cache, jnp.arange(t))[1], 0, 2)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -183,7 +185,7 @@ def test_gradients_are_finite_and_reach_every_parameter(name: str) -> None:
 
     def loss(state: Any) -> jax.Array:
         policy = nnx.merge(graph, state)
-        states = policy.hidden_states(prompts, mask, completions)
+        states = hidden_states(policy, prompts, mask, completions)
         logits = policy.head().logits(states.reshape(-1, states.shape[-1]))
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), completions.reshape(-1, 1), axis=1).mean()
 
@@ -199,12 +201,19 @@ def test_attention_is_one_softmax_over_prompt_and_completion() -> None:
     random = np.random.default_rng(13)
     shapes = [(p, n, k, g, t, h), (p, n, h, size), (p, n, size, h), (p, n, k, own_size, h), (p, n, k, own_size, h)]
     arrays = [jnp.asarray(3 * random.normal(size=shape), jnp.float32) for shape in shapes]
-    bias = jnp.where(jnp.arange(size) < 4, 0.5, MASKED).reshape(1, 1, 1, 1, 1, size)
-    own_bias = jnp.asarray(random.normal(size=(1, n, 1, 1, t, own_size)), jnp.float32)
+    seen = np.arange(size) < 4
+    padding = Mask(keys=Places(segments=jnp.where(seen, 0, -1)[None, None].astype(jnp.int32)))
+    # The queries are tokens 2 to 5 of seven.
+    by_distance = jnp.asarray(random.normal(size=(n, 2 * own_size)), jnp.float32)
+    places = [Places(jnp.arange(*span)[None, None]) for span in ((2, 2 + t), (0, own_size))]
+    causal = Mask(*places, distances=Distances(by_distance, 2))
+    query, key = 2 + np.arange(t)[:, None], np.arange(own_size)[None, :]
+    bias = jnp.where(seen, 0.0, -jnp.inf).reshape(1, 1, 1, 1, 1, size)
+    own_bias = jnp.where(key <= query, by_distance[:, key - query + own_size - 1], -jnp.inf)[None, :, None, None]
     weights = jnp.asarray(random.normal(size=shapes[0]), jnp.float32)
 
     def ours(queries: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array, own: jax.Array) -> jax.Array:
-        return attend(queries, Shared(keys, values), bias, Own(own_keys, own), own_bias)
+        return attend(queries, (Shared(keys, values), padding), (Own(own_keys, own), causal))
 
     def plain(queries: jax.Array, keys: jax.Array, values: jax.Array, own_keys: jax.Array, own: jax.Array) -> jax.Array:
         to_prompt = jnp.einsum("pnkgth,pnhs->pnkgts", queries, keys) + bias
@@ -245,8 +254,8 @@ def test_the_protocol_is_kept_and_prompts_are_cached_once(name: str) -> None:
     assert model.vocab_size == 61 == model.head().vocab_size
     prompts, mask, _ = draw()
     prefill = functools.partial(model.prefill, completions=5, max_new_tokens=4)
-    states, cache = jax.eval_shape(prefill, prompts, mask)
-    assert states.shape == (P * 5, 24)
+    first, cache = jax.eval_shape(prefill, prompts, mask)
+    assert first.shape == (P,)
     for shared in cache.prompts:
         assert shared.keys.size == shared.values.size == P * S * shared.keys.shape[1] * 6
     for own in cache.completions:
@@ -285,20 +294,20 @@ def test_seeds_decide_initial_values() -> None:
     assert (one != other).any()
 
 
-def test_compact_keeps_the_order_of_real_tokens() -> None:
+def test_right_padding_keeps_the_order_of_real_tokens() -> None:
     tokens = jnp.array([[9, 5, 9, 3, 4], [1, 2, 3, 4, 5]], jnp.int32)
     mask = jnp.array([[0, 1, 0, 1, 1], [1, 1, 1, 1, 1]], bool)
-    front, lengths = compact(tokens, mask)
+    front, lengths = right_padded(tokens, mask)
     np.testing.assert_array_equal(lengths, [3, 5])
     np.testing.assert_array_equal(front[0, :3], [5, 3, 4])
     np.testing.assert_array_equal(front[1], tokens[1])
 
 
-@pytest.mark.parametrize("size", [1, 2, 7])
-def test_toeplitz_places_each_distance(size: int) -> None:
-    values = np.random.default_rng(0).normal(size=(3, 2 * size)).astype(np.float32)
-    rows, columns = np.indices((size, size))
-    np.testing.assert_array_equal(toeplitz(jnp.asarray(values)), values[:, (columns - rows) % (2 * size)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 2), (7, 7), (1, 5), (5, 1), (3, 8), (8, 3)])
+def test_toeplitz_places_each_distance(rows: int, columns: int) -> None:
+    values = np.random.default_rng(0).normal(size=(3, rows + columns)).astype(np.float32)
+    row, column = np.indices((rows, columns))
+    np.testing.assert_array_equal(toeplitz(jnp.asarray(values), rows), values[:, column - row + rows - 1])
 
 
 def test_relative_buckets_are_exact_when_near_and_shared_when_far() -> None:

@@ -15,8 +15,8 @@ from test_models import compiled, make
 from fastpref.data.batches import PackedPairs
 from fastpref.kernels import preference_loss, token_logprobs
 from fastpref.method import losses
-from fastpref.models import packed as rules
-from fastpref.models.layers import MASKED
+from fastpref.models import masks
+from fastpref.models.policy import hidden_states
 
 P, S, T, V = 6, 11, 6, 61
 PROMPTS = np.array([11, 4, 1, 7, 3, 9], np.int32)
@@ -78,7 +78,7 @@ def run(static: tuple[Any, int], state: Any, batch: Any, targets: Any, weights: 
     def loss(state: Any) -> tuple[jax.Array, jax.Array]:
         policy = nnx.merge(graph, state)
         packed = isinstance(batch, PackedPairs)
-        states = policy.packed_hidden_states(batch) if packed else policy.hidden_states(*batch)
+        states = policy.packed_hidden_states(batch) if packed else hidden_states(policy, *batch)
         logps = jax.nn.log_softmax(policy.head().logits(states.reshape(-1, states.shape[-1])))
         return (jnp.take_along_axis(logps, targets.reshape(-1, 1), axis=1)[:, 0] * weights.reshape(-1)).sum(), states
 
@@ -92,7 +92,7 @@ WEIGHTS = np.random.default_rng(4).normal(size=(P, 2)).astype(np.float32)
 
 def run_any(model: Any, *arguments: Any) -> Any:
     graph, state = model
-    return run((graph, rules.LEAST), state, *arguments)
+    return run((graph, masks.LEAST), state, *arguments)
 
 
 def run_packed(name: str, packed: PackedPairs) -> Any:
@@ -117,7 +117,7 @@ def padded_result(name: str) -> Any:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of this module in blocks, some of which see more than their window."""
-    monkeypatch.setattr(rules, "LEAST", 3)
+    monkeypatch.setattr(masks, "LEAST", 3)
 
 
 def by_completion(states: Any, packed: PackedPairs) -> dict[tuple[int, int], np.ndarray]:
@@ -143,7 +143,7 @@ def test_the_rows_of_this_module_hold_what_they_should() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_who_sees_whom_follows_from_the_rule(layout: str) -> None:
+def test_masks_follow_from_the_rule(layout: str) -> None:
     packed = packed_pairs(layout)
     rows, length = packed.tokens.shape
     size = packed.prompt_tokens.shape[1]
@@ -157,11 +157,14 @@ def test_who_sees_whom_follows_from_the_rule(layout: str) -> None:
             across[r, i, j] = packed.prompt_pairs[r, j] == packed.pairs[r, i] >= 0
     for r, i, j in itertools.product(range(rows), range(size), range(size)):
         prompts[r, i, j] = packed.prompt_pairs[r, i] == packed.prompt_pairs[r, j] >= 0
-    np.testing.assert_array_equal(rules.visibility(packed), expected)
-    np.testing.assert_array_equal(rules.cross_visibility(packed), across)
-    np.testing.assert_array_equal(rules.prompt_visibility(packed), prompts)
-    bias = np.asarray(rules.sight(rules.visibility(packed)).bias)
-    np.testing.assert_array_equal(bias[:, 0, 0, 0], np.where(expected, 0, np.float32(MASKED)))
+    for mask, dense in (
+        (masks.packed_mask(packed), expected),
+        (masks.cross_mask(packed), across),
+        (masks.prompt_mask(packed), prompts),
+    ):
+        np.testing.assert_array_equal(mask.dense, dense[:, None])
+        bias = mask.bias(*dense.shape[1:])
+        np.testing.assert_array_equal(bias[:, 0, 0, 0], np.where(dense, 0, np.float32(masks.MASKED)))
 
 
 @each_case
@@ -194,8 +197,8 @@ def test_losses_and_gradients_are_those_of_padded_pairs(name: str, layout: str) 
 def test_rows_in_blocks_give_the_same(name: str, layout: str) -> None:
     packed, (padded_states, padded, expected) = packed_pairs(layout), padded_result(name)
     length, size = packed.tokens.shape[1], packed.prompt_tokens.shape[1] or packed.tokens.shape[1]
-    assert rules.window_size(length, length) < length
-    assert rules.window_size(length, size) < size
+    assert masks.window_size(length, length) < length
+    assert masks.window_size(length, size) < size
     states, value, gradient = run_packed(name, packed)
     found = by_completion(states, packed)
     for (pair, k), values in found.items():
@@ -220,12 +223,13 @@ def test_blocks_read_their_window_or_the_whole_row() -> None:
     """With small blocks some do the one and some the other, and no query loses a key that it sees."""
     near = set()
     for layout in LAYOUTS:
-        visible = rules.visibility(packed_pairs(layout))
+        mask = masks.packed_mask(packed_pairs(layout))
+        visible, spans = mask.dense[:, 0], mask.spans
+        assert spans is not None
         size = visible.shape[1]
-        block, window = rules.block_size(size), rules.window_size(size, size)
-        seen = rules.sight(visible)
-        assert seen.first.shape == (-(-size // block),)
-        for number, (first, last) in enumerate(zip(seen.first.tolist(), seen.last.tolist(), strict=True)):
+        block, window = masks.block_size(size), masks.window_size(size, size)
+        assert spans.first.shape == (-(-size // block),)
+        for number, (first, last) in enumerate(zip(spans.first.tolist(), spans.last.tolist(), strict=True)):
             columns = np.asarray(visible[:, number * block : (number + 1) * block]).any((0, 1))
             assert (first, last) == (int(columns.argmax()), size - 1 - int(columns[::-1].argmax()))
             near.add(last < min(first, size - window) + window)
@@ -233,7 +237,7 @@ def test_blocks_read_their_window_or_the_whole_row() -> None:
 
 
 def test_block_sizes_grow_with_the_row() -> None:
-    assert [rules.block_size(size) for size in (1, 511, 1023, 1024, 2048, 4096, 100_000)] == [
+    assert [masks.block_size(size) for size in (1, 511, 1023, 1024, 2048, 4096, 100_000)] == [
         64,
         64,
         64,
@@ -242,8 +246,8 @@ def test_block_sizes_grow_with_the_row() -> None:
         512,
         512,
     ]
-    assert [rules.window_size(size, size) for size in (1, 192, 193, 4096)] == [1, 192, 192, 1536]
-    assert rules.window_size(512, 1024) == 384
+    assert [masks.window_size(size, size) for size in (1, 192, 193, 4096)] == [1, 192, 192, 1536]
+    assert masks.window_size(512, 1024) == 384
 
 
 @each_case

@@ -21,6 +21,7 @@ from fastpref.learning.supervised import FitResult, fit_preference_model, fit_re
 from fastpref.method.config import SupervisedConfig
 from fastpref.method.errors import CheckpointError, DataError
 from fastpref.models import load
+from fastpref.models.policy import hidden_states
 
 ADAM = optax.adam(0.02)
 TEMPLATE = "{prompt} 1 {first} 2 {second}"
@@ -87,7 +88,7 @@ def test_the_loss_is_nats_per_completion_token() -> None:
         (prompt,) = model.tokenizer.encode_prompts([record["prompt"]])
         (completion,) = model.tokenizer.encode_completions([record["completion"]])
         tokens = jnp.asarray([[completion]], jnp.int32)
-        hidden = model.module.hidden_states(jnp.asarray([prompt]), jnp.ones((1, len(prompt)), bool), tokens)
+        hidden = hidden_states(model.module, jnp.asarray([prompt]), jnp.ones((1, len(prompt)), bool), tokens)
         logps = jax.nn.log_softmax(model.module.head().logits(hidden[0, 0]))
         total -= float(logps[np.arange(len(completion)), np.array(completion)].sum())
         count += len(completion)

@@ -6,13 +6,20 @@ needs to be reserved for padding.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 Array = jax.Array | np.ndarray
+Rows = TypeVar("Rows", jax.Array, np.ndarray)
+
+
+def token_mask(lengths: Int[Rows, "*rows"], size: int) -> Bool[Rows, "*rows T"]:
+    """True at the real tokens of rows padded on the right: at the first `lengths` of `size`."""
+    mask: Rows = lengths[..., None] > np.arange(size, dtype=np.int32).reshape((1,) * lengths.ndim + (size,))
+    return mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +32,6 @@ class PromptBatch:
     """Real tokens of each prompt, int32, at least 1."""
     ids: Int[np.ndarray, " P"]
     """Position of each prompt in the source, int64: names it in samples, noise and reports."""
-
-    @property
-    def mask(self) -> Bool[np.ndarray, "P S"]:
-        """True where a token is real."""
-        return np.arange(self.tokens.shape[1])[None, :] < self.lengths[:, None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,8 +129,8 @@ def plan_epoch(
     first = -(-epoch * records // batch_size) * batch_size
     last = -(-(epoch + 1) * records // batch_size) * batch_size
     turns = range(first // records, -(-last // records))
-    stream = np.concatenate([permutation(records, seed=seed, turn=turn, purpose=_RECORDS) for turn in turns] or [[]])
-    stream = stream[first - turns.start * records :][: last - first].astype(np.int64)
+    orders = [permutation(records, seed=seed, turn=turn, purpose=_RECORDS) for turn in turns]
+    stream = np.concatenate([*orders, np.zeros(0, np.int64)])[first - turns.start * records :][: last - first]
     batches = stream[shape_of[stream].argsort(kind="stable")].reshape(-1, batch_size)
     batches = batches[permutation(len(batches), seed=seed, turn=epoch, purpose=_BATCHES)]
     return batches, shape_of[batches].max(1) if len(batches) else np.zeros(0, np.int64)

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from fastpref.data.batches import token_mask
 from fastpref.evaluation.win_rates import both_orders, summarise
 from fastpref.judging.identity import digest
 from fastpref.judging.recorded import RecordedJudge
@@ -19,7 +20,7 @@ from fastpref.kernels.chunks import chunk_rows, compact
 from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError
 from fastpref.models import LanguageModel
-from fastpref.models.policy import Policy
+from fastpref.models.policy import Policy, hidden_states
 from fastpref.runs.metrics import ended
 from fastpref.sampling.generate import Written, write
 
@@ -68,7 +69,7 @@ def exact_kl(
     """
     shape = completion_tokens.shape
     hidden, ref_hidden = (
-        model.hidden_states(prompt_tokens, prompt_mask, completion_tokens).reshape(completion_tokens.size, -1)
+        hidden_states(model, prompt_tokens, prompt_mask, completion_tokens).reshape(completion_tokens.size, -1)
         for model in (policy, ref)
     )
     found = _distances(hidden, policy.head(), ref_hidden, ref.head(), completion_mask.reshape(-1), chunk)
@@ -128,7 +129,7 @@ def _logps(definition: Any, params: Any, *written: Array) -> Float[Array, "P K"]
     """Teacher-forced log π(y | x)."""
     policy: Policy = nnx.merge(definition, params)
     prompt_tokens, prompt_mask, tokens, mask = _masked(*written)
-    hidden = policy.hidden_states(prompt_tokens, prompt_mask, tokens).reshape(tokens.size, -1)
+    hidden = hidden_states(policy, prompt_tokens, prompt_mask, tokens).reshape(tokens.size, -1)
     logps = token_logprobs(hidden, policy.head(), tokens.reshape(-1), where=mask.reshape(-1))
     return logps.reshape(tokens.shape).sum(-1)
 
@@ -141,9 +142,9 @@ def _masked(
 ) -> tuple[Array, Array, Array, Array]:
     return (
         prompt_tokens,
-        jnp.arange(prompt_tokens.shape[1])[None, :] < prompt_lengths[:, None],
+        token_mask(prompt_lengths, prompt_tokens.shape[1]),
         tokens,
-        jnp.arange(tokens.shape[2])[None, None, :] < lengths[:, :, None],
+        token_mask(lengths, tokens.shape[2]),
     )
 
 

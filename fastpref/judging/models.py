@@ -18,10 +18,11 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from fastpref.data.batches import token_mask
 from fastpref.judging.identity import digest
 from fastpref.judging.protocol import probability
 from fastpref.models import LanguageModel, load, save
-from fastpref.models.policy import Policy
+from fastpref.models.policy import Policy, hidden_states
 from fastpref.sampling.generate import round_up
 
 SUMMARY_PROMPT = (
@@ -46,10 +47,10 @@ def last_states(
     completion_lengths: Int[Array, "P K"],
 ) -> Float[Array, "P K D"]:
     """States right after the last token of each completion, shape [P, K, D]."""
-    mask = jnp.arange(prompt_tokens.shape[1])[None, :] < prompt_lengths[:, None]
+    mask = token_mask(prompt_lengths, prompt_tokens.shape[1])
     # One more position, so that the state after the last token of a full-length completion exists.
     padded = jnp.pad(completion_tokens, ((0, 0), (0, 0), (0, 1)))
-    hidden = policy.hidden_states(prompt_tokens, mask, padded)
+    hidden = hidden_states(policy, prompt_tokens, mask, padded)
     return jnp.take_along_axis(hidden, completion_lengths[:, :, None, None], axis=2)[:, :, 0]
 
 

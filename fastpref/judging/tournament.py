@@ -19,6 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int8, UInt64
 
+from fastpref.data.batches import token_mask
+
 OUTCOMES = ("kept", "worst_won", "tie", "identical", "cyclic")
 """Outcomes of a prompt: only the first teaches; the others are reasons to drop its pair, and metrics `pairs/...`."""
 
@@ -127,8 +129,7 @@ def identical(tokens: Int[np.ndarray, "P K T"], lengths: Int[np.ndarray, "P K"])
       tokens: token ids; those past the length do not count.
       lengths: real tokens of each completion.
     """
-    real = np.arange(tokens.shape[2]) < lengths[:, :, None]
-    clean = np.where(real, tokens, 0)
+    clean = np.where(token_mask(lengths, tokens.shape[2]), tokens, 0)
     classes = np.zeros(lengths.shape, np.int32)
     # From the last to the first, so that the first match stands.
     for k in reversed(range(tokens.shape[1])):

@@ -6,26 +6,23 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from fastpref.data.batches import token_mask
 from fastpref.judging.models import answer_margins, rewards
 from fastpref.kernels import token_logprobs
 from fastpref.method.losses import bradley_terry
+from fastpref.models.policy import hidden_states
 
 Batch = dict[str, Array]
 Objective = Callable[[Any, Batch], tuple[Array, Array]]
 """A module and a batch to the sum of its losses and their number, two scalars."""
 
 
-def _mask(lengths: Array, width: int) -> Array:
-    return jnp.expand_dims(jnp.arange(width), tuple(range(lengths.ndim))) < lengths[..., None]
-
-
 def token_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
     """Sum of −log π over completion tokens, and how many there are: maximum likelihood."""
     tokens = batch["completion_tokens"]
-    real = _mask(batch["completion_lengths"], tokens.shape[-1])
-    hidden = module.hidden_states(
-        batch["prompt_tokens"], _mask(batch["prompt_lengths"], batch["prompt_tokens"].shape[1]), tokens
-    )
+    real = token_mask(batch["completion_lengths"], tokens.shape[-1])
+    prompts = batch["prompt_tokens"]
+    hidden = hidden_states(module, prompts, token_mask(batch["prompt_lengths"], prompts.shape[1]), tokens)
     logps = token_logprobs(
         hidden.reshape(-1, hidden.shape[-1]), module.head(), tokens.reshape(-1), where=real.reshape(-1)
     )

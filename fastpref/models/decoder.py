@@ -1,10 +1,8 @@
 """Decoder-only language models in Llama's layout: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,24 +13,9 @@ from jaxtyping import Bool, Float, Int
 
 from fastpref.data.batches import PackedPairs
 from fastpref.kernels import Head
-from fastpref.models.layers import (
-    MASKED,
-    Attention,
-    FeedForward,
-    Own,
-    Shared,
-    as_own,
-    as_queries,
-    as_shared,
-    attend,
-    causal_bias,
-    compact,
-    empty_own,
-    normal,
-    padding_bias,
-    rms_norm,
-)
-from fastpref.models.packed import attend_rows, sight, visibility
+from fastpref.models.attention import Cache, Own, Shared
+from fastpref.models.layers import Attention, FeedForward, Rotation, normal, right_padded, rms_norm
+from fastpref.models.masks import Masks, causal_mask, packed_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,28 +86,6 @@ def inverse_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
     return frequency.astype(np.float32)
 
 
-class Rotation(NamedTuple):
-    """Cosines and sines of the tokens of a stream; P is 1 where all prompts share their positions."""
-
-    cos: Float[Array, "P 1 T half"]
-    sin: Float[Array, "P 1 T half"]
-
-    def turn(self, heads: Float[Array, "P K T *heads H"]) -> Float[Array, "P K T *heads H"]:
-        """Rotate the two halves of every head, in float32."""
-        cos, sin = (jnp.expand_dims(table, tuple(range(3, heads.ndim - 1))) for table in self)
-        first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
-        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-        return turned.astype(heads.dtype)
-
-
-class DecoderCache(NamedTuple):
-    """What decoding has read: prompts once each, completions row by row."""
-
-    lengths: Int[Array, " P"]
-    prompts: tuple[Shared, ...]
-    completions: tuple[Own, ...]
-
-
 class DecoderLayer(nnx.Module):
     """One layer: attention, then the feed-forward block, each with its norm and its residual."""
 
@@ -137,6 +98,7 @@ class DecoderLayer(nnx.Module):
             config.head_dim,
             stds=(std, std, std, std),
             eps=config.norm_eps,
+            scale=config.head_dim**-0.5,
             bias=config.attention_bias,
             output_bias=config.output_bias,
             dtype=dtype,
@@ -152,18 +114,6 @@ class DecoderLayer(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-
-    def project(
-        self, x: Float[Array, "P K T D"], rotation: Rotation
-    ) -> tuple[Float[Array, "P N K G T H"], Float[Array, "P K T N H"], Float[Array, "P K T N H"]]:
-        """Scaled queries, and the keys and values of `x`."""
-        inner = self.attention.normalise(x)
-        queries = rotation.turn(self.attention.queries(inner) * self.attention.head_dim**-0.5)
-        return as_queries(queries), rotation.turn(self.attention.keys(inner)), self.attention.values(inner)
-
-    def finish(self, x: Float[Array, "P K T D"], attended: Float[Array, "P N K G T H"]) -> Float[Array, "P K T D"]:
-        """The rest of the layer."""
-        return self.feed_forward(self.attention.merge(x, attended))
 
 
 class Decoder(nnx.Module):
@@ -189,57 +139,56 @@ class Decoder(nnx.Module):
         """The map from a hidden state to logits."""
         return Head(self.embedding[...]) if self.lm_head is None else Head(self.lm_head[...], vocab_axis=1)
 
+    def forward(
+        self,
+        tokens: Int[Array, "P K T"],
+        positions: Int[Array, "#P #K T"],
+        mask: Masks,
+        prompts: tuple[Shared, ...] = (),
+        past: tuple[Own, ...] = (),
+        slot: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "P K T D"], tuple[Any, ...]]:
+        """Run the layers on T tokens of every stream.
+
+        Args:
+          tokens: token ids, shape [P, K, T].
+          positions: of the tokens in their sequences.
+          mask: what they attend to.
+          prompts: keys and values that the K streams share, of each layer; empty where there are none.
+          past: what was read of every stream before, of each layer; empty where nothing is kept.
+          slot: place of the first token in `past`.
+
+        Returns:
+          The states, shape [P, K, T, D], and the keys and values of the streams, of each layer.
+        """
+        x = self.embedding[...][tokens]
+        rotation = self._rotation(positions)
+        none, written = (None,) * len(self.layers), []
+        for layer, prompt, before in zip(self.layers, prompts or none, past or none, strict=True):
+            x, own = layer.attention(x, mask, prompt=prompt, past=before, slot=slot, rotation=rotation)
+            x = layer.feed_forward(x)
+            written.append(own)
+        return rms_norm(x, self.norm[...], self.config.norm_eps), tuple(written)
+
     def prefill(
-        self, tokens: Int[Array, "P S"], mask: Bool[Array, "P S"], *, completions: int, max_new_tokens: int
-    ) -> tuple[Float[Array, "B D"], DecoderCache]:
-        """Read each prompt once; return the states that predict the first completion token, and the cache."""
-        tokens, lengths = compact(tokens, mask)
-        x, prompts = self._read(tokens)
-        last = jnp.take_along_axis(x[:, 0], lengths[:, None, None] - 1, axis=1)[:, 0]
-        c, p = self.config, tokens.shape[0]
-        own = tuple(empty_own(p, c.kv_heads, completions, max_new_tokens, c.head_dim, x.dtype) for _ in range(c.layers))
-        states = jnp.repeat(self._normalise(last), completions, axis=0)
-        return states, DecoderCache(lengths, prompts, own)
+        self, tokens: Int[Array, "P S"], mask: Bool[Array, "P S"], *, completions: int = 1, max_new_tokens: int = 0
+    ) -> tuple[Int[Array, " P"], Cache]:
+        """Read each prompt once; return the token that completions are read from on, its last, and the cache."""
+        tokens, lengths = right_padded(tokens, mask)
+        # Causality keeps padding out of the state of every real token.
+        size = tokens.shape[1]
+        _, prompts = self.forward(tokens[:, None], jnp.arange(size)[None, None], Masks(causal_mask(size)))
+        last = lengths - 1
+        first = jnp.take_along_axis(tokens, last[:, None], axis=1)[:, 0]
+        return first, Cache.of(prompts, last, last, completions=completions, slots=max_new_tokens)
 
     def decode(
-        self, cache: DecoderCache, tokens: Int[Array, " B"], step: Int[Array, ""]
-    ) -> tuple[Float[Array, "B D"], DecoderCache]:
-        """Append completion token number `step` (from 0) of every row; return the states that predict the next."""
-        p, _, k, slots, _ = cache.completions[0].keys.shape
-        x = self.embedding[...][tokens].reshape(p, k, 1, -1)
-        rotation = self._rotation((cache.lengths + step)[:, None])
-        shared_bias = padding_bias(cache.lengths, cache.prompts[0].keys.shape[-1])
-        own_bias = jnp.where(jnp.arange(slots) <= step, 0.0, MASKED)[None, None, None, None, None]
-        written = []
-        for layer, shared, own in zip(self.layers, cache.prompts, cache.completions, strict=True):
-            queries, keys, values = layer.project(x, rotation)
-            own = own.write(as_own(keys, values), step)
-            x = layer.finish(x, attend(queries, shared, shared_bias, own, own_bias))
-            written.append(own)
-        return self._normalise(x.reshape(p * k, -1)), cache._replace(completions=tuple(written))
-
-    def hidden_states(
-        self,
-        prompt_tokens: Int[Array, "P S"],
-        prompt_mask: Bool[Array, "P S"],
-        completion_tokens: Int[Array, "P K T"],
-    ) -> Float[Array, "P K T D"]:
-        """Teacher-forced states: entry t predicts completion token t from the prompt and tokens before t."""
-        tokens, lengths = compact(prompt_tokens, prompt_mask)
-        _, prompts = self._read(tokens)
-        # A completion is read from the prompt's last token on: its state predicts the first completion token.
-        last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, :, None]
-        first = jnp.broadcast_to(last, (*completion_tokens.shape[:2], 1))
-        inputs = jnp.concatenate([first, completion_tokens[:, :, :-1]], axis=-1)
-        x = self.embedding[...][inputs]
-        size = inputs.shape[-1]
-        rotation = self._rotation(lengths[:, None] - 1 + jnp.arange(size)[None, :])
-        shared_bias = padding_bias(lengths - 1, tokens.shape[1])
-        own_bias = causal_bias(size)
-        for layer, shared in zip(self.layers, prompts, strict=True):
-            queries, keys, values = layer.project(x, rotation)
-            x = layer.finish(x, attend(queries, shared, shared_bias, as_own(keys, values), own_bias))
-        return self._normalise(x)
+        self, cache: Cache, tokens: Int[Array, "P K T"], step: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "P K T D"], Cache]:
+        """Read T tokens of every completion from number `step` on; return the states that predict the next ones."""
+        positions, mask = cache.reading(tokens.shape[2], step)
+        states, written = self.forward(tokens, positions, mask, cache.prompts, cache.completions, step)
+        return states, cache._replace(completions=written) if cache.completions else cache
 
     def packed_hidden_states(self, batch: PackedPairs) -> Float[Array, "R L D"]:
         """The states of packed rows; prompts lie in the decoder stream, shared or not.
@@ -252,31 +201,9 @@ class Decoder(nnx.Module):
                 "a decoder-only model reads rows without an encoder stream, but this one has "
                 f"{batch.prompt_tokens.shape[1]} places: pack the pairs for a decoder-only model"
             )
-        tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
-        x, _ = self._run(tokens, positions, partial(attend_rows, sight=sight(visibility(batch))))
-        return self._normalise(x[:, 0])
+        tokens, positions = (jnp.asarray(x)[:, None] for x in (batch.tokens, batch.positions))
+        return self.forward(tokens, positions, Masks(packed_mask(batch)))[0][:, 0]
 
-    def _read(self, tokens: Int[Array, "P S"]) -> tuple[Float[Array, "P 1 S D"], tuple[Shared, ...]]:
-        """Run prompts padded on the right; causality keeps padding out of every real token's state."""
-        positions, bias = jnp.arange(tokens.shape[1])[None, :], causal_bias(tokens.shape[1])
-        return self._run(tokens, positions, partial(attend, shared_bias=bias))
-
-    def _run(
-        self, tokens: Int[Array, "P S"], positions: Int[Array, "#P S"], attend: Callable[[Array, Shared], Array]
-    ) -> tuple[Float[Array, "P 1 S D"], tuple[Shared, ...]]:
-        """Run single streams; return their states before the last norm, and the keys and values of each layer."""
-        x = self.embedding[...][tokens][:, None]
-        rotation = self._rotation(positions)
-        read = []
-        for layer in self.layers:
-            queries, keys, values = layer.project(x, rotation)
-            read.append(as_shared(keys, values))
-            x = layer.finish(x, attend(queries, read[-1]))
-        return x, tuple(read)
-
-    def _rotation(self, positions: Int[Array, "P T"]) -> Rotation:
-        angles = positions.astype(jnp.float32)[:, None, :, None] * inverse_frequencies(self.config)[None, None, None, :]
+    def _rotation(self, positions: Int[Array, "#P #K T"]) -> Rotation:
+        angles = positions.astype(jnp.float32)[..., None] * inverse_frequencies(self.config)[None, None, None]
         return Rotation(jnp.cos(angles), jnp.sin(angles))
-
-    def _normalise(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        return rms_norm(x, self.norm[...], self.config.norm_eps)

@@ -2,6 +2,7 @@
 
 from typing import Any, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
@@ -16,8 +17,8 @@ Cache = Any
 class Policy(Protocol):
     """A Flax NNX module that writes completions to prompts.
 
-    B = P·K rows are decoded at once, the K completions of a prompt next to each other. Prompts may be padded
-    anywhere (left, right or between): positions count real tokens only, and padding changes no result.
+    K completions of each of P prompts are decoded at once. Prompts may be padded anywhere (left, right or between):
+    positions count real tokens only, and padding changes no result.
     """
 
     vocab_size: int
@@ -26,38 +27,35 @@ class Policy(Protocol):
     """First input of the decoder of an encoder-decoder, None in other models: decides the layout of packed rows."""
 
     def prefill(
-        self, tokens: Int[Array, "P S"], mask: Bool[Array, "P S"], *, completions: int, max_new_tokens: int
-    ) -> tuple[Float[Array, "B D"], Cache]:
-        """Read each prompt once; return the hidden states that predict the first completion token, and the cache.
+        self, tokens: Int[Array, "P S"], mask: Bool[Array, "P S"], *, completions: int = 1, max_new_tokens: int = 0
+    ) -> tuple[Int[Array, " P"], Cache]:
+        """Read each prompt once, for K completions that share its keys and values: stored per prompt, not per row.
 
-        The K completions of a prompt share its keys and values: the cache stores them per prompt, not per row.
+        Returns:
+          The first input of each prompt's completions (its own last token, or the start token of an encoder-decoder),
+          and the cache, with room for `max_new_tokens` inputs of each completion; for none, `decode` keeps nothing.
         """
         ...
 
-    def decode(self, cache: Cache, tokens: Int[Array, " B"], step: Int[Array, ""]) -> tuple[Float[Array, "B D"], Cache]:
-        """Append completion token number `step` (from 0) of every row; return the states that predict the next."""
-        ...
+    def decode(
+        self, cache: Cache, tokens: Int[Array, "P K T"], step: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "P K T D"], Cache]:
+        """Read T inputs of every completion, of which the first is number `step`, and keep them in the cache.
 
-    def hidden_states(
-        self,
-        prompt_tokens: Int[Array, "P S"],
-        prompt_mask: Bool[Array, "P S"],
-        completion_tokens: Int[Array, "P K T"],
-    ) -> Float[Array, "P K T D"]:
-        """Teacher-forced states: entry t predicts completion token t from the prompt and tokens before t.
-
-        The prompt is read once for its K completions, which do not see each other. Differentiable.
+        Entry [p, k, t] of the states predicts completion token `step` + t from the prompt and the tokens before it:
+        input 0 is what `prefill` returned, input n is completion token n − 1. Completions do not attend to each other.
+        Differentiable.
         """
         ...
 
     def packed_hidden_states(self, batch: PackedPairs) -> Float[Array, "R L D"]:
         """The same states for packed rows: entry [r, i] predicts `batch.targets[r, i]` wherever that is scored.
 
-        What is read is the tokens at their `positions`, and place i of a row sees place j if both belong to the same
-        pair, j is not after i, and j is shared by the completions or of the same one: pairs[i] == pairs[j] ≥ 0, j ≤ i,
-        streams[j] ∈ {0, streams[i]} (`models.packed.visibility`). In an encoder-decoder, place i reads place j of the
-        encoder stream if prompt_pairs[j] == pairs[i], and the encoder's places see each other where prompt_pairs agree
-        (`cross_visibility`, `prompt_visibility`). States of places that are not scored may be anything finite.
+        The inputs are the tokens at their `positions`, and place i of a row attends to place j if both belong to the
+        same pair, j is not after i, and j is shared by the completions or of the same one: pairs[i] == pairs[j] ≥ 0,
+        j ≤ i, streams[j] ∈ {0, streams[i]} (`models.masks.packed_mask`). In an encoder-decoder, place i attends to
+        place j of the encoder stream if prompt_pairs[j] == pairs[i], and the encoder's places to each other where
+        prompt_pairs agree (`cross_mask`, `prompt_mask`). States of places that are not scored may be anything finite.
         Differentiable.
         """
         ...
@@ -65,3 +63,23 @@ class Policy(Protocol):
     def head(self) -> Head:
         """The map from a hidden state to logits, in the form that the kernels take."""
         ...
+
+
+def hidden_states(
+    policy: Policy,
+    prompt_tokens: Int[Array, "P S"],
+    prompt_mask: Bool[Array, "P S"],
+    completion_tokens: Int[Array, "P K T"],
+) -> Float[Array, "P K T D"]:
+    """Teacher-forced states: entry t predicts completion token t from the prompt and tokens before t. Differentiable.
+
+    Args:
+      policy: any model that keeps the protocol.
+      prompt_tokens: token ids, shape [P, S]; each prompt is read once for its K completions.
+      prompt_mask: True where a token is real, shape [P, S]; padding may stand anywhere.
+      completion_tokens: token ids, shape [P, K, T], padded on the right.
+    """
+    first, cache = policy.prefill(prompt_tokens, prompt_mask)
+    inputs = jnp.broadcast_to(first[:, None, None], (*completion_tokens.shape[:2], 1))
+    inputs = jnp.concatenate([inputs, completion_tokens[:, :, :-1]], axis=-1)
+    return policy.decode(cache, inputs, 0)[0]

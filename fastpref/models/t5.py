@@ -5,12 +5,9 @@ predicts completion token t. Attention scores are not scaled; a bias by relative
 stack, is added instead (Raffel et al., 2020).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -20,25 +17,9 @@ from jaxtyping import Bool, Float, Int
 
 from fastpref.data.batches import PackedPairs
 from fastpref.kernels import Head
-from fastpref.models.layers import (
-    ACTIVATIONS,
-    MASKED,
-    Attention,
-    FeedForward,
-    Own,
-    Shared,
-    as_own,
-    as_queries,
-    as_shared,
-    attend,
-    causal_bias,
-    compact,
-    empty_own,
-    normal,
-    padding_bias,
-    rms_norm,
-)
-from fastpref.models.packed import attend_rows, cross_visibility, prompt_visibility, sight, visibility
+from fastpref.models.attention import Cache, Own, Shared
+from fastpref.models.layers import ACTIVATIONS, Attention, FeedForward, normal, right_padded, rms_norm
+from fastpref.models.masks import Distances, Mask, Masks, cross_mask, packed_mask, padding_mask, prompt_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,27 +84,6 @@ def relative_buckets(
     return offset + np.where(distances < exact, distances, np.minimum(far, buckets - 1))
 
 
-def toeplitz(by_distance: Float[Array, "N W"]) -> Float[Array, "N S S"]:
-    """The matrix whose entry (i, j) is `by_distance[(j - i) mod W]`, with W = 2·S.
-
-    Rows are shifted by laying copies end to end and cutting them one short: no gather, and no scatter in the gradient.
-    """
-    heads, wide = by_distance.shape
-    size = wide // 2
-    laid = jnp.broadcast_to(by_distance[:, None, :], (heads, size, wide)).reshape(heads, size * wide)
-    return laid[:, : size * (wide - 1)].reshape(heads, size, wide - 1)[:, :, :size]
-
-
-class T5Cache(NamedTuple):
-    """What decoding has read: the encoder's keys and values once per prompt, completions row by row."""
-
-    lengths: Int[Array, " P"]
-    bias: Float[Array, "N W"]
-    """Bias of the decoder by slot, reversed and followed by `MASKED`: the biases at one step are a slice of it."""
-    prompts: tuple[Shared, ...]
-    completions: tuple[Own, ...]
-
-
 class T5Layer(nnx.Module):
     """One layer of either stack: attention to its own stream, then the feed-forward block."""
 
@@ -172,20 +132,15 @@ class Stack(nnx.Module):
         self.layers = nnx.List([T5Layer(config, dtype=dtype, rngs=rngs) for _ in range(count)])
         self.norm = nnx.Param(jnp.ones(config.width, dtype))
 
-    def bias(self, distances: Int[np.ndarray, " W"]) -> Float[Array, "N W"]:
-        """Bias of each head at each relative position (key minus query), float32."""
+    def distances(self, size: int, first: Int[Array, ""] | int = 0) -> Distances:
+        """Bias of each head by relative position, float32, of streams of `size` tokens; `first` is that of a query."""
         rows = relative_buckets(
-            distances,
+            np.arange(1 - size, size + 1),
             bidirectional=not self.decoder,
             buckets=self.config.buckets,
             max_distance=self.config.max_distance,
         )
-        return self.position_bias[...][jnp.asarray(rows)].T.astype(jnp.float32)
-
-    def square_bias(self, size: int) -> Float[Array, "1 N 1 1 S S"]:
-        """Bias of every query and key of a stream of `size` tokens."""
-        wrapped = np.concatenate([np.arange(size), np.arange(-size, 0)])
-        return toeplitz(self.bias(wrapped))[None, :, None, None]
+        return Distances(self.position_bias[...][jnp.asarray(rows)].T.astype(jnp.float32), first)
 
     def normalise(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         """The last norm."""
@@ -220,44 +175,63 @@ class T5(nnx.Module):
             return Head(self.embedding[...], scale=scale)
         return Head(self.lm_head[...], vocab_axis=1, scale=scale)
 
+    def encode(self, tokens: Int[Array, "P S"], mask: Mask) -> tuple[Shared, ...]:
+        """Run the encoder on prompts; return the keys and values that each layer of the decoder reads of them."""
+        x = self.embedding[...][tokens][:, None]
+        own = Masks(mask._replace(distances=self.encoder.distances(tokens.shape[1])))
+        for layer in self.encoder.layers:
+            x, _ = layer.attention(x, own)
+            x = layer.feed_forward(x)
+        x = self.encoder.normalise(x)
+        return tuple(Shared.of(cross.keys(x), cross.values(x)) for cross in self.cross)
+
+    def forward(
+        self,
+        tokens: Int[Array, "P K T"],
+        mask: Masks,
+        prompts: tuple[Shared, ...],
+        past: tuple[Own, ...] = (),
+        slot: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "P K T D"], tuple[Any, ...]]:
+        """Run the decoder on T tokens of every completion. Positions are places in the stream.
+
+        Args:
+          tokens: token ids, shape [P, K, T].
+          mask: what they attend to.
+          prompts: what `encode` returned.
+          past: what was read of every completion before, of each layer; empty where nothing is kept.
+          slot: place of the first token in `past`.
+
+        Returns:
+          The states, shape [P, K, T, D], and the keys and values of the completions, of each layer.
+        """
+        x = self.embedding[...][tokens]
+        size = past[0].values.shape[3] if past else tokens.shape[2]
+        own_mask = Masks(mask.own._replace(distances=self.decoder.distances(size, slot)))
+        none, written = (None,) * len(self.cross), []
+        for layer, cross, prompt, before in zip(self.decoder.layers, self.cross, prompts, past or none, strict=True):
+            x, own = layer.attention(x, own_mask, past=before, slot=slot)
+            x = layer.feed_forward(cross.cross(x, prompt, mask.prompt))
+            written.append(own)
+        return self.decoder.normalise(x), tuple(written)
+
     def prefill(
-        self, tokens: Int[Array, "P S"], mask: Bool[Array, "P S"], *, completions: int, max_new_tokens: int
-    ) -> tuple[Float[Array, "B D"], T5Cache]:
-        """Read each prompt once; return the states that predict the first completion token, and the cache."""
-        tokens, lengths = compact(tokens, mask)
-        prompts = self._read(tokens, padded(padding_bias(lengths, tokens.shape[1])))
-        c, p, slots = self.config, tokens.shape[0], max_new_tokens + 1
-        later = jnp.full((c.heads, slots - 1), MASKED)
-        bias = jnp.concatenate([self.decoder.bias(np.arange(-slots + 1, 1)), later], axis=1)
-        dtype = self.embedding[...].dtype
-        own = tuple(empty_own(p, c.heads, completions, slots, c.head_dim, dtype) for _ in range(c.decoder_layers))
-        start = jnp.full(p * completions, c.start_id, jnp.int32)
-        return self._append(T5Cache(lengths, bias, prompts, own), start, 0)
+        self, tokens: Int[Array, "P S"], mask: Bool[Array, "P S"], *, completions: int = 1, max_new_tokens: int = 0
+    ) -> tuple[Int[Array, " P"], Cache]:
+        """Read each prompt once; return the token that completions are read from on, and the cache."""
+        tokens, lengths = right_padded(tokens, mask)
+        prompts = self.encode(tokens, padding_mask(lengths, tokens.shape[1]))
+        first = jnp.full_like(lengths, self.config.start_id)
+        begin = jnp.zeros_like(lengths)
+        return first, Cache.of(prompts, lengths, begin, completions=completions, slots=max_new_tokens)
 
     def decode(
-        self, cache: T5Cache, tokens: Int[Array, " B"], step: Int[Array, ""]
-    ) -> tuple[Float[Array, "B D"], T5Cache]:
-        """Append completion token number `step` (from 0) of every row; return the states that predict the next."""
-        return self._append(cache, tokens, step + 1)
-
-    def hidden_states(
-        self,
-        prompt_tokens: Int[Array, "P S"],
-        prompt_mask: Bool[Array, "P S"],
-        completion_tokens: Int[Array, "P K T"],
-    ) -> Float[Array, "P K T D"]:
-        """Teacher-forced states: entry t predicts completion token t from the prompt and tokens before t."""
-        tokens, lengths = compact(prompt_tokens, prompt_mask)
-        padding = padding_bias(lengths, tokens.shape[1])
-        prompts = self._read(tokens, padded(padding))
-        first = jnp.full_like(completion_tokens[:, :, :1], self.config.start_id)
-        inputs = jnp.concatenate([first, completion_tokens[:, :, :-1]], axis=-1)
-        bias = self.decoder.square_bias(inputs.shape[-1]) + causal_bias(inputs.shape[-1])
-
-        def own(queries: Array, keys: Array, values: Array) -> Array:
-            return attend(queries, own=as_own(keys, values), own_bias=bias)
-
-        return self._write(inputs, prompts, own, partial(attend, shared_bias=padding))
+        self, cache: Cache, tokens: Int[Array, "P K T"], step: Int[Array, ""] | int
+    ) -> tuple[Float[Array, "P K T D"], Cache]:
+        """Read T tokens of every completion from number `step` on; return the states that predict the next ones."""
+        _, mask = cache.reading(tokens.shape[2], step)
+        states, written = self.forward(tokens, mask, cache.prompts, cache.completions, step)
+        return states, cache._replace(completions=written) if cache.completions else cache
 
     def packed_hidden_states(self, batch: PackedPairs) -> Float[Array, "R L D"]:
         """The states of packed rows; prompts lie in the encoder stream.
@@ -272,80 +246,6 @@ class T5(nnx.Module):
                 "an encoder-decoder reads prompts from the encoder stream, but these rows have none: "
                 "pack the pairs for an encoder-decoder"
             )
-        prompts = self._read(
-            jnp.asarray(batch.prompt_tokens), partial(attend_rows, sight=sight(prompt_visibility(batch)))
-        )
-        seen, bias = sight(visibility(batch)), self.decoder.square_bias(batch.tokens.shape[1])
-
-        def own(queries: Array, keys: Array, values: Array) -> Array:
-            return attend_rows(queries, as_shared(keys, values), seen, bias)
-
-        across = partial(attend_rows, sight=sight(cross_visibility(batch)))
-        return self._write(jnp.asarray(batch.tokens)[:, None], prompts, own, across)[:, 0]
-
-    def _read(self, tokens: Int[Array, "P S"], attend: Callable[..., Array]) -> tuple[Shared, ...]:
-        """Encode prompts; return the keys and values that each decoder layer reads of them.
-
-        `attend` takes queries, keys with their values, and as `position_bias` what relative positions add to scores.
-        """
-        x = self.embedding[...][tokens][:, None]
-        bias = self.encoder.square_bias(tokens.shape[1])
-        for layer in self.encoder.layers:
-            inner = layer.attention.normalise(x)
-            prompt = as_shared(layer.attention.keys(inner), layer.attention.values(inner))
-            queries = as_queries(layer.attention.queries(inner))
-            x = layer.feed_forward(layer.attention.merge(x, attend(queries, prompt, position_bias=bias)))
-        x = self.encoder.normalise(x)
-        return tuple(as_shared(cross.keys(x), cross.values(x)) for cross in self.cross)
-
-    def _write(
-        self,
-        inputs: Int[Array, "P K T"],
-        prompts: tuple[Shared, ...],
-        attend_own: Callable[[Array, Array, Array], Array],
-        attend_prompt: Callable[[Array, Shared], Array],
-    ) -> Float[Array, "P K T D"]:
-        """Run the decoder on whole completions; the two functions attend to those that a query may see."""
-        x = self.embedding[...][inputs]
-        for layer, cross, prompt in zip(self.decoder.layers, self.cross, prompts, strict=True):
-            inner = layer.attention.normalise(x)
-            queries = as_queries(layer.attention.queries(inner))
-            attended = attend_own(queries, layer.attention.keys(inner), layer.attention.values(inner))
-            x = read_prompt(cross, layer.attention.merge(x, attended), prompt, attend_prompt)
-            x = layer.feed_forward(x)
-        return self.decoder.normalise(x)
-
-    def _append(
-        self, cache: T5Cache, tokens: Int[Array, " B"], slot: Int[Array, ""] | int
-    ) -> tuple[Float[Array, "B D"], T5Cache]:
-        """Run the decoder on one token of every row, stored in `slot` of the cache."""
-        p, heads, k, slots, _ = cache.completions[0].keys.shape
-        x = self.embedding[...][tokens].reshape(p, k, 1, -1)
-        read = partial(attend, shared_bias=padding_bias(cache.lengths, cache.prompts[0].keys.shape[-1]))
-        bias = jax.lax.dynamic_slice(cache.bias, (0, slots - 1 - slot), (heads, slots))[None, :, None, None, None]
-        written = []
-        stack = zip(self.decoder.layers, self.cross, cache.prompts, cache.completions, strict=True)
-        for layer, cross, prompt, own in stack:
-            inner = layer.attention.normalise(x)
-            own = own.write(as_own(layer.attention.keys(inner), layer.attention.values(inner)), slot)
-            queries = as_queries(layer.attention.queries(inner))
-            x = layer.attention.merge(x, attend(queries, own=own, own_bias=bias))
-            x = layer.feed_forward(read_prompt(cross, x, prompt, read))
-            written.append(own)
-        return self.decoder.normalise(x.reshape(p * k, -1)), cache._replace(completions=tuple(written))
-
-
-def read_prompt(
-    cross: Attention, x: Float[Array, "P K T D"], prompt: Shared, attend: Callable[[Array, Shared], Array]
-) -> Float[Array, "P K T D"]:
-    """`x` plus what its cross-attention reads of the prompt."""
-    return cross.merge(x, attend(as_queries(cross.queries(cross.normalise(x))), prompt))
-
-
-def padded(padding: Float[Array, "P 1 1 1 1 S"]) -> Callable[..., Array]:
-    """Attention to prompts of their own rows, padded on the right."""
-
-    def attend_padded(queries: Array, prompt: Shared, *, position_bias: Array) -> Array:
-        return attend(queries, prompt, position_bias + padding)
-
-    return attend_padded
+        prompts = self.encode(jnp.asarray(batch.prompt_tokens), prompt_mask(batch))
+        masks = Masks(packed_mask(batch), cross_mask(batch))
+        return self.forward(jnp.asarray(batch.tokens)[:, None], masks, prompts)[0][:, 0]

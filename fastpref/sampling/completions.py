@@ -6,8 +6,7 @@ Shape letters: P prompts, K completions of a prompt, T completion tokens.
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 
 class Completions(NamedTuple):
@@ -23,8 +22,3 @@ class Completions(NamedTuple):
     """Sum of log π_ref over the completion, at temperature 1, float32."""
     mixture_logps: Float[jax.Array, "P K"]
     """Sum of the log-probs that the tokens were drawn with, at the sampling temperature, float32."""
-
-    @property
-    def mask(self) -> Bool[jax.Array, "P K T"]:
-        """True where a token is real."""
-        return jnp.arange(self.tokens.shape[-1])[None, None, :] < self.lengths[:, :, None]

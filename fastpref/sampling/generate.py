@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from fastpref.data.batches import token_mask
 from fastpref.kernels import mixture_sample
 from fastpref.models import LanguageModel
 from fastpref.models.policy import Policy
@@ -56,23 +57,30 @@ def generate(
     prompts, completions = mixture_beta.shape
     rows = prompts * completions
     betas, ids = mixture_beta.reshape(rows), row_ids.reshape(rows)
-    policy_head = policy.head()
-    ref_head = policy_head if ref is None else ref.head()
+    models = (policy,) if ref is None else (policy, ref)
+    heads = [model.head() for model in models]
 
     def read(model: Policy) -> tuple[Array, Any]:
-        return model.prefill(prompt_tokens, prompt_mask, completions=completions, max_new_tokens=max_new_tokens)
+        """The first input of every row, and what else the model has read."""
+        first, cache = model.prefill(prompt_tokens, prompt_mask, completions=completions, max_new_tokens=max_new_tokens)
+        return jnp.repeat(first, completions), cache
 
-    def unfinished(state: tuple[Array, dict[str, Array], Any, Any]) -> Array:
-        step, written, _, _ = state
+    def unfinished(state: tuple[Array, dict[str, Array], Any]) -> Array:
+        step, written, _ = state
         return (step < max_new_tokens) & ~jnp.all(written["done"])
 
-    def advance(state: tuple[Array, dict[str, Array], Any, Any]) -> tuple[Array, dict[str, Array], Any, Any]:
-        step, written, (policy_hidden, policy_cache), (ref_hidden, ref_cache) = state
+    def advance(state: tuple[Array, dict[str, Array], Any]) -> tuple[Array, dict[str, Array], Any]:
+        step, written, inputs = state
+        hidden, caches = [], []
+        for model, (tokens, cache) in zip(models, inputs, strict=True):
+            states, after = model.decode(cache, tokens.reshape(prompts, completions, 1), step)
+            hidden.append(states.reshape(rows, -1))
+            caches.append(after)
         drawn = mixture_sample(
-            policy_hidden,
-            policy_head,
-            policy_hidden if ref is None else ref_hidden,
-            ref_head,
+            hidden[0],
+            heads[0],
+            hidden[-1],
+            heads[-1],
             mixture_beta=betas,
             key=key,
             row_ids=ids,
@@ -90,10 +98,7 @@ def generate(
             "mixture": written["mixture"] + jnp.where(live, drawn.mixture_logp, 0.0),
             "done": written["done"] | ended,
         }
-        # After the last token this is one decode too many: cheaper than compiling the draw twice.
-        policy_state = policy.decode(policy_cache, drawn.token, step)
-        ref_state = (ref_hidden, ref_cache) if ref is None else ref.decode(ref_cache, drawn.token, step)
-        return step + 1, written, policy_state, ref_state
+        return step + 1, written, tuple((drawn.token, cache) for cache in caches)
 
     zeros = jnp.zeros(rows, jnp.float32)
     blank = {
@@ -104,8 +109,8 @@ def generate(
         "mixture": zeros,
         "done": jnp.zeros(rows, bool),
     }
-    begin = (jnp.zeros((), jnp.int32), blank, read(policy), ((), ()) if ref is None else read(ref))
-    _, written, _, _ = jax.lax.while_loop(unfinished, advance, begin)
+    begin = (jnp.zeros((), jnp.int32), blank, tuple(map(read, models)))
+    _, written, _ = jax.lax.while_loop(unfinished, advance, begin)
     shape = (prompts, completions)
     return Completions(
         tokens=written["tokens"].reshape(*shape, max_new_tokens),
@@ -137,7 +142,7 @@ def generate_jit(
     temperature: float,
 ) -> Completions:
     """`generate` on split NNX modules, compiled once for each pair of models and shape; `ref_def` may be None."""
-    mask = jnp.arange(prompt_tokens.shape[1])[None, :] < prompt_lengths[:, None]
+    mask = token_mask(prompt_lengths, prompt_tokens.shape[1])
     return generate(
         nnx.merge(policy_def, params),
         None if ref_def is None else nnx.merge(ref_def, ref_params),
