@@ -22,12 +22,12 @@ from fastpref.judging.protocol import Judge
 from fastpref.learning.supervised import FitResult, fit_preference_model, fit_reward_model, sft
 from fastpref.learning.train import train
 from fastpref.method.config import SupervisedConfig, TrainConfig, from_mapping
-from fastpref.method.errors import CheckpointError, ConfigError, DivergedError, JudgeError
+from fastpref.method.errors import ConfigError, FastprefError
 from fastpref.reproduce import EXPERIMENTS, reproduce
 from fastpref.runs import terminal
 from fastpref.runs.read_model import locate, read_tokenizer
 
-USER_ERRORS = (JudgeError, CheckpointError, DivergedError, ValueError, OSError)
+USER_ERRORS = (FastprefError, ValueError, OSError)
 """What ends a command with one line instead of a traceback."""
 
 KEYS: dict[str, tuple[str, ...]] = {

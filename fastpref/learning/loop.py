@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import xxhash
 
-from fastpref.runs import checkpoints, log, terminal
+from fastpref.runs import checkpoints, log, owner, terminal
 
 
 @runtime_checkable
@@ -86,10 +86,12 @@ def drive(
 
     Raises:
       CheckpointError: the run directory holds another run, or nothing readable.
+      OwnerError: another process is writing the run directory.
     """
     done = 0
     history: list[dict[str, float]] = []
     with ExitStack() as stack:
+        stack.enter_context(owner.hold(journal.run_dir))
         run = None
         folder = None
         if journal.run_dir is not None:
