@@ -17,7 +17,13 @@ from fastpref.method.errors import OwnerError, RunWarning
 from fastpref.runs.owner import hold
 from tests import small
 
-HOLDER = "import sys\nfrom fastpref.runs.owner import hold\nwith hold(sys.argv[1]):\n    print('held', flush=True)\n    sys.stdin.read()"
+HOLDER = """
+import sys
+from fastpref.runs.owner import hold
+with hold(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 def holder(run_dir: Path) -> subprocess.Popen[str]:
@@ -54,11 +60,16 @@ def test_a_killed_owner_leaves_no_lock(tmp_path: Path) -> None:
     assert "process" not in (tmp_path / "owner").read_text()
 
 
-def test_a_second_run_of_the_same_process_is_refused_and_an_error_lets_go(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), hold(tmp_path):
-        with pytest.raises(OwnerError, match=f"process {os.getpid()} "), hold(tmp_path):
+def fail_while_holding(run_dir: Path) -> None:
+    with hold(run_dir):
+        with pytest.raises(OwnerError, match=f"process {os.getpid()} "), hold(run_dir):
             pass
         raise KeyError
+
+
+def test_a_second_run_of_the_same_process_is_refused_and_an_error_lets_go(tmp_path: Path) -> None:
+    with pytest.raises(KeyError):
+        fail_while_holding(tmp_path)
     with hold(tmp_path), hold(tmp_path / "point-1"), hold(None), hold(None):
         pass
 

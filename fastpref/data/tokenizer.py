@@ -8,6 +8,8 @@ import orjson
 import tokenizers
 import xxhash
 
+from fastpref.data.files import check_manifest
+
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -123,12 +125,14 @@ class Tokenizer:
         Raises:
           FileNotFoundError: there is no `tokenizer.json`.
           ValueError: a file cannot be read, or none of them says what EOS is.
+          ModelError: a file is not what was written here.
         """
         source = Path(directory)
         if not (source / "tokenizer.json").is_file():
             raise FileNotFoundError(
                 f"a checkpoint holds tokenizer.json, but {source} has none: save its tokenizer in the fast format"
             )
+        check_manifest(source, lambda name: name in FILES)
         files = {name: (source / name).read_bytes() for name in FILES if (source / name).is_file()}
         try:
             backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())

@@ -1,9 +1,9 @@
 """One owner of a run directory: the process that writes it holds a lock, which the system lets go when it dies.
 
-    with hold("runs/ipo-md"):
-        ...
+with hold("runs/ipo-md"):
+    ...
 
-    owner    held by the process that writes the run; its id, its host and the time since, as JSON
+owner    held by the process that writes the run; its id, its host and the time since, as JSON
 """
 
 import fcntl
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import orjson
 
+from fastpref.data import files
 from fastpref.method.errors import OwnerError, RunWarning
 
 NAME = "owner"
@@ -26,7 +27,8 @@ NAME = "owner"
 def hold(run_dir: Path | str | None) -> Iterator[None]:
     """Own a run directory while the block runs; a second owner is refused, of this process or another.
 
-    The lock is the kernel's: a killed process leaves none behind, whatever the file says. Every kind of run takes it.
+    The lock is the kernel's: a killed process leaves none behind, whatever the file says. Every kind of run takes it,
+    and removes what the owner before left half-written.
 
     Args:
       run_dir: the directory, made if need be; None, for a run that writes nothing, owns nothing.
@@ -59,6 +61,7 @@ def hold(run_dir: Path | str | None) -> Iterator[None]:
                 RunWarning,
                 stacklevel=4,
             )
+        files.tidy(folder)
         since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         _sign(lock, {"process": os.getpid(), "host": socket.gethostname(), "since": since})
         try:

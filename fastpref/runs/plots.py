@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import orjson
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,6 +12,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from fastpref.runs import log
 
 Columns = dict[str, np.ndarray]
 """Each metric's values, float64 [N], NaN where a step lacks it."""
@@ -290,13 +290,7 @@ def _plot(run_dir: Path, panels: Sequence[Panel]) -> list[Path]:
 
 
 def _columns(path: Path) -> Columns:
-    records: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
-        if line.endswith(b"\n"):  # the last line of a run that is being written may be half there
-            try:
-                records.append(orjson.loads(line))
-            except orjson.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: each line must be JSON, but {error}. Remove it.") from error
+    records = log.read_metrics(path)
     names = dict.fromkeys(name for record in records for name in record)
     return {name: np.array([record.get(name) for record in records], np.float64) for name in names}
 

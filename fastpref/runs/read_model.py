@@ -5,9 +5,9 @@ from pathlib import Path
 
 from flax import nnx
 
-from fastpref.runs import checkpoints
-from fastpref.models import LanguageModel, load
 from fastpref.data.tokenizer import Tokenizer
+from fastpref.models import LanguageModel, load
+from fastpref.runs import checkpoints
 
 Model = LanguageModel | str | Path
 """A model, a Hugging Face directory, a run directory (its final model), or one checkpoint of a run."""
