@@ -22,6 +22,9 @@ from fastpref.models.policy import Policy
 from fastpref.runs.metrics import ended
 from fastpref.sampling.generate import Written, write
 
+SAMPLES = 8
+"""Held-out prompts that are kept for reading."""
+
 
 class Distances(NamedTuple):
     """What two models make of the same tokens, float32, 0 where a token does not count."""
@@ -177,6 +180,8 @@ class HeldOut:
         self._ref, self._prompts, self._judge, self._config = ref, prompts, judge, config
         self._rows = min(2 * config.batch_size, max(len(prompts), 1))
         self._baseline: _References | None = None
+        self.samples: list[dict[str, Any]] = []
+        """The first prompts with what the reference and the policy wrote, and p(policy ≻ reference), last measured."""
 
     def measure(self, policy: LanguageModel) -> dict[str, float]:
         """Metrics of the policy as it is now, under `eval/`; `fastpref.runs.metrics` says what they mean.
@@ -189,7 +194,12 @@ class HeldOut:
         pairs, baseline, preference, ref_logps = self._baseline
         written = self._write(policy, seed=0)
         texts = [text for (text,) in written.texts]
-        rate = summarise(self._prompts, texts, baseline, both_orders(self._judge, self._prompts, texts, baseline))
+        judged = both_orders(self._judge, self._prompts, texts, baseline)
+        rate = summarise(self._prompts, texts, baseline, judged)
+        self.samples = [
+            {"prompt": prompt, "before": before, "after": after, "preference": float(p)}
+            for prompt, before, after, p in zip(self._prompts[:SAMPLES], baseline, texts, judged, strict=False)
+        ]
         definition, params = nnx.split(policy.module)
         kl, entropy = self._batched(partial(_along, definition, params, *nnx.split(self._ref.module)), written)
         # Both from the same computation, so that a policy that is the reference ties exactly.
