@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 from small import tokenizer
 
-from fastpref.data import DropReport, PairBatcher, TokenRecords, read_records, tokenize_completions
+from fastpref.data import DropReport, PairBatcher, TokenRecords, files, read_records, tokenize_completions
 from fastpref.data.cache import tokenized
 from fastpref.data.chat import ChatTemplate
 from fastpref.data.tokenization import TokenStream
@@ -300,14 +300,16 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: py
         cached(source, tmp_path / "file")
 
 
-def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
-    old, new = tmp_path / ".tmp-old", tmp_path / ".tmp-new"
-    for folder in (old, new):
+def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
+    dead, theirs = tmp_path / ".tmp-dead.arrow-1", tmp_path / ".tmp-theirs.arrow-2"
+    for folder in (dead, theirs):
         folder.mkdir()
         (folder / "prompt").write_bytes(b"x")
-    os.utime(old, (0, 0))
-    cached(ROWS[:10], tmp_path)
-    assert (old.exists(), new.exists()) == (False, True)
+    with files._locked(theirs):
+        cached(ROWS[:10], tmp_path)
+        assert (dead.exists(), theirs.exists()) == (False, True)
+    cached(ROWS[:11], tmp_path)
+    assert not theirs.exists()
 
 
 def test_a_tokenizer_without_a_fingerprint_is_refused(tmp_path: Path) -> None:

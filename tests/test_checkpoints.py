@@ -9,17 +9,21 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orjson
 import pytest
 
+from fastpref.data import files as durable
+from fastpref.data import hashes
 from fastpref.method.errors import CheckpointError, CheckpointWarning
 from fastpref.runs import checkpoints
-from fastpref.runs.checkpoints import latest_step, restore, save, steps
+from fastpref.runs.checkpoints import restore, save, steps
 
 FINGERPRINT = {"algorithm": "ipo-md", "tau": 1.0, "optimizer": {"name": "adafactor", "learning_rate": 1e-4}}
 
@@ -88,14 +92,12 @@ def test_an_empty_place_has_no_checkpoint(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "absent"):
         assert restore(place, small(0), fingerprint=None) is None
         assert steps(place) == []
-        assert latest_step(place) is None
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in range(0, 50, 10):
         save(tmp_path, step, small(step), {}, fingerprint={}, keep=2)
     assert steps(tmp_path) == [30, 40]
-    assert latest_step(tmp_path) == 40
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000030", "00000040"]
 
 
@@ -229,8 +231,13 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
         restore(tmp_path, small(1), fingerprint={})
 
 
-@pytest.mark.parametrize("where", ["_write_arrays", "_flush", "_file", "_publish", "_sync"])
-def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "where"),
+    [(checkpoints, "_write_arrays"), (hashes, "of_file"), (durable, "force_to_disk"), (durable, "_sync")],
+)
+def test_a_full_disk_leaves_the_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, where: str
+) -> None:
     save(tmp_path, 1, small(1), {}, fingerprint={}, keep=1)
     before = files(tmp_path)
 
@@ -238,7 +245,7 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, where, full)
+        patch.setattr(module, where, full)
         with pytest.raises(CheckpointError, match=r"step 2 could not be written to .*0002: .*No space left on device"):
             save(tmp_path, 2, small(2), {}, fingerprint={}, keep=1)
     assert files(tmp_path) == before
@@ -247,20 +254,83 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: py
     assert steps(tmp_path) == [2]
 
 
-def test_a_failed_replacement_leaves_the_former_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_failed_replacement_leaves_the_former_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool
+) -> None:
     save(tmp_path, 1, small(1), {}, fingerprint={}, keep=1)
     before = files(tmp_path)
     rename = Path.rename
 
     def fails_for_the_new_one(path: Path, target: Path) -> Path:
-        if path.name.startswith(".tmp-"):
+        if path.parent.name.startswith(".tmp-"):
             raise OSError(5, "Input/output error")
         return rename(path, target)
 
+    def fails(new: Path, path: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("ctypes.CDLL", lambda *_: object())
     monkeypatch.setattr(Path, "rename", fails_for_the_new_one)
+    if exchanges:
+        monkeypatch.setattr(durable, "_exchange", fails)
     with pytest.raises(CheckpointError, match="Input/output error"):
         save(tmp_path, 1, small(2), {}, fingerprint={}, keep=1)
     assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("part", ["extra.json", "arrays/"])
+def test_a_published_checkpoint_that_lacks_a_part_is_passed_over(tmp_path: Path, part: str) -> None:
+    """Neither the files nor the manifest have the part: another process took it away while it was written."""
+    for step in (1, 2):
+        save(tmp_path, step, small(step), {"step": step}, fingerprint={}, keep=2)
+    newest = tmp_path / "00000002"
+    body = orjson.loads((newest / "manifest").read_bytes().partition(b"\n")[2])
+    for name in [name for name in body["files"] if name.startswith(part)]:
+        (newest / name).unlink()
+        del body["files"][name]
+    written = orjson.dumps(body)
+    (newest / "manifest").write_bytes(hashes.of_bytes(written).encode() + b"\n" + written)
+    with pytest.warns(
+        CheckpointWarning, match=f"step 2 is damaged and passed over: .*{part.rstrip('/')}: no such part"
+    ):
+        found = restore(tmp_path, small(0), fingerprint={})
+    assert found is not None
+    assert (found.step, found.extra) == (1, {"step": 1})
+    assert_same(found.arrays, small(1))
+
+
+def test_a_checkpoint_that_loses_a_part_while_it_is_written_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, small(1), {"step": 1}, fingerprint={}, keep=1)
+    write = checkpoints._write_arrays
+
+    def taken_away(directory: Path, leaves: Any) -> None:
+        write(directory, leaves)
+        (directory.parent / "extra.json").unlink()
+
+    monkeypatch.setattr(checkpoints, "_write_arrays", taken_away)
+    with pytest.raises(CheckpointError, match=r"extra.json: no such part is in the manifest"):
+        save(tmp_path, 2, small(2), {}, fingerprint={}, keep=1)
+    assert steps(tmp_path) == [1]
+
+
+def test_arrays_that_orbax_cannot_read_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, small(step), {"step": step}, fingerprint={}, keep=2)
+    read = checkpoints._read_arrays
+
+    def fails_for_the_newest(directory: Path, wanted: Any) -> Any:
+        if "00000002" in directory.parts:
+            raise FileNotFoundError("no _METADATA")
+        return read(directory, wanted)
+
+    monkeypatch.setattr(checkpoints, "_read_arrays", fails_for_the_newest)
+    with pytest.warns(CheckpointWarning, match=r"step 2 is damaged .*Orbax lacks a part of it \(no _METADATA\)"):
+        found = restore(tmp_path, small(0), fingerprint={})
+    assert found is not None
+    assert found.step == 1
 
 
 def test_a_file_that_may_not_grow_is_a_clear_error_from_orbax_too(tmp_path: Path) -> None:
@@ -281,7 +351,7 @@ def test_an_interrupt_leaves_no_rubbish(tmp_path: Path, monkeypatch: pytest.Monk
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "_publish", interrupt)
+    monkeypatch.setattr(durable, "force_to_disk", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 1, small(1), {}, fingerprint={}, keep=1)
     assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,8 @@
 """Checkpoints in and out: what is read is written again byte for byte, and what is broken is named."""
 
 import json
+import random
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +18,9 @@ import xxhash
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from fastpref.data import files
 from fastpref.data.tokenizer import Tokenizer
+from fastpref.method.errors import ModelError, WriteError
 from fastpref.models import (
     T5,
     Decoder,
@@ -39,7 +43,8 @@ LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
+    """All files but the manifest, which is ours alone."""
+    return {file.name: file.read_bytes() for file in directory.iterdir() if file.name != files.MANIFEST}
 
 
 def copied(name: str, path: Path) -> Path:
@@ -320,6 +325,57 @@ def test_a_failed_save_leaves_the_old_checkpoint_and_nothing_else(
         save(make(SMALL_T5), tmp_path / "checkpoint")
     assert contents(tmp_path / "checkpoint") == before
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_flipped_bit_in_what_was_saved_here_is_found_and_named(tmp_path: Path) -> None:
+    """Whoever reads it: as a judge, a policy or a tokenizer. Data of tensors is most of a file, and has no checksum."""
+    save(make(SMALL), tmp_path / "model")
+    whole = {file: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "config.json", files.MANIFEST} <= {file.name for file in whole}
+    rng = random.Random(0)
+    for file, content in whole.items():
+        for _ in range(8):
+            flipped = bytearray(content)
+            flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            file.write_bytes(flipped)
+            with pytest.raises(ModelError, match=f"{tmp_path / 'model'}/"):
+                load(tmp_path / "model")
+            if file.name == "tokenizer.json":
+                with pytest.raises(ModelError, match=r"tokenizer.json must be as it was written"):
+                    Tokenizer.load(tmp_path / "model")
+        file.write_bytes(content)
+    load(tmp_path / "model")
+
+
+def test_what_was_changed_on_purpose_is_read_once_the_manifest_is_deleted(tmp_path: Path) -> None:
+    save(make(SMALL), tmp_path / "model")
+    edit(tmp_path / "model" / "config.json", comment="mine")
+    with pytest.raises(ModelError, match=r"config.json must .* changed on purpose, delete .*fastpref_manifest.json\."):
+        load(tmp_path / "model")
+    (tmp_path / "model" / files.MANIFEST).unlink()
+    load(tmp_path / "model")
+
+
+def test_a_save_killed_between_two_renames_is_brought_back_on_reading(tmp_path: Path) -> None:
+    save(make(SMALL), tmp_path / "model")
+    (tmp_path / "model").rename(tmp_path / ".old-model")  # where a system cannot exchange two directories at once
+    load(tmp_path / "model")
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_while_saving_is_one_error_with_the_path(tmp_path: Path) -> None:
+    model = make(SMALL)
+    save(model, tmp_path / "model")
+    before = contents(tmp_path / "model")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(WriteError, match=rf"{tmp_path / 'model'} must be writable, but received .*File too large"):
+            save(model, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(tmp_path / "model") == before
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_directory_with_other_files_is_not_overwritten(tmp_path: Path) -> None:

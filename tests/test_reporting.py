@@ -4,7 +4,6 @@ import io
 import math
 import random
 import re
-import resource
 import struct
 import subprocess
 import sys
@@ -21,8 +20,9 @@ from PIL import Image
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from fastpref.method.errors import RunWarning
 from fastpref.runs import plots
-from fastpref.runs.log import Run
+from fastpref.runs.log import Run, gaps
 from fastpref.runs.metrics import METRICS
 from fastpref.runs.plots import plot_run, plot_supervised
 from fastpref.runs.terminal import SHOWN, progress, samples_table, table
@@ -130,17 +130,41 @@ def test_closing_twice_is_fine_and_writing_after_it_is_not(tmp_path: Path) -> No
         run.log(2, {"loss": 1.0})
 
 
-def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
-    run = Run(tmp_path, tensorboard=False)
+FULL_DISK = """
+import resource, sys, warnings
+from fastpref.runs.log import Run, gaps
+heard = []
+warnings.showwarning = lambda message, *_: heard.append(str(message))
+warnings.simplefilter("always")
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+with Run(sys.argv[1]) as run:
     run.log(1, {"loss": 1.0})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
-    try:
-        with pytest.raises(OSError, match=r"File too large: '.*metrics.jsonl'"):
-            run.log(2, {"loss": 1.0})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    run.close()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), hard))
+    for step in range(2, 200):  # many times what tensorboardX's queue holds
+        run.log(step, {"loss": 1.0 / step, "tau": 1.0})
+        run.log_samples(step, [{"prompt": "p" * 50}])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+print(*heard, sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("limit", [1, 30, 500, 3000])
+def test_a_full_disk_neither_stops_nor_hangs_a_run_and_is_said_once_for_each_file(tmp_path: Path, limit: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path), str(limit)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    heard = done.stdout.splitlines()
+    assert sorted(line.split(" ")[0] for line in heard) == [
+        str(tmp_path / name) for name in ("metrics.jsonl", "samples.jsonl", "tensorboard")
+    ]
+    assert all("must be writable, but received File too large. The run goes on without it" in line for line in heard)
+    # There was room again in the end.
+    assert [record["step"] for record in records(tmp_path / "metrics.jsonl")] == [*range(1, 200)]
 
 
 def steps_of(run: Run, steps: range) -> None:
@@ -156,13 +180,13 @@ def test_a_continued_run_has_the_files_of_an_uninterrupted_one(tmp_path: Path, t
     with Run(whole, tensorboard=False) as run:
         steps_of(run, range(1, 13))
     with Run(cut, tensorboard=False) as run:
-        run.truncate_after(0)
+        run.resume(0)
         steps_of(run, range(1, 8))
     for name in ("metrics.jsonl", "samples.jsonl"):
         with (cut / name).open("ab") as file:
             file.write(torn)
     with Run(cut, tensorboard=False) as run:
-        run.truncate_after(5)
+        run.resume(5)
         assert [record["step"] for record in records(cut / "metrics.jsonl")] == [1, 2, 3, 4, 5]
         assert [record["step"] for record in records(cut / "samples.jsonl")] == [2, 2, 4, 4]
         steps_of(run, range(6, 13))
@@ -179,33 +203,94 @@ def test_a_torn_line_is_not_written_on_to(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", [b"\x00\x00", b'{"loss":1}', b"[1]", b'{"step":"2"}', b'{"step":2'])
-def test_a_broken_line_is_named_and_nothing_is_lost(tmp_path: Path, line: bytes) -> None:
+def test_a_broken_line_is_named_dropped_and_kept_beside_the_file(tmp_path: Path, line: bytes) -> None:
     content = b'{"step":1}\n' + line + b'\n{"step":3}\n'
     (tmp_path / "metrics.jsonl").write_bytes(content)
-    with Run(tmp_path) as run, pytest.raises(ValueError, match=r"metrics.jsonl, line 2: .* Remove or mend it"):
-        run.truncate_after(1)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == content
+    with Run(tmp_path) as run, pytest.warns(RunWarning) as heard:
+        assert run.resume(3) == [{"step": 1}, {"step": 3}]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step":1}\n{"step":3}\n'
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == content
+    said = " ".join(str(warning.message) for warning in heard)
+    assert "metrics.jsonl must be as it was written, but lines 2 are damaged or missing. They are dropped" in said
+    assert "must have a line for each of 3 steps, but none of steps 2 was found" in said
+
+
+@pytest.mark.parametrize("damage", ["flip", "digit", "cut", "gone", "shuffled", "empty", "absent"])
+def test_damaged_metrics_are_said_and_written_again_from_the_checkpoint(tmp_path: Path, damage: str) -> None:
+    with Run(tmp_path, tensorboard=False) as run:
+        run.resume(0)
+        steps_of(run, range(1, 9))
+        history = run.history()
+        steps_of(run, range(9, 12))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = b"".join(lines[:8])
+    flipped = bytearray(lines[2])
+    flipped[4] ^= 8
+    damaged = {
+        "flip": [*lines[:2], bytes(flipped), *lines[3:]],
+        "digit": [lines[0].replace(b"1.0", b"2.0", 1), *lines[1:]],  # reads as another number
+        "cut": [*lines[:4], lines[4][:9], b"\n", *lines[5:]],
+        "gone": [*lines[:3], *lines[5:]],
+        "shuffled": [*lines[1:], lines[0]],
+        "empty": [],
+        "absent": [],
+    }[damage]
+    path.unlink() if damage == "absent" else path.write_bytes(b"".join(damaged))
+    with Run(tmp_path, tensorboard=False) as run:
+        with pytest.warns(
+            RunWarning, match=r"metrics.jsonl must be as it was written, but lines .* from the checkpoint; .*damaged"
+        ):
+            metrics = run.resume(8, history)
+        assert path.read_bytes() == whole
+        assert [record["step"] for record in metrics] == [*range(1, 9)]
+        assert run.history() == history
+        steps_of(run, range(9, 12))
+    assert path.read_bytes() == b"".join(lines)
+
+
+def test_metrics_that_were_cut_off_by_a_kill_are_no_damage(tmp_path: Path) -> None:
+    with Run(tmp_path, tensorboard=False) as run:
+        steps_of(run, range(1, 9))
+        history = run.history()
+        steps_of(run, range(9, 12))
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-7])
+    with Run(tmp_path, tensorboard=False) as run:
+        run.resume(8, history)
+    assert [record["step"] for record in records(path)] == [*range(1, 9)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [([], "steps 1 to 5"), ([1, 2, 3, 4, 5], ""), ([2, 4, 9], "steps 1, 3, 5"), ([1, 5], "steps 2 to 4")],
+)
+def test_gaps_are_named(steps: list[int], said: str) -> None:
+    assert gaps(steps, 5) == said
 
 
 def test_truncation_is_one_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Run(tmp_path, tensorboard=False) as run:
-        steps_of(run, range(1, 4))
+        for step in (1, 2, 3):
+            run.log(step, {"loss": 1.0})
         before = (tmp_path / "metrics.jsonl").read_bytes()
+        seen = []
 
         def fail(path: Path, target: Path) -> Path:
-            assert path.read_bytes() == before[: before.index(b"\n") + 1]
+            seen.append(path.read_bytes())
             raise OSError(5, "Input/output error")
 
         monkeypatch.setattr(Path, "replace", fail)
-        with pytest.raises(OSError, match="Input/output error"):
-            run.truncate_after(1)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+        with pytest.warns(RunWarning, match="metrics.jsonl must be writable, but received Input/output error"):
+            run.resume(1)
+        assert before[: before.index(b"\n") + 1] in seen
+        assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_tensorboard_hides_the_steps_that_are_taken_again(tmp_path: Path) -> None:
     with Run(tmp_path) as run:
         steps_of(run, range(1, 8))
-        run.truncate_after(5)
+        run.resume(5)
         steps_of(run, range(6, 9))
     first, second = sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.suffix)
     before, after = events(first), events(second)
@@ -422,9 +507,8 @@ def test_a_run_with_nothing_to_plot_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"it has \['loss', 'step', 'tau'\]"):
         plot_run(tmp_path)
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step":1,"loss":0.5}\n{"step":2,"lo\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: each line must be JSON"):
-        plot_run(tmp_path)
-    assert not (tmp_path / "plots").exists()
+    with pytest.warns(RunWarning, match=r"metrics.jsonl must hold .* but lines 2 do not. They stay out"):
+        assert plot_run(tmp_path)
 
 
 def test_plots_leave_the_global_pyplot_alone() -> None:

@@ -12,10 +12,7 @@ file gives the same tokens in the same order, a batcher over it resumes exactly.
     cache/<key>.arrow    Arrow IPC, one record batch: prompt, completion_0, ... (lists of int32), preference, id
 """
 
-import os
-import shutil
-import time
-import uuid
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -28,9 +25,9 @@ import orjson
 import pyarrow as pa
 import pyarrow.ipc
 import tokenizers
-import xxhash
 from jaxtyping import Int64
 
+from fastpref.data import files, hashes
 from fastpref.data.chat import ChatTemplate
 from fastpref.data.ragged import Ragged
 from fastpref.data.readers import RecordStream
@@ -41,8 +38,6 @@ from fastpref.data.tokenizer import Rendered
 from fastpref.method.errors import CacheWarning, DataError
 
 FORMAT = 1
-ABANDONED_SECONDS = 24 * 3600.0
-"""Temporary files older than this are what a killed process left."""
 
 
 @runtime_checkable
@@ -98,12 +93,12 @@ def tokenized(
       CacheWarning: a damaged file was found and is replaced.
     """
     fingerprint = b"" if cache is None else _fingerprint(tokenizer)
-    files = _files(source)
+    paths = _files(source)
     with ExitStack() as stack:
-        for path in files:
+        for path in paths:
             stack.enter_context(unchanged(path))
         read = RecordStream(source, columns=columns, on_bad_record=on_bad_record, template=template)
-        records = read if files or cache is None else list(read)
+        records = read if paths or cache is None else list(read)
         encoded = TokenStream(
             records,
             tokenizer,
@@ -119,7 +114,9 @@ def tokenized(
             return tokens, read.report.then(encoded.report)
         described = {
             "format": FORMAT,
-            "content": _digest_files(files) if files else _digest_records(records, read.report),
+            "content": [[path.suffix, hashes.of_file(path)["xxh3"]] for path in paths]
+            if paths
+            else _digest_records(records, read.report),
             "tokenizer": fingerprint.hex(),
             "tokenizers": tokenizers.__version__,
             "columns": list(columns),
@@ -127,7 +124,7 @@ def tokenized(
             "policies": [overlong, on_bad_record],
             "template": None if template is None else [template.text, template.tokens],
         }
-        key = xxhash.xxh3_128_hexdigest(orjson.dumps(described, option=orjson.OPT_SORT_KEYS))
+        key = hashes.of_bytes(orjson.dumps(described, option=orjson.OPT_SORT_KEYS))
         path = Path(cache) / f"{key}.arrow"
         found = _open(path, key)
         if found is not None:
@@ -163,23 +160,9 @@ def _files(source: Source) -> list[Path]:
     return []
 
 
-def _digest_files(paths: Sequence[Path]) -> list[list[str]]:
-    """Kind and content of each file."""
-    digests = []
-    for path in paths:
-        digest = xxhash.xxh3_128()
-        with path.open("rb") as file:
-            while block := file.read(2**24):
-                digest.update(block)
-        digests.append([path.suffix, digest.hexdigest()])
-    return digests
-
-
 def _digest_records(records: Any, report: DropReport) -> str:
-    digest = xxhash.xxh3_128(orjson.dumps(asdict(report), option=orjson.OPT_SORT_KEYS))
-    for record in records:
-        digest.update(orjson.dumps([record, isinstance(record.prompt, Rendered)]))
-    return digest.hexdigest()
+    parts = (orjson.dumps([record, isinstance(record.prompt, Rendered)]) for record in records)
+    return hashes.of_buffers([orjson.dumps(asdict(report), option=orjson.OPT_SORT_KEYS), *parts]).hex()
 
 
 def _warn_again(report: DropReport, on_bad_record: OnBadRecord) -> None:
@@ -192,32 +175,22 @@ def _warn_again(report: DropReport, on_bad_record: OnBadRecord) -> None:
 
 def _write(path: Path, key: str, encoded: TokenStream, completions: int, read: RecordStream) -> None:
     """Spool the tokens to raw files first: only then is their number known, and one record batch can hold them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _tidy(path.parent)
-    folder = path.parent / f".tmp-{key}-{uuid.uuid4().hex}"
-    folder.mkdir()
-    try:
+    files.tidy(path.parent)
+    with files.replacing(path) as new, ExitStack() as stack:
         names = ["prompt", *(f"completion_{k}" for k in range(completions))]
-        lengths, rest = _spool(folder, names, encoded)
-        with ExitStack() as stack:
-            arrays: dict[str, pa.Array] = {}
-            for name in names:
-                arrays[name] = _list_array(lengths[name], stack.enter_context(_mapped(folder / name)))
-            arrays |= {name: pa.array(values) for name, values in rest.items()}
-            report = read.report.then(encoded.report)
-            described = {"key": key, "report": asdict(report), "digests": _digests(arrays)}
-            batch = pa.record_batch(arrays).replace_schema_metadata({"fastpref": orjson.dumps(described)})
-            finished = folder / "finished"
-            with finished.open("wb") as file:
-                with pyarrow.ipc.new_file(file, batch.schema) as writer:
-                    writer.write_batch(batch)
-                file.flush()
-                os.fsync(file.fileno())
+        spool = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=new.parent)))
+        lengths, rest = _spool(spool, names, encoded)
+        arrays: dict[str, pa.Array] = {}
+        for name in names:
+            arrays[name] = _list_array(lengths[name], stack.enter_context(_mapped(spool / name)))
+        arrays |= {name: pa.array(values) for name, values in rest.items()}
+        report = read.report.then(encoded.report)
+        described = {"key": key, "report": asdict(report), "digests": _digests(arrays)}
+        batch = pa.record_batch(arrays).replace_schema_metadata({"fastpref": orjson.dumps(described)})
+        with pyarrow.ipc.new_file(str(new), batch.schema) as writer:
+            writer.write_batch(batch)
         # A mapped file that shrinks kills the process, so nobody should write to it in place.
-        finished.chmod(0o444)
-        finished.replace(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        new.chmod(0o444)
 
 
 def _spool(
@@ -246,16 +219,6 @@ def _list_array(lengths: list[np.ndarray], values: Any) -> pa.Array:
     offsets: Int64[np.ndarray, " N_plus_1"] = np.cumsum(np.concatenate(lengths))
     tokens = pa.Array.from_buffers(pa.int32(), int(offsets[-1]), [None, values.read_buffer()])
     return pa.LargeListArray.from_arrays(pa.array(offsets), tokens)
-
-
-def _tidy(directory: Path) -> None:
-    for path in directory.glob(".tmp-*"):
-        try:
-            abandoned = time.time() - path.stat().st_mtime > ABANDONED_SECONDS
-        except FileNotFoundError:  # another process has just finished
-            continue
-        if abandoned:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -310,8 +273,6 @@ def _digests(arrays: Mapping[str, pa.Array]) -> dict[str, str]:
     digests = {}
     for name, array in arrays.items():
         parts = (array.offsets, array.values) if pa.types.is_large_list(array.type) else (array,)
-        digest = xxhash.xxh3_128(str(array.type).encode())
-        for part in parts:
-            digest.update(part.to_numpy(zero_copy_only=True).data)
-        digests[name] = digest.hexdigest()
+        values = [part.to_numpy(zero_copy_only=True).data for part in parts]
+        digests[name] = hashes.of_buffers([str(array.type).encode(), *values]).hex()
     return digests

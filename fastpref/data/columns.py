@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import xxhash
 from jaxtyping import Int32
 
-from fastpref.data import _native
+from fastpref.data import _native, hashes
 from fastpref.data.ragged import Ragged
 from fastpref.method.errors import DataError
 
@@ -69,10 +68,9 @@ def preferences(preference: Numbers | None, records: int) -> np.ndarray:
 
 def fingerprint(tables: Mapping[str, Ragged], *numbers: np.ndarray) -> bytes:
     """XXH3-128 of all that a batch may hold: rows of token ids, and contiguous arrays."""
-    digest = xxhash.xxh3_128()
-    for rows in tables.values():
-        digest.update(np.diff(rows.offsets).data)
-        digest.update(rows.values[rows.offsets[0] : rows.offsets[-1]].data)
-    for array in numbers:
-        digest.update(array.data)
-    return bytes(digest.digest())
+    rows = (part for row in tables.values() for part in (np.diff(row.offsets), _values(row)))
+    return hashes.of_buffers(array.data for array in (*rows, *numbers))
+
+
+def _values(rows: Ragged) -> np.ndarray:
+    return rows.values[rows.offsets[0] : rows.offsets[-1]]

@@ -8,6 +8,7 @@ import orjson
 import tokenizers
 import xxhash
 
+from fastpref.data.files import check_manifest
 from fastpref.method.errors import ModelError
 
 FILES = (
@@ -141,6 +142,7 @@ class Tokenizer:
             raise FileNotFoundError(
                 f"a checkpoint holds tokenizer.json, but {source} has none: save its tokenizer in the fast format"
             )
+        check_manifest(source, lambda name: name in FILES)
         files = {name: (source / name).read_bytes() for name in FILES if (source / name).is_file()}
         try:
             backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())

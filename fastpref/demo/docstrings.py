@@ -17,7 +17,6 @@ import platform
 import re
 import string
 import sysconfig
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +27,8 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from fastpref.data.files import replacing
 
 PREFIX = "summarize: "
 """The instruction in front of every prompt; the rest of a prompt is the article."""
@@ -420,11 +421,5 @@ def _store(file: Path, found: Harvest) -> None:
     counts = {"files": found.files, "unreadable": found.unreadable, "docstrings": found.docstrings}
     columns = dict(zip(Example._fields, zip(*found.examples, strict=True), strict=False))
     table = pa.table({name: pa.array(columns.get(name, ()), pa.string()) for name in Example._fields})
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            whole = Path(folder, file.name)
-            pq.write_table(table.replace_schema_metadata({"counts": json.dumps(counts)}), whole)
-            whole.replace(file)
-    except OSError:
-        return
+    with contextlib.suppress(OSError), replacing(file) as new:
+        pq.write_table(table.replace_schema_metadata({"counts": json.dumps(counts)}), new)

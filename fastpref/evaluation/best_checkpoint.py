@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastpref.data import files
 from fastpref.evaluation.side_by_side import draw, kept
 from fastpref.evaluation.win_rates import WinRate, check_prompts, win_rate
 from fastpref.judging.protocol import Judge
 from fastpref.models import LanguageModel
-from fastpref.runs import checkpoints, tables, terminal
+from fastpref.runs import checkpoints, terminal
 from fastpref.runs.read_model import Model, locate, read_model, step_directory
 
 
@@ -102,8 +103,8 @@ class Ranking:
             for each in self.candidates
             for rate in [each.win_rate]
         ]
-        tables.write_csv(folder / "ranking.csv", columns, ranked)
-        tables.write_jsonl(
+        files.write_csv(folder / "ranking.csv", columns, ranked)
+        files.write_jsonl(
             folder / "records.jsonl",
             ({"checkpoint": each.name, **record} for each in self.candidates for record in each.win_rate.records()),
         )

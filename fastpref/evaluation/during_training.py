@@ -26,6 +26,8 @@ from fastpref.sampling.generate import Written, write
 
 PURPOSE = "evaluation"
 """Purpose under which the log keeps answers; those to pairs of the reference's own stand at step 0."""
+SAMPLES = 8
+"""Held-out prompts that are kept for reading."""
 
 
 class Distances(NamedTuple):
@@ -182,6 +184,8 @@ class HeldOut:
         self._ref, self._prompts, self._judge, self._config = ref, prompts, judge, config
         self._rows = min(2 * config.batch_size, max(len(prompts), 1))
         self._baseline: _References | None = None
+        self.samples: list[dict[str, Any]] = []
+        """The first prompts with what the reference and the policy wrote, and p(policy ≻ reference), last measured."""
 
     def fingerprint(self) -> dict[str, Any]:
         """Judge and prompts as JSON, for the fingerprint of the run: a curve is measured by one judge on one set."""
@@ -202,9 +206,12 @@ class HeldOut:
         pairs, baseline, preference, ref_logps = self._baseline
         written = self._write(policy, seed=0)
         texts = [text for (text,) in written.texts]
-        rate = summarise(
-            self._prompts, texts, baseline, both_orders(self._judge.at(PURPOSE, step), self._prompts, texts, baseline)
-        )
+        judged = both_orders(self._judge.at(PURPOSE, step), self._prompts, texts, baseline)
+        rate = summarise(self._prompts, texts, baseline, judged)
+        self.samples = [
+            {"prompt": prompt, "before": before, "after": after, "preference": float(p)}
+            for prompt, before, after, p in zip(self._prompts[:SAMPLES], baseline, texts, judged, strict=False)
+        ]
         definition, params = nnx.split(policy.module)
         kl, entropy = self._batched(partial(_along, definition, params, *nnx.split(self._ref.module)), written)
         # Both from the same computation, so that a policy that is the reference ties exactly.

@@ -19,10 +19,11 @@ from typing import Any, Generic
 import numpy as np
 import orjson
 
+from fastpref.data import files
 from fastpref.method.config import Config, from_mapping, to_json
 from fastpref.method.errors import ConfigError, DivergedError, nearest
 from fastpref.method.schedules import Schedule
-from fastpref.runs import files, tables, terminal
+from fastpref.runs import log, tables, terminal
 from fastpref.runs.metrics import METRICS
 
 
@@ -147,8 +148,8 @@ class SweepResult:
             [*map(_word, point.values.values()), point.score, point.folder.name, point.error or ""]
             for point in self.points
         ]
-        tables.write_csv(folder / "results.csv", [*self.points[0].values, self.metric, "run", "error"], points)
-        files.replace(folder / "results.md", self.markdown().encode())
+        files.write_csv(folder / "results.csv", [*self.points[0].values, self.metric, "run", "error"], points)
+        files.write_file(folder / "results.md", self.markdown().encode())
         self.plot(folder / "results.png")
 
 
@@ -283,15 +284,14 @@ def _measured(
 
 def _record(plan: _Plan[Any], scores: Mapping[str, float], error: str | None) -> None:
     content = {"values": plan.values, "settings": to_json(plan.config), "scores": scores, "error": error}
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    files.replace(plan.folder / "point.json", orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
+    files.write_json(plan.folder / "point.json", content)
 
 
 def _score(plan: _Plan[Config], metric: str | Callable[[Config, Path], float]) -> float:
     if not isinstance(metric, str):
         return float(metric(plan.config, plan.folder))
     path = plan.folder / "metrics.jsonl"
-    records = [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+    records = log.read_metrics(path)
     values = [record[metric] for record in records if record.get(metric) is not None]
     if not values:
         names = sorted({name for record in records for name in record})

@@ -15,8 +15,9 @@ import numpy as np
 import orjson
 from jaxtyping import Float
 
+from fastpref.data import files
 from fastpref.judging.protocol import Judge, ask
-from fastpref.runs import files, tables, terminal
+from fastpref.runs import terminal
 
 ASKED_AT_ONCE = 64
 """Pairs of one call of the judge: what a judge that fails midway has answered before is kept."""
@@ -149,10 +150,10 @@ class WinRates:
         matrices = {name: getattr(self, name).tolist() for name in ("value", "low", "high", "deviation")}
         content = {"names": list(self.names), "prompts": len(self.prompts), **matrices}
         # JSON has no NaN: a deviation of one comparison is null.
-        files.replace(folder / "win_rates.json", orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
+        files.write_file(folder / "win_rates.json", orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
         entries = self.rows()
-        tables.write_csv(folder / "win_rates.csv", list(entries[0]), [list(entry.values()) for entry in entries])
-        tables.write_jsonl(folder / "records.jsonl", self.records())
+        files.write_csv(folder / "win_rates.csv", list(entries[0]), [list(entry.values()) for entry in entries])
+        files.write_jsonl(folder / "records.jsonl", self.records())
         self.plot(folder / "win_rates.png")
 
 

@@ -16,7 +16,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as to_safetensors
 
 from fastpref.data.batches import token_mask
 from fastpref.judging.identity import digest
@@ -240,15 +241,17 @@ class PreferenceModel:
 
     def save(self, path: str | Path) -> None:
         """Write a Hugging Face directory with one more file, `preference_model.json`."""
-        (Path(path) / "preference_model.json").unlink(missing_ok=True)
-        save(self.model, path)
         settings = {
             "template": self.template,
             "answers": list(self.answers),
             "symmetric": self.symmetric,
             "max_tokens": self.max_tokens,
         }
-        (Path(path) / "preference_model.json").write_bytes(orjson.dumps(settings, option=orjson.OPT_INDENT_2))
+        save(
+            self.model,
+            path,
+            beside={"preference_model.json": orjson.dumps(settings, option=orjson.OPT_INDENT_2)},
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> "PreferenceModel":
@@ -310,12 +313,15 @@ class RewardModel:
 
     def save(self, path: str | Path) -> None:
         """Write a Hugging Face directory with two more files: the scalar head and `reward_model.json`."""
-        for name in ("reward_model.json", "reward_head.safetensors"):
-            (Path(path) / name).unlink(missing_ok=True)
-        save(dataclasses.replace(self.model, module=self.module.policy), path)
-        save_file({"weight": np.asarray(self.module.weight[...])}, Path(path) / "reward_head.safetensors")
         settings = {"max_prompt_tokens": self.max_prompt_tokens}
-        (Path(path) / "reward_model.json").write_bytes(orjson.dumps(settings, option=orjson.OPT_INDENT_2))
+        save(
+            dataclasses.replace(self.model, module=self.module.policy),
+            path,
+            beside={
+                "reward_head.safetensors": to_safetensors({"weight": np.asarray(self.module.weight[...])}),
+                "reward_model.json": orjson.dumps(settings, option=orjson.OPT_INDENT_2),
+            },
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> "RewardModel":

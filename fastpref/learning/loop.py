@@ -9,9 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-import xxhash
 
-from fastpref.runs import checkpoints, log, terminal
+from fastpref.data import hashes
+from fastpref.runs import checkpoints, log, owner, terminal
 
 
 @runtime_checkable
@@ -86,10 +86,12 @@ def drive(
 
     Raises:
       CheckpointError: the run directory holds another run, or nothing readable.
+      OwnerError: another process is writing the run directory.
     """
     done = 0
     history: list[dict[str, float]] = []
     with ExitStack() as stack:
+        stack.enter_context(owner.hold(journal.run_dir))
         run = None
         folder = None
         if journal.run_dir is not None:
@@ -100,7 +102,7 @@ def drive(
                 source.restore(found.extra["source"])
             run = stack.enter_context(log.Run(journal.run_dir))
             run.write_config(journal.settings)
-            run.truncate_after(done)
+            run.resume(done, None if found is None else found.extra.get("metrics"))
         saved = done
         position = source.state()
 
@@ -111,7 +113,7 @@ def drive(
                     folder,
                     done,
                     arrays,
-                    {"source": position},
+                    {"source": position, "metrics": run.history() if run is not None else b""},
                     fingerprint=journal.fingerprint,
                     keep=journal.keep_checkpoints,
                 )
@@ -145,13 +147,8 @@ def drive(
 
 def digest(*parts: Any) -> str:
     """A hash of pytrees of arrays: names what a run was started from."""
-    state = xxhash.xxh3_128()
-    for part in parts:
-        for leaf in jax.tree.leaves(part):
-            array = np.asarray(leaf)
-            state.update(f"{array.dtype}{array.shape}".encode())
-            state.update(array.tobytes())
-    return state.hexdigest()
+    arrays = map(np.asarray, jax.tree.leaves(parts))
+    return hashes.of_buffers(part for x in arrays for part in (f"{x.dtype}{x.shape}".encode(), x.tobytes())).hex()
 
 
 def lasting(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from fastpref.method.config import SupervisedConfig, to_json
 from fastpref.method.schedules import value_at
 from fastpref.models import LanguageModel, as_model, save
 from fastpref.runs import metrics, plots
+from fastpref.runs.report import finish
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 
@@ -139,8 +140,6 @@ def _fit(
         description=description,
         quiet=quiet,
     )
-    if folder is not None:
-        plots.plot_supervised(folder)
     if validate is None:
         return nnx.merge(definition, params), history, None
     return nnx.merge(definition, best), history, sign * float(best_value)
@@ -252,6 +251,7 @@ def sft(
     tuned = dataclasses.replace(model, module=module)
     if run_dir is not None:
         save(tuned, Path(run_dir) / "model")
+        finish(run_dir, "sft", plots.plot_supervised, data=report)
     return FitResult(tuned, metrics, best, report)
 
 
@@ -337,6 +337,7 @@ def fit_preference_model(
     fitted = with_module(module)
     if run_dir is not None:
         fitted.save(Path(run_dir) / "model")
+        finish(run_dir, "preference model", plots.plot_supervised, data=report)
     return FitResult(fitted, metrics, best, report)
 
 
@@ -409,4 +410,5 @@ def fit_reward_model(
     fitted = with_module(module)
     if run_dir is not None:
         fitted.save(Path(run_dir) / "model")
+        finish(run_dir, "reward model", plots.plot_supervised, data=report)
     return FitResult(fitted, metrics, best, report)

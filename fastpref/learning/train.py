@@ -25,6 +25,7 @@ from fastpref.data import (
 )
 from fastpref.data.batches import PackedPairs, PromptBatch
 from fastpref.evaluation.during_training import HeldOut
+from fastpref.judging.identity import name_of
 from fastpref.judging.judgements import FILE, Judgements
 from fastpref.judging.protocol import Judge, Rewarder
 from fastpref.judging.recorded import RecordedJudge
@@ -34,7 +35,7 @@ from fastpref.method.config import TrainConfig, to_json
 from fastpref.method.errors import ConfigError, DataError, DivergedError, require
 from fastpref.method.schedules import value_at
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
-from fastpref.runs import plots
+from fastpref.runs.report import finish
 
 Prompts = str | Path | Iterable[str | Mapping[str, Any]]
 """Texts, mappings with a `prompt`, or a JSONL, Parquet or Arrow file with that column."""
@@ -188,10 +189,11 @@ def train(
             **waiting.laps,
             **clock.laps,
         }
+        shown = gathered.samples if (done + 1) % config.sample_every == 0 else []
         if held_out is not None and ((done + 1) % config.eval_every == 0 or done + 1 == config.steps):
             metrics |= held_out.measure(current(parameters), done + 1)
-        samples = gathered.samples if (done + 1) % config.sample_every == 0 else []
-        return loop.Outcome((parameters, opt_state, round_params), metrics, samples)
+            shown = [*shown, *held_out.samples]
+        return loop.Outcome((parameters, opt_state, round_params), metrics, shown)
 
     skipped = 0
 
@@ -261,7 +263,7 @@ def train(
     if folder is not None:
         if isinstance(policy.module, T5 | Decoder):
             save(aligned, folder / "policy")
-        plots.plot_run(folder)
+        finish(folder, config.algorithm, data=report, judge=None if judge is None else name_of(judge))
     return TrainResult(policy=aligned, ref=ref, metrics=history, run_dir=folder, report=report)
 
 

@@ -44,6 +44,14 @@ class CheckpointError(FastprefError, RuntimeError):
     """A checkpoint could not be written, or none that fits could be read."""
 
 
+class OwnerError(FastprefError, RuntimeError):
+    """A run directory belongs to another process."""
+
+
+class WriteError(FastprefError, OSError):
+    """A file or directory could not be written; what was there before is as it was."""
+
+
 class DivergedError(FastprefError, RuntimeError):
     """Several updates in a row were not finite."""
 
@@ -58,6 +66,10 @@ class JudgeWarning(UserWarning):
 
 class CheckpointWarning(UserWarning):
     """A damaged checkpoint was passed over."""
+
+
+class RunWarning(UserWarning):
+    """A part of a run directory that no run needs to go on is damaged, or could not be written."""
 
 
 def require(holds: bool, rule: str, received: object, remedy: str) -> None:

@@ -1,10 +1,9 @@
 """Checkpoints in Hugging Face's layout: `config.json`, safetensors and the tokenizer's files, in and out."""
 
 import contextlib
+import errno
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from fastpref.data import files
 from fastpref.data.tokenizer import FILES, Tokenizer, read_json
 from fastpref.method.errors import ModelError
 from fastpref.models.configs import check_sizes, read_config, write_config
@@ -34,7 +34,9 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias")
 """Tensors of old checkpoints that no model reads."""
 
-OURS = re.compile("|".join([r"config\.json", r"model.*\.safetensors", re.escape(INDEX), *map(re.escape, FILES)]))
+OURS = re.compile(
+    "|".join([r"config\.json", r"model.*\.safetensors", *map(re.escape, (INDEX, files.MANIFEST, *FILES))])
+)
 """Files that a checkpoint consists of."""
 
 DECODER_NAMES = {
@@ -107,13 +109,17 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = Tru
 
     Raises:
       FileNotFoundError: the directory or one of its files is missing.
-      ModelError: a file cannot be read, the model is of an unsupported kind, or tensors do not fit the configuration.
+      ModelError: a file cannot be read or is not what `save` wrote, the model is of an unsupported kind, or tensors do
+        not fit the configuration. What others wrote has no manifest, and is read as it is.
     """
     source = Path(path)
+    if not source.is_dir():
+        files.tidy(source.absolute().parent, source.name)
     if not source.is_dir():
         raise FileNotFoundError(f"a checkpoint is a directory, but {source} is none: check the path")
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"a checkpoint holds config.json, but {source} has none: check the path")
+    files.check_manifest(source)
     raw = read_json({"config.json": (source / "config.json").read_bytes()}, "config.json")
     config = read_config(raw, tied=False)
     with contextlib.ExitStack() as stack:
@@ -167,18 +173,27 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = Tru
     return LanguageModel(module, tokenizer, raw)
 
 
-def save(model: LanguageModel, path: str | Path, *, max_shard_bytes: int = 5_000_000_000) -> None:
+def save(
+    model: LanguageModel,
+    path: str | Path,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    beside: Mapping[str, bytes] | None = None,
+) -> None:
     """Write a checkpoint directory that `load` and Hugging Face's libraries read.
 
-    Everything is written beside `path` first and moved there when complete, so that no crash leaves half a checkpoint.
-    A checkpoint that is already there is replaced. Saving what was loaded writes the same bytes again.
+    It appears by one rename when it is complete and on disk, so that no crash leaves half a checkpoint or none. A
+    checkpoint that is already there is replaced. Saving what was loaded writes the same bytes again. A manifest of all
+    files, which other libraries do not read, lets `load` find damage.
 
     Args:
       model: what to save.
       path: a new or empty directory, or one that holds a checkpoint and nothing else.
       max_shard_bytes: weights above this size are cut into shards of at most it, one tensor at least in each.
+      beside: further files of the checkpoint, contents by name.
 
     Raises:
+      WriteError: the disk refused; the message names `path`, which is as it was.
       TypeError: the module is neither a `T5` nor a `Decoder`.
       ModelError: `model.config` describes another model, or no kind of checkpoint fits the module's configuration.
       FileExistsError: `path` holds files that are no part of a checkpoint.
@@ -198,25 +213,21 @@ def save(model: LanguageModel, path: str | Path, *, max_shard_bytes: int = 5_000
         )
     for key in {"dtype", "torch_dtype"} & raw.keys():
         raw[key] = str(module.embedding[...].dtype)
+    further = {} if beside is None else beside
     if target.exists():
-        files = target.iterdir() if target.is_dir() else [target]
-        if foreign := sorted(file.name for file in files if not OURS.fullmatch(file.name)):
+        present = target.iterdir() if target.is_dir() else [target]
+        if foreign := sorted(x.name for x in present if not OURS.fullmatch(x.name) and x.name not in further):
             raise FileExistsError(
                 f"a checkpoint is saved to a directory of its own, but {target} holds {foreign[0]}: choose another path"
             )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
-        built = Path(temporary) / "new"
-        built.mkdir()
-        write_json(built / "config.json", raw)
-        write_tensors(built, module, max_shard_bytes)
-        model.tokenizer.save(built)
-        for file in built.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if target.exists():
-            target.rename(Path(temporary) / "old")
-        built.rename(target)
+    with files.replacing(target) as new:
+        new.mkdir()
+        write_json(new / "config.json", raw)
+        write_tensors(new, module, max_shard_bytes)
+        model.tokenizer.save(new)
+        for name, content in further.items():
+            (new / name).write_bytes(content)
+        files.write_manifest(new)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -237,19 +248,22 @@ def write_tensors(directory: Path, module: T5 | Decoder, max_shard_bytes: int) -
             size = 0
         shards[-1].append(name)
         size += array.nbytes
-    files = [
+    shard_files = [
         WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         for number in range(1, len(shards) + 1)
     ]
-    for file, names in zip(files, shards, strict=True):
+    for file, names in zip(shard_files, shards, strict=True):
         tensors = {}
         for name in names:
             place, variable = places[name]
             tensor = np.asarray(variable[...])
             tensors[name] = np.ascontiguousarray(tensor.T if is_kernel(place, tensor.shape) else tensor)
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # says what the disk said, as text alone
+            raise OSError(errno.EIO, str(error)) from error
     if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        weight_map = {name: file for file, names in zip(shard_files, shards, strict=True) for name in names}
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

@@ -15,10 +15,10 @@ import optax
 from jax import Array
 from jaxtyping import Float, Int
 
+from fastpref.data import files
 from fastpref.learning.optimizers import apply, initial_state
 from fastpref.method.losses import Loss, dpo, ipo
 from fastpref.reproduce import figures
-from fastpref.runs import tables
 
 TAUS = (0.1, 0.5, 1.0)
 LOSSES: dict[str, Loss] = {"IPO": ipo, "DPO": dpo}
@@ -103,7 +103,7 @@ def _figure(out: Path, name: str, title: str, data: dict[str, tuple[tuple[int, i
                         texts = [f"{number:.5f}" for number in numbers]
                         cells.append([label or "D1", method, tau, step, action, *texts])
             rows.append((label, panels))
-    table = tables.write_csv(
+    table = files.write_csv(
         out / f"{name}.csv", ["data", "loss", "tau", "step", "action", "mean", "low", "high"], cells
     )
     image = figures.bands(out / f"{name}.png", title, rows, ("$y_a$", "$y_b$", "$y_c$"))

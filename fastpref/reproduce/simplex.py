@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from fastpref.data import files
 from fastpref.reproduce import figures
-from fastpref.runs import tables
 from fastpref.theory.games import PreferenceGame
 
 PRINTED = np.array([[0.5, 0.8, 0.1], [0.1, 0.5, 0.8], [0.9, 0.1, 0.5]])
@@ -58,7 +58,7 @@ def figure_6(out: Path) -> list[Path]:
                 for number in _kept(len(path)):
                     texts = [f"{probability:.5f}" for probability in path[number]]
                     cells.append([reading, name, f"{beta:.2f}", number * EVERY, *texts])
-    table = tables.write_csv(
+    table = files.write_csv(
         out / "ipo-md-figure-6.csv", ["matrix", "start", "mixture_beta", "step", "y1", "y2", "y3"], cells
     )
     image = figures.simplices(

@@ -18,6 +18,7 @@ from typing import Any
 
 import orjson
 
+from fastpref.data import files
 from fastpref.demo import run as demo
 from fastpref.demo.gold import GoldJudge
 from fastpref.evaluation.side_by_side import compare, evaluate
@@ -29,7 +30,7 @@ from fastpref.method.algorithms import ALGORITHMS
 from fastpref.method.config import TrainConfig
 from fastpref.method.schedules import Schedule, bounds
 from fastpref.models import LanguageModel
-from fastpref.runs import plots, tables
+from fastpref.runs import plots
 
 Settings = Mapping[str, Any]
 """Fields of `TrainConfig` that differ from the demo's."""
@@ -297,7 +298,7 @@ def figure_2(lab: Lab) -> list[Path]:
 
 def _csv(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
     columns = list(records[0])
-    return tables.write_csv(path, columns, [[record[name] for name in columns] for record in records])
+    return files.write_csv(path, columns, [[record[name] for name in columns] for record in records])
 
 
 STUDIES: dict[str, tuple[str, Callable[[Lab], list[Path]]]] = {

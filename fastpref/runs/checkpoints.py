@@ -1,8 +1,8 @@
 """Checkpoints that survive a killed process and a damaged disk.
 
-Orbax writes the arrays. Around it: a step is written to a temporary directory, every file is hashed and forced to disk,
-and one rename makes the step appear; so a step that is listed was complete when it was written. Orbax restores a
-flipped bit without a word; here the hashes find it, and `restore` takes the step before.
+Orbax writes the arrays. Around it: a step is written beside its place, every file is hashed and forced to disk, and one
+rename makes the step appear; so a step that is listed was complete when it was written. Orbax restores a flipped bit
+without a word; here the hashes find it, and `restore` takes the step before.
 
     checkpoints/00000040/manifest      xxh3 of the rest, a line; then step, fingerprint, arrays and files, as JSON
     checkpoints/00000040/extra.json    small values beside the arrays
@@ -10,10 +10,7 @@ flipped bit without a word; here the hashes find it, and `restore` takes the ste
 """
 
 import base64
-import hashlib
-import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,9 +21,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import orjson
-import xxhash
 
-from fastpref.method.errors import CheckpointError, CheckpointWarning
+from fastpref.data import files, hashes
+from fastpref.method.errors import CheckpointError, CheckpointWarning, WriteError
+
+MANIFEST = "manifest"
 
 Leaf = jax.Array | jax.ShapeDtypeStruct
 
@@ -48,11 +47,6 @@ def steps(directory: Path | str) -> list[int]:
     Listed means complete when written. Whether the files are still what they were, only `restore` checks.
     """
     return sorted(_step_directories(Path(directory)))
-
-
-def latest_step(directory: Path | str) -> int | None:
-    """The last of `steps(directory)`, or None."""
-    return max(steps(directory), default=None)
 
 
 def save(
@@ -98,31 +92,28 @@ def save(
     }
     directory = Path(directory).absolute()
     target = directory / f"{step:08d}"
-    temporary = directory / f".tmp-{target.name}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _tidy(directory)
+        files.tidy(directory)
         stale = _later_steps(directory, step)
-        temporary.mkdir()
-        (temporary / "extra.json").write_bytes(extra_json)
-        _write_arrays(temporary / "arrays", leaves)
-        described["files"] = _flush(temporary)
-        body = orjson.dumps(described, option=orjson.OPT_INDENT_2)
-        (temporary / "manifest").write_bytes(xxhash.xxh3_128_hexdigest(body).encode() + b"\n" + body)
-        _file(temporary / "manifest", sync=True)
-        _sync(temporary)
-        _publish(temporary, target)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not isinstance(error, Exception) or isinstance(error, CheckpointError):
-            raise
+        with files.replacing(target) as new:
+            new.mkdir()
+            (new / "extra.json").write_bytes(extra_json)
+            _write_arrays(new / "arrays", leaves)
+            described["files"] = hashes.of_tree(new)
+            _require_parts(new, described)
+            body = orjson.dumps(described, option=orjson.OPT_INDENT_2)
+            (new / MANIFEST).write_bytes(hashes.of_bytes(body).encode() + b"\n" + body)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = files.reason(error) if isinstance(error, WriteError) else error
         raise CheckpointError(
-            f"the checkpoint of step {step} could not be written to {target}: {error}. "
+            f"the checkpoint of step {step} could not be written to {target}: {reason}. "
             f"Free space or mend the disk and run again; steps {steps(directory)} are as they were."
         ) from error
     older = [path for number, path in sorted(_step_directories(directory).items()) if number <= step]
     for path in [*older[:-keep], *stale]:
-        _remove(path)
+        files.remove(path)
     return target
 
 
@@ -150,15 +141,14 @@ def restore(directory: Path | str, like: Any, *, fingerprint: Mapping[str, Any] 
     for step, path in found:
         try:
             manifest = _verified(path)
+            if fingerprint is not None:
+                _check_fingerprint(path, manifest["fingerprint"], _plain_json(fingerprint))
+            tree = _read_tree(path, manifest["arrays"], wanted, like)
+            return Checkpoint(step, tree, _decode_extra((path / "extra.json").read_bytes()))
         except _Damage as damage:
             warnings.warn(
                 f"the checkpoint of step {step} is damaged and passed over: {damage}", CheckpointWarning, stacklevel=2
             )
-            continue
-        if fingerprint is not None:
-            _check_fingerprint(path, manifest["fingerprint"], _plain_json(fingerprint))
-        tree = _read_tree(path, manifest["arrays"], wanted, like)
-        return Checkpoint(step, tree, _decode_extra((path / "extra.json").read_bytes()))
     if found:
         raise CheckpointError(
             f"every checkpoint in {directory} is damaged (steps {[step for step, _ in found]}; the warnings name the "
@@ -181,9 +171,9 @@ def read(path: Path | str, like: Any) -> Any:
     path, wanted = Path(path).absolute(), _leaves(like, "like", Leaf)
     try:
         saved = _verified(path)["arrays"]
+        return _read_tree(path, {name: saved[name] for name in wanted if name in saved}, wanted, like)
     except _Damage as damage:
         raise CheckpointError(f"{path} must be as it was written, but is not: {damage}. Choose another step.") from None
-    return _read_tree(path, {name: saved[name] for name in wanted if name in saved}, wanted, like)
 
 
 class _Damage(Exception):
@@ -203,23 +193,9 @@ def _one_process() -> None:
 
 def _step_directories(directory: Path) -> dict[int, Path]:
     """Where each step lies: its own directory, or its former one if a save died while it was replacing it."""
-    found: dict[int, Path] = {}
-    for path in sorted(directory.iterdir()) if directory.is_dir() else []:  # ".old-…" sorts before digits, so loses
-        if match := re.fullmatch(r"(?:\.old-)?([0-9]{8,})", path.name):
-            found[int(match[1])] = path
-    return found
-
-
-def _tidy(directory: Path) -> None:
-    """Remove what a killed save left; bring back the step that it was replacing."""
-    for path in directory.glob(".old-*"):
-        target = path.with_name(path.name.removeprefix(".old-"))
-        if target.exists():
-            shutil.rmtree(path)
-        else:
-            path.rename(target)
-    for path in directory.glob(".tmp-*"):
-        shutil.rmtree(path)
+    lying = sorted(directory.iterdir()) if directory.is_dir() else []  # ".old-…" sorts before digits, so loses
+    named = [(re.fullmatch(r"(?:\.old-)?([0-9]{8,})", path.name), path) for path in lying]
+    return {int(match[1]): path for match, path in named if match}
 
 
 def _later_steps(directory: Path, step: int) -> list[Path]:
@@ -237,69 +213,28 @@ def _later_steps(directory: Path, step: int) -> list[Path]:
     return [path for _, path in later]
 
 
-def _publish(temporary: Path, target: Path) -> None:
-    former = target.with_name(f".old-{target.name}")
-    if target.exists():  # rename cannot replace a directory that holds files
-        target.rename(former)
-    try:
-        temporary.rename(target)
-    except BaseException:
-        if former.exists():
-            former.rename(target)
-        raise
-    _sync(target.parent)
-    if former.exists():
-        _remove(former)
-
-
-def _remove(path: Path) -> None:
-    """Take a step away in one rename, so that a kill half-way leaves no half a checkpoint."""
-    doomed = path.with_name(f".tmp-removed-{path.name}")
-    path.rename(doomed)
-    shutil.rmtree(doomed)
-
-
 # Files --------------------------------------------------------------------------------------------------------------
 
 
-def _flush(directory: Path) -> dict[str, dict[str, Any]]:
-    """Force a tree of files to disk; return size and xxh3 of each by its relative name."""
-    files = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_dir():
-            _sync(path)
-        else:
-            files[str(path.relative_to(directory))] = _file(path, sync=True)
-    _sync(directory)
-    return files
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _file(path: Path, *, sync: bool = False) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-        if sync:
-            os.fsync(file.fileno())
-        return {"bytes": file.tell(), "xxh3": digest}
+def _require_parts(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise `_Damage` unless a manifest lists every part that `restore` reads."""
+    listed = manifest["files"]
+    for part in ("extra.json", "arrays/"):
+        if not any(name.startswith(part) for name in listed):
+            raise _Damage(f"{path / part}: no such part is in the manifest")
 
 
 def _verified(path: Path) -> dict[str, Any]:
     """The manifest, after every file was compared with it."""
-    name = "manifest"
+    name = MANIFEST
     try:
         digest, _, body = (path / name).read_bytes().partition(b"\n")
-        if xxhash.xxh3_128_hexdigest(body).encode() != digest:
+        if hashes.of_bytes(body).encode() != digest:
             raise _Damage(f"{path / name}: its first line is not the xxh3 of the rest")
         manifest: dict[str, Any] = orjson.loads(body)
+        _require_parts(path, manifest)
         for name, written in manifest["files"].items():
-            here = _file(path / name)
+            here = hashes.of_file(path / name)
             if here != written:
                 raise _Damage(f"{path / name}: {here} differs from the manifest's {written}")
     except OSError as error:
@@ -419,7 +354,10 @@ def _write_arrays(directory: Path, leaves: Mapping[str, jax.Array]) -> None:
 
 def _read_tree(path: Path, saved: Mapping[str, str], wanted: Mapping[str, Leaf], like: Any) -> Any:
     _check_arrays(path, saved, wanted)
-    arrays = _read_arrays(path / "arrays", wanted)
+    try:
+        arrays = _read_arrays(path / "arrays", wanted)
+    except (OSError, KeyError) as error:
+        raise _Damage(f"{path / 'arrays'}: Orbax lacks a part of it ({error})") from error
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
 
 

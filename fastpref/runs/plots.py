@@ -1,12 +1,14 @@
 """Plots of a run, from its `metrics.jsonl`."""
 
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
-import orjson
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,12 +17,17 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from fastpref.runs import log
+
 Columns = dict[str, np.ndarray]
 """Each metric's values, float64 [N], NaN where a step lacks it."""
 
 INK, MUTED, GRID = "#1f2933", "#66727f", "#e4e7eb"
 COLOURS = ("#2563a8", "#d1662b", "#3a8a5f")
 """Blue, orange and green that readers who do not tell red from green can tell apart."""
+
+THEME = ("ink", "muted", "grid", "blue", "orange", "green")
+"""Names of these colours in a style sheet."""
 
 LINES = ("solid", "dashed", "dotted")
 
@@ -265,7 +272,7 @@ def plot_curves(
 
 def _plot(run_dir: Path, panels: Sequence[Panel]) -> list[Path]:
     path = run_dir / "metrics.jsonl"
-    columns = _columns(path)
+    columns = _columns(log.read_metrics(path))
     present = [panel for panel in panels if any(_has(columns, name) for name, _ in panel.series)]
     if not present:
         raise ValueError(
@@ -289,14 +296,35 @@ def _plot(run_dir: Path, panels: Sequence[Panel]) -> list[Path]:
     return written
 
 
-def _columns(path: Path) -> Columns:
-    records: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.exists() else [], 1):
-        if line.endswith(b"\n"):  # the last line of a run that is being written may be half there
-            try:
-                records.append(orjson.loads(line))
-            except orjson.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: each line must be JSON, but {error}. Remove it.") from error
+def svgs(records: Sequence[Mapping[str, Any]], panels: Sequence[Panel]) -> list[tuple[Panel, str]]:
+    """The panels whose metrics some records have, each as an SVG element for an HTML page.
+
+    Its colours are CSS variables (`--ink`, `--muted`, `--grid`, `--blue`, `--orange`, `--green`), its text is text in
+    the page's font, and its ids begin with the panel's name.
+
+    Args:
+      records: lines of a `metrics.jsonl`.
+      panels: the plots.
+    """
+    columns = _columns(records)
+    drawn = []
+    for panel in [panel for panel in panels if any(_has(columns, name) for name, _ in panel.series)]:
+        figure = Figure(figsize=(5.2, 3.5), layout="constrained")
+        _draw(figure.add_subplot(), panel, columns)
+        buffer = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.name}):
+            figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        text = buffer.getvalue()
+        text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text[text.index("<svg") :].replace("xlink:href", "href"))
+        text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{panel.name}-", text)
+        for colour, name in zip((INK, MUTED, GRID, *COLOURS), THEME, strict=True):
+            text = text.replace(colour, f"var(--{name})")
+        drawn.append((panel, text))
+    return drawn
+
+
+def _columns(records: Sequence[Mapping[str, Any]]) -> Columns:
     names = dict.fromkeys(name for record in records for name in record)
     return {name: np.array([record.get(name) for record in records], np.float64) for name in names}
 
