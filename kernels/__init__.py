@@ -1,10 +1,11 @@
 """Kernels of online preference optimisation, usable in any JAX trainer.
 
-Three functions, which need nothing else of this package:
+Four functions, which need nothing else of this package:
 
 - `mixture_sample` draws a token per row from the geometric mixture of two models, with all three log-probs;
 - `token_logprobs` scores tokens from hidden states without the logits in memory;
-- `preference_loss` goes from the hidden states of pairs to a contrastive loss and its gradients, likewise.
+- `preference_loss` goes from the hidden states of pairs to a contrastive loss and its gradients, likewise;
+- `divergence` is the exact KL between two models, and the entropy of the first, at every place, likewise.
 
 `Head` tells them how hidden states become logits:
 
@@ -12,6 +13,7 @@ Three functions, which need nothing else of this package:
     draw = mixture_sample(h, head, h_ref, ref_head, mixture_beta=0.125, key=key, row_ids=rows, step=t)
     logps = token_logprobs(hidden, head, tokens, where=is_completion)
     result = preference_loss(hidden, head, tokens, segments, ref_logps, preference, loss=loss)
+    kl, entropy = divergence(hidden, head, hidden_ref, ref_head, where=is_completion)
 
 Each takes `implementation="tpu"` (Pallas kernels: logits never reach the device's memory), `"xla"` (CPU and GPU),
 `"reference"` (plain JAX, the definition), or None for the best that runs here. All logits, sums and noise are float32;
@@ -21,6 +23,8 @@ A vocabulary may be split over a mesh axis: inside `jax.shard_map`, `Head(weight
 draws and values are those of the whole head. Where axes are not checked (`check_vma=False`), take gradients inside.
 """
 
+from .divergence import divergence
+from .divergence.sums import Divergence
 from .head import Head
 from .mixture_sampling import mixture_sample
 from .mixture_sampling.sample import MixtureSample
@@ -28,4 +32,13 @@ from .preference_loss import preference_loss
 from .preference_loss.objective import PreferenceLoss
 from .token_logprobs import token_logprobs
 
-__all__ = ["Head", "MixtureSample", "PreferenceLoss", "mixture_sample", "preference_loss", "token_logprobs"]
+__all__ = [
+    "Divergence",
+    "Head",
+    "MixtureSample",
+    "PreferenceLoss",
+    "divergence",
+    "mixture_sample",
+    "preference_loss",
+    "token_logprobs",
+]

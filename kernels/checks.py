@@ -23,6 +23,19 @@ def check_rows(hidden: Array, head: Head, owner: str = "hidden") -> None:
         )
 
 
+def check_heads(head: Head, ref_head: Head) -> None:
+    """Two heads of one vocabulary, which lies on the devices alike."""
+    if ref_head.mesh_axis != head.mesh_axis:
+        raise ValueError(
+            f"both heads are split alike, but their mesh axes are {head.mesh_axis!r} and {ref_head.mesh_axis!r}: "
+            "split both over one axis, or none"
+        )
+    if ref_head.vocab_size != head.vocab_size:
+        raise ValueError(
+            f"both heads have one vocabulary, but V is {head.vocab_size} and {ref_head.vocab_size}: pad the smaller"
+        )
+
+
 def check_length(name: str, array: Array, shape: tuple[int, ...], meaning: str) -> None:
     """An array of exactly this shape."""
     if array.shape != shape:

@@ -1,10 +1,14 @@
 """Cutting scored rows into chunks, ignored rows left out."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Int
+
+Carry = TypeVar("Carry")
 
 _CHUNK_ELEMENTS = 8 << 20
 """Logits alive at once: 32 MiB of float32, 256 rows at V = 32128."""
@@ -39,3 +43,21 @@ def pad_order(order: Int[Array, " N"], total: Int[Array, ""], chunk: int) -> Row
     """Overwrite what follows the first `total` entries by the first of them, and append a chunk of it."""
     padded = jnp.pad(order.astype(jnp.int32), (0, chunk))
     return Rows(jnp.where(jnp.arange(padded.shape[0]) < total, padded, padded[0]), total)
+
+
+def over_chunks(rows: Rows, chunk: int, step: Callable[[Array, Carry], Carry], start: Carry) -> Carry:
+    """Call `step(first position, results)` for as many chunks as the rows that count fill."""
+    count = -(-rows.total // chunk)
+    results: Carry = jax.lax.fori_loop(0, count, lambda number, results: step(number * chunk, results), start)
+    return results
+
+
+def chunk_index(rows: Rows, start: Array, chunk: int) -> tuple[Int[Array, " C"], Bool[Array, " C"]]:
+    """Row numbers of the chunk that starts at this position, and which of them count."""
+    index = jax.lax.dynamic_slice_in_dim(rows.order, start, chunk)
+    return index, start + jnp.arange(chunk) < rows.total
+
+
+def put(results: Array, index: Int[Array, " C"], live: Bool[Array, " C"], values: Array) -> Array:
+    """Write the values of the rows that count to their places."""
+    return results.at[jnp.where(live, index, results.shape[0])].set(values, mode="drop")

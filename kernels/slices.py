@@ -27,6 +27,11 @@ def sum_over_slices(head: Head, values: Array) -> Array:
     return values if head.mesh_axis is None else _sum(values, head.mesh_axis)
 
 
+def max_over_slices(head: Head, values: Array) -> Array:
+    """The largest over the devices that share the vocabulary, on each of them."""
+    return values if head.mesh_axis is None else _max(values, head.mesh_axis)
+
+
 def lse_over_slices(head: Head, lse: Float[Array, " N"]) -> Float[Array, " N"]:
     """The log-sum-exp over the whole vocabulary, from those over the slices."""
     if head.mesh_axis is None:

@@ -43,12 +43,12 @@ def unchecked() -> Iterator[None]:
 @pytest.fixture
 def interpreted_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let "tpu" run here, in Pallas's interpreter, with fewer and longer steps: its time is that of compiling them."""
-    sampler, logprobs = (
-        import_module(f"fastpref.kernels.{name}.tpu") for name in ("mixture_sampling", "token_logprobs")
+    sampler, logprobs, distances = (
+        import_module(f"fastpref.kernels.{name}.tpu") for name in ("mixture_sampling", "token_logprobs", "divergence")
     )
     vmem = import_module("fastpref.kernels.vmem")
-    passes = [f"token_logprobs.{name}" for name in ("forward_pass", "backward_pass", "frozen_pass", "tiles")]
-    for name in ("vmem", "mixture_sampling.tpu_kernel", *passes):
+    passes = [f"token_logprobs.{name}" for name in ("forward_pass", "backward_pass", "frozen_pass")]
+    for name in ("vmem", "tiles", "mixture_sampling.tpu_kernel", "divergence.tpu", *passes):
         monkeypatch.setattr(import_module(f"fastpref.kernels.{name}"), "CHUNK", 256)
     # XLA would move transposes through products, into a form of bfloat16 product that it does not have on CPUs.
     apart = jax.lax.optimization_barrier
@@ -60,6 +60,7 @@ def interpreted_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "mixture_sampling": partial(sampler.mixture_sample, interpret=True),
         "token_logprobs": scored,
         "preference_loss": partial(composed, token_logprobs=scored),
+        "divergence": partial(distances.divergence, interpret=True),
     }.items():
         table = import_module(f"fastpref.kernels.{name}").IMPLEMENTATIONS
         # Set anew, it is the last choice of those who ask for none.

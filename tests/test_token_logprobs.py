@@ -26,8 +26,7 @@ from kernel_cases import (
 )
 
 from fastpref.kernels import Head, token_logprobs
-from fastpref.kernels.chunks import chunk_rows, compact
-from fastpref.kernels.token_logprobs.xla import over_chunks
+from fastpref.kernels.chunks import chunk_rows, compact, over_chunks
 from fastpref.kernels.token_logprobs.xla import token_logprobs as chunked
 
 pytestmark = interpreted_tpu

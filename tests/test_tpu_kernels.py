@@ -20,7 +20,7 @@ from kernel_cases import Case, interpreted_tpu, make_head, make_hidden, make_tar
 
 from fastpref.kernels import Head, MixtureSample, mixture_sample, preference_loss, token_logprobs
 from fastpref.kernels.mixture_sampling.tpu import mixture_sample as sampler
-from fastpref.kernels.token_logprobs.tiles import Tiles
+from fastpref.kernels.tiles import Tiles
 from fastpref.kernels.token_logprobs.tpu import token_logprobs as scorer
 
 KEY = jax.random.key(8)

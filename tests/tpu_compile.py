@@ -13,12 +13,12 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 from jax.sharding import PartitionSpec as P
 
 from fastpref.kernels import Head
+from fastpref.kernels import tiles as tiling
 from fastpref.kernels.mixture_sampling import tpu as sampling
 from fastpref.kernels.mixture_sampling.layout import layout_of
+from fastpref.kernels.tiles import Tiles
 from fastpref.kernels.token_logprobs import backward_pass, forward_pass, frozen_pass
-from fastpref.kernels.token_logprobs import tiles as tiling
 from fastpref.kernels.token_logprobs import tpu as scoring
-from fastpref.kernels.token_logprobs.tiles import Tiles
 
 Shape = jax.ShapeDtypeStruct
 

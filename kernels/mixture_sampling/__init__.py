@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from ..checks import check_fraction, check_length, check_rows
+from ..checks import check_fraction, check_heads, check_length, check_rows
 from ..dispatch import Implementation, choose
 from ..head import Head
 from ..noise import key_words
@@ -68,9 +68,8 @@ def mixture_sample(
     """
     check_rows(policy_hidden, policy_head, "policy_hidden")
     check_rows(ref_hidden, ref_head, "ref_hidden")
+    check_heads(policy_head, ref_head)
     rows, vocab = policy_hidden.shape[0], policy_head.vocab_size
-    if ref_head.vocab_size != vocab:
-        raise ValueError(f"both heads have one vocabulary, but V is {vocab} and {ref_head.vocab_size}: pad the smaller")
     check_length("ref_hidden", ref_hidden, (rows, ref_head.width), "the rows of policy_hidden")
     check_length("row_ids", row_ids, (rows,), "one id per row")
     check_fraction("mixture_beta", mixture_beta)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from ..chunks import Rows, chunk_rows, compact, pad_order
+from ..chunks import Rows, chunk_rows, compact, pad_order, put
 from ..head import Head
 from ..token_logprobs.xla import (
     add_weight_gradient,
@@ -25,7 +25,6 @@ from ..token_logprobs.xla import (
     forward_with_gradient,
     hidden_gradient,
     product_gradients,
-    put,
     token_logprobs,
 )
 from .objective import Loss, PreferenceLoss, Problem, sequence_sums

@@ -16,15 +16,7 @@ from jaxtyping import Float, Int
 
 from ..head import Head
 from ..slices import result_shape
-from ..vmem import (
-    CHUNK,
-    UNIT,
-    product,
-    tile_bytes,
-    turned,
-    unit_ids,
-)
-from .tiles import (
+from ..tiles import (
     ZEROS,
     Tiles,
     by_tile,
@@ -45,6 +37,14 @@ from .tiles import (
     weight_block,
     weight_bytes,
     weight_spec,
+)
+from ..vmem import (
+    CHUNK,
+    UNIT,
+    product,
+    tile_bytes,
+    turned,
+    unit_ids,
 )
 
 _VOCAB_TILES = (1024, UNIT)
@@ -71,7 +71,7 @@ def backward_bytes(head: Head, tiles: Tiles) -> int:
 
 def backward_tiles(head: Head, rows: int) -> Tiles:
     """Tiles of the backward pass: 1024 tokens, which halve what goes to memory and back."""
-    return choose(backward_bytes, head, rows, _VOCAB_TILES, 512)
+    return choose(partial(backward_bytes, head), rows, _VOCAB_TILES, 512)
 
 
 def backward(

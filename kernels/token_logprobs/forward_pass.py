@@ -11,19 +11,7 @@ from jaxtyping import Float, Int
 
 from ..head import Head
 from ..slices import result_shape
-from ..vmem import (
-    CHUNK,
-    NEVER,
-    SUBLANES,
-    UNIT,
-    finite_or_zero,
-    log_of_sum,
-    over_sublanes,
-    product,
-    tile_bytes,
-    unit_ids,
-)
-from .tiles import (
+from ..tiles import (
     ZEROS,
     Tiles,
     by_tile,
@@ -41,6 +29,18 @@ from .tiles import (
     weight_bytes,
     weight_spec,
 )
+from ..vmem import (
+    CHUNK,
+    NEVER,
+    SUBLANES,
+    UNIT,
+    finite_or_zero,
+    log_of_sum,
+    over_sublanes,
+    product,
+    tile_bytes,
+    unit_ids,
+)
 
 
 def forward_bytes(head: Head, tiles: Tiles) -> int:
@@ -54,7 +54,7 @@ def forward_bytes(head: Head, tiles: Tiles) -> int:
 
 def forward_tiles(head: Head, rows: int) -> Tiles:
     """Tiles of the forward pass: one unit of tokens, since a step costs little beside eight units of rows."""
-    return choose(forward_bytes, head, rows, (UNIT,), 1024)
+    return choose(partial(forward_bytes, head), rows, (UNIT,), 1024)
 
 
 def forward(

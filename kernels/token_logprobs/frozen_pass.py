@@ -12,20 +12,7 @@ from jaxtyping import Float, Int
 
 from ..head import Head
 from ..slices import result_shape
-from ..vmem import (
-    CHUNK,
-    LANES,
-    NEVER,
-    SUBLANES,
-    UNIT,
-    finite_or_zero,
-    log_of_sum,
-    over_sublanes,
-    product,
-    tile_bytes,
-    unit_ids,
-)
-from .tiles import (
+from ..tiles import (
     ZEROS,
     Tiles,
     by_tile,
@@ -47,6 +34,19 @@ from .tiles import (
     weight_bytes,
     weight_spec,
 )
+from ..vmem import (
+    CHUNK,
+    LANES,
+    NEVER,
+    SUBLANES,
+    UNIT,
+    finite_or_zero,
+    log_of_sum,
+    over_sublanes,
+    product,
+    tile_bytes,
+    unit_ids,
+)
 
 _VOCAB_TILES = (1024, UNIT)
 
@@ -64,7 +64,7 @@ def frozen_bytes(head: Head, tiles: Tiles) -> int:
 
 def frozen_tiles(head: Head, rows: int) -> Tiles:
     """Tiles of the frozen form."""
-    return choose(frozen_bytes, head, rows, _VOCAB_TILES, 512)
+    return choose(partial(frozen_bytes, head), rows, _VOCAB_TILES, 512)
 
 
 def frozen(

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,38 +11,9 @@ from jaxtyping import Bool, Float, Int
 
 from ..head import Head
 from ..slices import gradient_like, known_or_nan, local_ids, lse_over_slices, sum_over_slices, vary_alike
+from ..tiles import Compacted, Tiles, oriented
 from ..vmem import UNIT
 from . import backward_pass, forward_pass, frozen_pass
-from .tiles import Tiles
-
-
-class Compacted(NamedTuple):
-    """Rows that count first, in their order; the first of them again behind them, up to whole blocks."""
-
-    order: Int[Array, " M"]
-    """Row numbers."""
-    places: Int[Array, " N"]
-    """Where each row stands in that order; M for those that do not count."""
-    total: Int[Array, ""]
-    """How many count."""
-
-    @classmethod
-    def of(cls, where: Bool[Array, " N"], block: int) -> "Compacted":
-        """Order of the rows, padded to a multiple of `block`."""
-        rows, total = where.shape[0], jnp.sum(where, dtype=jnp.int32)
-        order = jnp.pad(jnp.argsort(~where, stable=True).astype(jnp.int32), (0, -rows % block))
-        # A row that counts is finite where it must be, and needs no mask, for which XLA would copy the states twice.
-        order = jnp.where(jnp.arange(order.shape[0]) < total, order, order[:1])
-        places = jnp.where(where, jnp.cumsum(where, dtype=jnp.int32) - 1, order.shape[0])
-        return cls(order, places, total)
-
-    def take(self, values: Array) -> Array:
-        """Values of the rows in this order."""
-        return values.at[self.order].get(mode="promise_in_bounds")
-
-    def put(self, values: Array) -> Array:
-        """Values back at the places of their rows, 0 at the others."""
-        return values.at[self.places].get(mode="fill", fill_value=0)
 
 
 def token_logprobs(
@@ -74,7 +45,7 @@ def forward(
     rows = Compacted.of(where, tiles.rows)
     # Here a mask costs nothing: with it XLA gathers and transposes in one pass, without it in two, with a copy between.
     counts = jnp.arange(rows.order.shape[0])[:, None] < rows.total
-    states = _oriented(jnp.where(counts, rows.take(hidden), 0), head)
+    states = oriented(jnp.where(counts, rows.take(hidden), 0), head)
     ids = local_ids(head, rows.take(targets))
     states, sliced, ids, count = vary_alike(states, head, ids, rows.total)
     lse, picked = forward_pass.forward(states, sliced, ids, count, tiles, interpret)
@@ -119,7 +90,7 @@ def forward_with_gradient(
     """Log-prob of the rows that count, and its gradient in the hidden state, float32: w_target − E[w]."""
     tiles = tiles or frozen_pass.frozen_tiles(head, hidden.shape[0])
     rows = Compacted.of(where, tiles.rows)
-    states, ids = _oriented(rows.take(hidden), head), local_ids(head, rows.take(targets))
+    states, ids = oriented(rows.take(hidden), head), local_ids(head, rows.take(targets))
     states, sliced, ids, count = vary_alike(states, head, ids, rows.total)
     slice_lse, picked, mean = frozen_pass.frozen(states, sliced, ids, count, tiles, interpret)
     lse, picked = lse_over_slices(head, slice_lse), sum_over_slices(head, picked)
@@ -132,10 +103,6 @@ def forward_with_gradient(
     gradient = slope[:, None] * chosen - jnp.exp(slice_lse - lse)[:, None] * mean
     gradient = rows.put(sum_over_slices(head, gradient).astype(hidden.dtype))
     return rows.put(picked - lse), gradient
-
-
-def _oriented(hidden: Float[Array, "N D"], head: Head) -> Float[Array, "..."]:
-    return hidden.T if head.vocab_axis == 0 else hidden
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -1,15 +1,13 @@
 """Token log-probs for CPUs and GPUs: chunks of rows, never more than one chunk of logits alive."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from ..chunks import Rows, chunk_rows, compact
+from ..chunks import Rows, chunk_index, chunk_rows, compact, over_chunks, put
 from ..head import Head
 from ..slices import (
     axes_of,
@@ -21,8 +19,6 @@ from ..slices import (
     vary,
     vary_alike,
 )
-
-Carry = TypeVar("Carry")
 
 _WEIGHT_TILES = 4
 """Slices in which a chunk's gradient of the weight is formed, so that a second whole weight is never alive."""
@@ -169,24 +165,6 @@ def backward(
         )
 
     return over_chunks(rows, chunk, step, gradients)
-
-
-def over_chunks(rows: Rows, chunk: int, step: Callable[[Array, Carry], Carry], start: Carry) -> Carry:
-    """Call `step(first position, results)` for as many chunks as the rows that count fill."""
-    count = -(-rows.total // chunk)
-    results: Carry = jax.lax.fori_loop(0, count, lambda number, results: step(number * chunk, results), start)
-    return results
-
-
-def chunk_index(rows: Rows, start: Array, chunk: int) -> tuple[Int[Array, " C"], Bool[Array, " C"]]:
-    """Row numbers of the chunk that starts at this position, and which of them count."""
-    index = jax.lax.dynamic_slice_in_dim(rows.order, start, chunk)
-    return index, start + jnp.arange(chunk) < rows.total
-
-
-def put(results: Array, index: Int[Array, " C"], live: Bool[Array, " C"], values: Array) -> Array:
-    """Write the values of the rows that count to their places."""
-    return results.at[jnp.where(live, index, results.shape[0])].set(values, mode="drop")
 
 
 def chosen_logits(

@@ -1,4 +1,4 @@
-"""What the three TPU kernels behind token log-probs share: sizes, specs of blocks, loops over units.
+"""What the TPU kernels share that score blocks of rows: order of rows, sizes, specs of blocks, loops over units.
 
 Rows are compacted before they come to a kernel: the first `count` of them count, and blocks of rows behind those are
 skipped. What binds each kernel, compiled for a v5e, is the matrix unit: elementwise work on a unit's logits lies under
@@ -11,19 +11,20 @@ Tried and rejected: products of 512 columns, whose sums fill the registers (200 
 size that divides V, which V = 251 · 128 would make 128: the last tile overhangs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 
-from ..head import Head
-from ..vmem import (
+from .head import Head
+from .vmem import (
     CHUNK,
     LANES,
     PARTS,
@@ -63,14 +64,58 @@ class Tiles:
         return PARTS[0] * self.columns // LANES if head.vocab_axis == 0 else PARTS[1] * LANES // self.columns
 
 
-def choose(bytes_of: Any, head: Head, rows: int, tokens: tuple[int, ...], largest: int) -> Tiles:
-    """The largest tiles that the VMEM at hand holds, more tokens before more rows, no larger than the problem."""
-    columns = matrix_unit() if rows > LANES else LANES
+class Compacted(NamedTuple):
+    """Rows that count first, in their order; the first of them again behind them, up to whole blocks."""
+
+    order: Int[Array, " M"]
+    """Row numbers."""
+    places: Int[Array, " N"]
+    """Where each row stands in that order; M for those that do not count."""
+    total: Int[Array, ""]
+    """How many count."""
+
+    @classmethod
+    def of(cls, where: Bool[Array, " N"], block: int) -> "Compacted":
+        """Order of the rows, padded to a multiple of `block`."""
+        rows, total = where.shape[0], jnp.sum(where, dtype=jnp.int32)
+        order = jnp.pad(jnp.argsort(~where, stable=True).astype(jnp.int32), (0, -rows % block))
+        # A row that counts is finite where it must be, and needs no mask, for which XLA would copy the states twice.
+        order = jnp.where(jnp.arange(order.shape[0]) < total, order, order[:1])
+        places = jnp.where(where, jnp.cumsum(where, dtype=jnp.int32) - 1, order.shape[0])
+        return cls(order, places, total)
+
+    def take(self, values: Array) -> Array:
+        """Values of the rows in this order."""
+        return values.at[self.order].get(mode="promise_in_bounds")
+
+    def put(self, values: Array) -> Array:
+        """Values back at the places of their rows, 0 at the others."""
+        return values.at[self.places].get(mode="fill", fill_value=0)
+
+
+def oriented(hidden: Float[Array, "N D"], head: Head) -> Float[Array, "..."]:
+    """Hidden states as the product with the head's weight takes them: [D, N] for a [V, D] weight."""
+    return hidden.T if head.vocab_axis == 0 else hidden
+
+
+def choose(
+    bytes_of: Callable[[Tiles], int], rows: int, tokens: tuple[int, ...], largest: int, columns: int | None = None
+) -> Tiles:
+    """The largest tiles that the VMEM at hand holds, more tokens before more rows, no larger than the problem.
+
+    Args:
+      bytes_of: VMEM that a kernel takes with these tiles.
+      rows: rows of the problem.
+      tokens: sizes of a tile of the head, the preferred ones first.
+      largest: most rows of a block.
+      columns: of every product; None for those of the matrix unit at hand.
+    """
+    columns = columns or (matrix_unit() if rows > LANES else LANES)
     needed = -(-rows // columns) * columns
     for tile in tokens:
         for block in _ROW_BLOCKS:
             tiles = Tiles(min(block, needed), tile, columns)
-            if columns <= block <= largest and bytes_of(head, tiles) <= vmem_limit():
+            if columns <= block <= largest and bytes_of(tiles) <= vmem_limit():
                 return tiles
     return Tiles(LANES, UNIT)
 
