@@ -8,31 +8,26 @@ alone. grain is needed for the comparison with it: `pip install .[bench]`.
 
 import argparse
 import gc
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 import pytest
 
 from fastpref.data import PairBatcher, Ragged, _native, pack_pairs
 
-ROWS, ROW_TOKENS, WINDOW, PAIRS, ROUNDS = 8, 4096, 1024, 4000, 7
+ROWS, ROW_TOKENS, WINDOW, PAIRS, ROUNDS, COLLATED = 8, 4096, 1024, 4000, 7, 16
 LAWS = (((5.0, 0.8), "prompts"), ((5.5, 0.7), "first"), ((5.45, 0.7), "second"))
 WORKLOAD = (
     "Synthetic pairs: prompts lognormal(5, 0.8), completions lognormal(5.5, 0.7) and lognormal(5.45, 0.7) tokens, "
     f"clipped to [4, 1024]. Batches have {ROWS} rows of {ROW_TOKENS} places."
 )
-RESULTS = Path(__file__).parent / "results"
 TARGETS = {
     "assembly": "at least 200 M real tokens/s on one core",
     "grain": "at least 50 times its best-fit packing",
@@ -44,6 +39,7 @@ TARGETS = {
     "next": "99 of 100 within 1 ms",
     "exit": "within 1 s",
 }
+PADDED = ("padded to 1024 + 1024", f"padded to the longest of {COLLATED} pairs")
 Columns = list[Ragged]
 
 
@@ -68,6 +64,18 @@ def native(data: Columns, layout: str) -> Callable[[], int]:
     def run() -> int:
         for _ in range(batches.batches_in(0)):
             next(batches)
+        return batches._loader.measure(0)[3]
+
+    return run
+
+
+def native_held(data: Columns, layout: str) -> Callable[[], int]:
+    """The same, for who keeps the batches: each is then written to memory of its own."""
+    batches = PairBatcher(*data, rows=ROWS, row_tokens=ROW_TOKENS, window=WINDOW, layout=layout, prefetch=0)
+    held: list[Any] = []
+
+    def run() -> int:
+        held.extend(next(batches) for _ in range(batches.batches_in(0)))
         return batches._loader.measure(0)[3]
 
     return run
@@ -102,7 +110,7 @@ def grain_best_fit(data: Columns, layout: str) -> Callable[[], int]:
 
 
 def python_lists(data: Columns, layout: str) -> Callable[[], int]:
-    """Concatenate, mask and pad lists, as collators of preference pairs do; 16 pairs a batch, the prompt twice."""
+    """Concatenate, mask and pad lists, as collators of preference pairs do; a few pairs a batch, the prompt twice."""
     rows = [[each[i].tolist() for i in range(len(each))] for each in data]
 
     def padded(sequences: list[list[int]]) -> np.ndarray:
@@ -114,8 +122,8 @@ def python_lists(data: Columns, layout: str) -> Callable[[], int]:
 
     def run() -> int:
         real = 0
-        for at in range(0, len(rows[0]), 16):
-            prompts, *completions = (column[at : at + 16] for column in rows)
+        for at in range(0, len(rows[0]), COLLATED):
+            prompts, *completions = (column[at : at + COLLATED] for column in rows)
             ids = [p + c for column in completions for p, c in zip(prompts, column, strict=True)]
             scored = [
                 [0] * len(p) + [1] * len(c) for column in completions for p, c in zip(prompts, column, strict=True)
@@ -175,6 +183,7 @@ def numpy_slices(data: Columns, layout: str) -> Callable[[], int]:
 
 SIDES: dict[str, tuple[Callable[[Columns, str], Callable[[], int]], str]] = {
     "fastpref, shared prompt": (native, "shared"),
+    "fastpref, shared prompt, every batch held": (native_held, "shared"),
     "fastpref, separate": (native, "separate"),
     "NumPy slices, given the plan": (numpy_slices, "shared"),
     "grain best-fit": (grain_best_fit, "all fields"),
@@ -226,7 +235,11 @@ def padding() -> dict[str, float]:
             for window in (64, 256, 1024, 4096, 65536):
                 _, ends, _, _ = plan(tokens, row_tokens, window)
                 found[f"{layout} {row_tokens} {window}"] = 1 - int(tokens.sum()) / (len(ends) * row_tokens)
-    return found
+    # Both sequences of a pair with its prompt in front, as collators of preference pairs have them.
+    sequences = np.stack([prompt + first, prompt + second], 1)
+    longest = sequences.reshape(-1, 2 * COLLATED).max(1)
+    places = (2048.0, float(longest.mean()))
+    return found | {what: 1 - float(sequences.mean()) / size for what, size in zip(PADDED, places, strict=True)}
 
 
 def plan(tokens: np.ndarray, row_tokens: int, window: int, seed: int = 0) -> Any:
@@ -339,12 +352,6 @@ def ending() -> dict[str, Any]:
     return found
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def measured() -> dict[str, Any]:
     parts = {
         "rates": rates, "padding": padding, "planning": planning, "resuming": resuming, "waiting": waiting,
@@ -362,8 +369,7 @@ def text(report: dict[str, Any]) -> str:
     lines = [
         "# Packed batches of preference pairs on a CPU",
         "",
-        f"`{report['command']}` on {report['machine']}; load average {report['load'][0]:.1f} before and "
-        f"{report['load'][1]:.1f} after.",
+        f"`{report['command']}` on {report['machine']}; {machine.described(report)}.",
         "",
         WORKLOAD,
         "",
@@ -373,7 +379,8 @@ def text(report: dict[str, Any]) -> str:
         "of all sides in turn, one thread each; medians (quartiles). A real token is a place that holds one, for each "
         "side in its own layout: padding is not counted, and the prompt twice only where it is stored twice. grain "
         "keeps pairs whole because each is given to it as one sequence; with tokens alone it does not say which "
-        "completion is which. The lists have the separate layout.",
+        "completion is which. The lists have the separate layout. Batches are dropped as they come, so that one slab "
+        "of memory, still in the caches, serves ours; where every batch is held, each is written to fresh memory.",
         "",
         "| side | M real tokens per CPU second | per second | thousand pairs per CPU second | ours is |",
         "| --- | --- | --- | --- | --- |",
@@ -397,6 +404,8 @@ def text(report: dict[str, Any]) -> str:
         for row in ("4096", "8192"):
             values = [report["padding"][f"{layout} {row} {window}"] for window in windows]
             lines.append(f"| {layout} | {row} | {' | '.join(f'{value:.2%}' for value in values)} |")
+    lines.append("")
+    lines += [f"{what[0].upper()}{what[1:]}: {report['padding'][what]:.1%}." for what in PADDED]
     lines += ["", "## Time", "", "| what | median | spread |", "| --- | --- | --- |"]
     for window, entry in report["planning"].items():
         cpu, wall = entry["cpu_s"], entry["wall_s"]
@@ -450,23 +459,20 @@ def verdicts(report: dict[str, Any]) -> dict[str, tuple[str, bool]]:
 
 
 def main() -> int:
-    """Time everything; write the results if asked to."""
+    """Time everything; record it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write bench/results/batcher.json and .md")
     options = parser.parse_args()
-    before = os.getloadavg()[0]
-    found = measured()
     report = {
         "command": "python bench/bench_batcher.py --write",
-        "machine": f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"NumPy {np.__version__}, grain {version('grain')}",
-        "load": [before, os.getloadavg()[0]],
-        **found,
+        "machine": machine.name("numpy", "grain"),
+        "before": machine.require_quiet() if options.write else machine.use(),
+        **measured(),
+        "after": machine.use(),
     }
     print(text(report))
     if options.write:
-        (RESULTS / "batcher.json").write_text(json.dumps(report, indent=1) + "\n")
-        (RESULTS / "batcher.md").write_text(text(report))
+        machine.record("batcher", report, text(report))
     return 0
 
 

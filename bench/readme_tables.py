@@ -1,0 +1,522 @@
+"""Every measured figure of README.md and docs/papers.md, and the text beside each result, rendered from what was recorded.
+
+    python bench/readme_tables.py            # names what differs, and fails if anything does
+    python bench/readme_tables.py --write    # puts it right
+
+A document has blocks between `<!-- figures: NAME -->` and `<!-- end -->`; `BLOCKS` says what stands in each. A figure is a
+result, the path to a value in it, and how it is shown: whoever records anew changes no line here. A row marked `later` is
+left out, and named, until its result is recorded.
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tpu_cases import CASES, CHIPS
+from tpu_report import duration, mebibytes
+
+from fastpref.reproduce.studies import PAPER_INPO, PAPER_TABLE_2, against_sft, matrix
+
+ROOT = Path(__file__).parent.parent
+RESULTS, FIGURES = ROOT / "bench" / "results", ROOT / "docs" / "figures"
+TEXTS = {
+    "batcher": "bench_batcher",
+    "demo_cpu": "bench_demo",
+    "ipo_md_step_cpu": "bench_train",
+    "kernels_cpu": "bench_kernels",
+    "packing_cpu": "bench_packing",
+    "pairs_cpu": "bench_pairs",
+    "tpu_compiled": "tpu_report",
+}
+"""The module whose `text` writes the Markdown of each result."""
+
+
+class MissingError(LookupError):
+    """A result that was not recorded, or that holds nothing at a path."""
+
+
+class Figure(NamedTuple):
+    """A value of a result.
+
+    Args:
+      result: name of a JSON file of bench/results, or of a CSV file of docs/figures.
+      path: keys and positions; a dict stands for the only record that has these values, "*" for all that have the rest.
+      shown: the text of the value.
+    """
+
+    result: str
+    path: tuple[Any, ...]
+    shown: Callable[[Any], str]
+
+    def __str__(self) -> str:
+        return self.shown(value(read(self.result), self.path, f"{self.result}: {self.path}"))
+
+
+Cell = tuple[str | Figure, ...]
+
+
+class Row(NamedTuple):
+    what: str
+    cells: Sequence[Cell]
+    later: bool = False
+
+
+class Table(NamedTuple):
+    columns: tuple[str, ...]
+    rows: Sequence[Row]
+
+
+class Prose(NamedTuple):
+    parts: Cell
+
+
+def read(result: str) -> Any:
+    if (table := FIGURES / f"{result}.csv").exists():
+        with table.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    if not (path := RESULTS / f"{result}.json").exists():
+        raise MissingError(f"bench/results/{result}.json")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def value(at: Any, path: Sequence[Any], where: str) -> Any:
+    for place, key in enumerate(path):
+        if key == "*":
+            return [value(each, path[place + 1 :], where) for each in at if path[place + 1] in each]
+        try:
+            if isinstance(key, Mapping):
+                (at,) = (each for each in at if key.items() <= each.items())
+            else:
+                at = at[key]
+        except (LookupError, ValueError):
+            raise MissingError(where) from None
+    return at
+
+
+def decimals(places: int, unit: str = "", scale: float = 1.0) -> Callable[[Any], str]:
+    return lambda number: f"{scale * float(number):.{places}f}{unit}"
+
+
+def joined(values: Sequence[str]) -> str:
+    return " and ".join([", ".join(values[:-1]), values[-1]] if len(values) > 1 else values)
+
+
+def spread(shown: Callable[[Any], str]) -> Callable[[Sequence[Any]], str]:
+    """The least and the most of some values, or the only one."""
+    return lambda values: " to ".join(dict.fromkeys(shown(end) for end in (min(values), max(values))))
+
+
+milliseconds, seconds = decimals(1, " ms", 1e3), decimals(2, " s")
+megabytes, rate, percent = decimals(0, " MB", 1e-6), decimals(0, " M/s", 1e-6), decimals(1, " %", 100)
+
+
+# bench/results/kernels_cpu.json
+
+
+def kernel(case: str, shown: Callable[[Any], str]) -> Figure:
+    return Figure("kernels_cpu", ("results", {"case": case}), shown)
+
+
+def ours(entry: Any) -> str:
+    return milliseconds(entry["seconds"]["mixture_sample"][1])
+
+
+def beside(entry: Any, side: str, text: str) -> str:
+    return f"{milliseconds(entry['seconds'][side][1])} {text} ({entry['ratio'][side][1]:.2f})"
+
+
+def products(entry: Any) -> str:
+    """The logits alone, in the orientation that is faster here."""
+    fastest = min((side for side in entry["ratio"] if "products" in side), key=lambda side: entry["seconds"][side][1])
+    return beside(entry, fastest, "the two products alone")
+
+
+def ordinary(entry: Any) -> str:
+    return beside(entry, "ordinary JAX", "ordinary JAX")
+
+
+def sampler(what: str, case: str) -> Row:
+    return Row(what, [(kernel(case, ours),), (kernel(case, products), ", ", kernel(case, ordinary))])
+
+
+def loss(what: str, case: str) -> Row:
+    def side(name: str) -> Callable[[Any], str]:
+        return lambda entry: f"{seconds(entry['seconds'][name][1])}, {megabytes(entry['temporary_bytes'][name])}"
+
+    ratio = kernel(case, lambda entry: f" ordinary JAX ({entry['ratio']['ordinary JAX'][1]:.2f})")
+    return Row(what, [(kernel(case, side("preference_loss")),), (kernel(case, side("ordinary JAX")), ratio)])
+
+
+# bench/results/batcher.json and packing_cpu.json
+
+
+def batches(side: str, text: str = "") -> Cell:
+    return (Figure("batcher", ("rates", side, "cpu", 1), rate), text)
+
+
+def forms(what: str, workload: str, best: str, others: Mapping[str, str]) -> Row:
+    """Real tokens a second of the best packed form, and of padded ones with the time that ours takes for as many."""
+
+    def of(name: str) -> Callable[[Any], str]:
+        return lambda entry: decimals(1, " k/s", 1e-3)(entry[name]["tokens_per_s"])
+
+    def against(name: str) -> Callable[[Any], str]:
+        return lambda entry: f"({entry[name]['tokens_per_s'] / entry[best]['tokens_per_s']:.2f})"
+
+    cell: list[str | Figure] = []
+    for name, text in others.items():
+        path = ("workloads", workload)
+        cell += [Figure("packing_cpu", path, of(name)), f" {text} ", Figure("packing_cpu", path, against(name)), ", "]
+    return Row(what, [(Figure("packing_cpu", ("workloads", workload), of(best)),), tuple(cell[:-1])])
+
+
+STEP = ("steps", "IPO-MD", "seconds", "step", "median")
+BOUNDS = {"padded to the bounds": "padded to the bounds"}
+LONGEST = BOUNDS | {"padded to the longest of the batch": "to the longest of each batch"}
+
+MEASURED = Table(
+    ("what", "ours", "the other side (our time over its)"),
+    [
+        Row(
+            "one IPO-MD step, Llama of 4.46 M, 8 prompts of 32, 2 × 64 new tokens",
+            [
+                (Figure("ipo_md_step_cpu", STEP, seconds),),
+                (Figure("ipo_md_step_cpu", ("floor_s", "step"), seconds), " its matrix products at the machine's best"),
+            ],
+        ),
+        sampler("`mixture_sample`, B = 1, D = 512, V = 32128, two heads", "B = 1, float32, two heads [V, D]"),
+        sampler("the same, B = 8", "B = 8, float32, two heads [V, D]"),
+        sampler("the same, B = 64", "B = 64, float32, two heads [V, D]"),
+        sampler("one head for both models, B = 64", "B = 64, float32, one shared head [V, D]"),
+        sampler("bfloat16, two heads, B = 64", "B = 64, bfloat16, two heads [V, D]"),
+        loss(
+            "`preference_loss` and its gradients, N = 2048, 16 pairs of 128 tokens, same head",
+            "N = 2048, 16 equal pairs, float32, trained head",
+        ),
+        loss("the same, 4 pairs of 512 tokens", "N = 2048, 4 equal pairs, float32, trained head"),
+        loss("16 pairs, frozen head", "N = 2048, 16 equal pairs, float32, frozen head"),
+        Row(
+            "packed pair batches, one core, real tokens; plan included in ours",
+            [
+                batches("fastpref, shared prompt"),
+                (
+                    *batches("NumPy slices, given the plan", " NumPy slices given the plan, "),
+                    *batches("Python lists, padded", " padded Python lists, "),
+                    *batches("grain best-fit", " grain's best-fit"),
+                ),
+            ],
+        ),
+        Row("the same, every batch kept", [batches("fastpref, shared prompt, every batch held"), ()], later=True),
+        Row(
+            "places that hold no token, rows of 4096, window 1024",
+            [
+                (Figure("batcher", ("padding", "shared 4096 1024"), percent),),
+                (
+                    Figure("batcher", ("padding", "padded to the longest of 16 pairs"), percent),
+                    " padded to the longest of 16 pairs, ",
+                    Figure("batcher", ("padding", "padded to 1024 + 1024"), percent),
+                    " to 1024 + 1024",
+                ),
+            ],
+        ),
+        forms(
+            "loss and gradients, Llama of 4.46 M, lognormal lengths, real tokens",
+            "the Llama of the step benchmark, lognormal lengths",
+            "packed, L = 1024, shared prompts",
+            LONGEST,
+        ),
+        forms(
+            "the same, the demo's T5, docstrings not cut",
+            "the demo's T5, docstrings not cut",
+            "packed, L = 160, S = 256",
+            LONGEST,
+        ),
+        forms(
+            "the same, a small decoder, prompts all cut at 64",
+            "a decoder of the demo's width and its lengths",
+            "packed, L = 192, shared prompts",
+            BOUNDS,
+        ),
+    ],
+)
+
+
+# bench/results/tpu_compiled.json
+
+
+def whole(found: Any) -> str:
+    """The whole call, XLA's operations around the kernel included, and its share of the floor."""
+    call = found["sides"]["tpu"]["seconds"]
+    return f"{duration(call)} ({found['floor'] / call:.0%})"
+
+
+def by_xla(found: Any) -> str:
+    reference = found["sides"]["reference"]
+    if "error" not in reference:
+        return f"{duration(reference['seconds'])}, {mebibytes(reference['temporary'])}"
+    chunks = found["sides"]["xla"]
+    return "does not fit" + (f"; in chunks {duration(chunks['seconds'])}" if "error" not in chunks else "")
+
+
+def compiled(what: str, case: str, peer: str | None = None) -> Row:
+    def at(chip: str, name: str, shown: Callable[[Any], str]) -> Figure:
+        return Figure("tpu_compiled", ({"chip": chip, "case": name},), shown)
+
+    cells: list[Cell] = []
+    for chip in ("v5e", "v6e"):
+        cells += [(at(chip, case, whole),), (at(chip, case, by_xla),)]
+        if peer and chip == "v5e":
+            call = at(chip, peer, lambda found: duration(found["sides"]["tokamax"]["seconds"]))
+            cells[-1] = (*cells[-1], "; tokamax ", call)
+    return Row(what, cells)
+
+
+def slower(found: Sequence[Any]) -> str:
+    """Cases of each chip in which a whole call takes longer than ordinary JAX that fits."""
+    counts = []
+    for chip in CHIPS:
+        pairs = [
+            (each["sides"]["tpu"]["seconds"], each["sides"]["reference"]["seconds"])
+            for each in found
+            if each["chip"] == chip and all("seconds" in each["sides"].get(side, {}) for side in ("tpu", "reference"))
+        ]
+        counts.append(f"{sum(one > other for one, other in pairs)} of {len(pairs)} on a {chip}")
+    return joined(counts)
+
+
+def shares(chip: str) -> Figure:
+    """Of the floor, over the cases of the log-probs."""
+    names = {case.name for case in CASES if case.kernel == "token_logprobs"}
+    return Figure(
+        "tpu_compiled",
+        (),
+        lambda found: spread(decimals(0, " %", 100))(
+            [
+                each["floor"] / each["sides"]["tpu"]["seconds"]
+                for each in found
+                if each["chip"] == chip and each["case"] in names
+            ]
+        ),
+    )
+
+
+COMPILED = Table(
+    ("what", "v5e (of its floor)", "ordinary JAX, v5e", "v6e (of its floor)", "ordinary JAX, v6e"),
+    [
+        compiled("`mixture_sample`, B = 128, T5-L, two heads", "mixture_sample, T5-L, B = 128"),
+        compiled("the same, Llama-3-8B", "mixture_sample, Llama-3-8B, B = 128"),
+        compiled("the same, B = 256", "mixture_sample, Llama-3-8B, B = 256"),
+        compiled("Llama-3.2-1B, B = 64, one head for both", "mixture_sample, Llama-3.2-1B, B = 64, one head"),
+        compiled(
+            "`token_logprobs`, N = 16384, T5-L, forward",
+            "token_logprobs, T5-L, N = 16384, forward",
+            "tokamax, T5-L, N = 16384, forward, [D, V]",
+        ),
+        compiled(
+            "forward and backward",
+            "token_logprobs, T5-L, N = 16384, forward + backward",
+            "tokamax, T5-L, N = 16384, forward + backward, [D, V]",
+        ),
+        compiled("the same, T5-XL", "token_logprobs, T5-XL, N = 16384, forward + backward"),
+        compiled(
+            "Llama-3-8B, forward",
+            "token_logprobs, Llama-3-8B, N = 16384, forward",
+            "tokamax, Llama-3-8B, N = 16384, forward, [D, V]",
+        ),
+        compiled(
+            "forward and backward",
+            "token_logprobs, Llama-3-8B, N = 16384, forward + backward",
+            "tokamax, Llama-3-8B, N = 16384, forward + backward, [D, V]",
+        ),
+        compiled("frozen head", "token_logprobs, Llama-3-8B, N = 16384, frozen head"),
+    ],
+)
+
+
+# Prose
+
+
+def demo(*path: Any, shown: Callable[[Any], str]) -> Figure:
+    return Figure("demo_cpu", ("runs", "*", *path), shown)
+
+
+def each(shown: Callable[[Any], str]) -> Callable[[Sequence[Any]], str]:
+    return lambda values: joined([shown(one) for one in values])
+
+
+def win_rate(study: str, **which: str) -> Figure:
+    return Figure(study, (which, "win_rate"), decimals(2))
+
+
+PREFERENCE_MODEL = ("AlpacaEval 2.0", "Arena-Hard", "MT-Bench")
+
+
+def inpo_beside_the_paper() -> str:
+    records = {each["policy"]: each for each in read("inpo-table") if each["baseline"] == "SFT"}
+    lines = [
+        f"| | against SFT, here | paper: {' | '.join(PREFERENCE_MODEL)} |",
+        f"| --- | --- |{' --- |' * len(PREFERENCE_MODEL)}",
+    ]
+    for policy, printed in PAPER_INPO.items():
+        here = "½"
+        if policy in records:
+            here = "{}, {} to {}".format(*(decimals(3)(records[policy][key]) for key in ("win_rate", "low", "high")))
+        lines.append(f"| {policy} | {here} | {' | '.join(map(str, printed))} |")
+    return "\n".join(lines)
+
+
+Block = Table | Prose | Callable[[], str]
+BLOCKS: dict[str, Block] = {
+    "demo": Prose(
+        (
+            "The demo ends with plots, samples before and after, and the win rate of the aligned model over the one that "
+            "it started from: ",
+            demo("win_rate", shown=each(decimals(2))),
+            " for seeds ",
+            demo("seed", shown=each(str)),
+            " (95 % intervals all above ",
+            demo("win_rate_low", shown=lambda values: f"{int(100 * min(values)) / 100:.2f}"),
+            "). The judge of that is the gold judge, whose labels the preference model learned from, on articles that "
+            "none of the three has seen. ",
+            Figure(
+                "demo_cpu",
+                ("runs",),
+                lambda runs: f"Timed for {sum('total_seconds' in run for run in runs)} of {len(runs)} seeds: ",
+            ),
+            demo("total_seconds", shown=spread(decimals(0))),
+            " seconds.",
+        )
+    ),
+    "measured": MEASURED,
+    "machine": Prose(
+        (
+            "On ",
+            Figure("kernels_cpu", ("machine",), lambda name: ", ".join(name.split(", ")[:2])),
+            ", float32 unless it says otherwise: medians, and in brackets our time over the other side's, so that more "
+            "than 1 is a loss. Spread, floors, all other cases and the use of the machine meanwhile are in "
+            "`bench/results/`, each with its command; a benchmark refuses to record on a busy machine.",
+        )
+    ),
+    "compiled": COMPILED,
+    "compiled-losses": Prose(
+        (
+            "Of their floor the log-probs reach ",
+            shares("v5e"),
+            " on a v5e, ",
+            shares("v6e"),
+            " on a v6e, whose matrix units are wider beside the same vector units, and ",
+            shares("v5p"),
+            " on a v5p, of whose two cores ours use one. Ordinary JAX, where it has room to keep all logits, needs three "
+            "products forward and backward to our four. By the same compiler ours take longer than it in ",
+            Figure("tpu_compiled", (), slower),
+            " cases.",
+        )
+    ),
+    "online-wins": Prose(
+        (
+            Figure(
+                "ipo-md-table-2",
+                (),
+                lambda records: spread(decimals(2))(
+                    [float(each["win_rate"]) for each in records if each["baseline"] == "SFT"]
+                ),
+            ),
+        )
+    ),
+    "articles": Prose((Figure("ipo-md-table-2", (0, "prompts"), str),)),
+    "table-2": lambda: "\n".join(matrix(read("ipo-md-table-2"), PAPER_TABLE_2)),
+    "table-2-settings": lambda: "\n".join(against_sft(read("ipo-md-table-2"))),
+    "online-offline": Prose(
+        (
+            "Agrees: at its best τ each online algorithm is far above its offline form against SFT, ",
+            *(win_rate("ipo-md-figure-4", algorithm="online-ipo", tau="0.03"), " to "),
+            *(win_rate("ipo-md-figure-4", algorithm="offline-ipo", tau="0.03"), " for IPO and "),
+            *(win_rate("ipo-md-figure-4", algorithm="online-dpo", tau="0.03"), " to "),
+            *(win_rate("ipo-md-figure-4", algorithm="offline-dpo", tau="0.1"), " for DPO. Offline DPO with a weak "),
+            "regularisation even falls below SFT (",
+            *(win_rate("ipo-md-figure-4", algorithm="offline-dpo", tau="0.01"), " at τ = 0.01). From τ = 0.1 on IPO is "),
+            "as good offline as online: neither moves far.",
+        )
+    ),
+    "inpo": lambda: "\n".join(matrix(read("inpo-table"), {})),
+    "inpo-beside-the-paper": inpo_beside_the_paper,
+}
+"""What stands between the markers of each name, in whatever document has them."""
+
+
+def rows(table: Table) -> Iterator[str]:
+    yield f"| {' | '.join(table.columns)} |"
+    yield f"|{' --- |' * len(table.columns)}"
+    for row in table.rows:
+        try:
+            yield f"| {' | '.join([row.what, *(''.join(map(str, cell)) for cell in row.cells)])} |"
+        except MissingError:
+            if not row.later:
+                raise
+
+
+def unrecorded() -> list[str]:
+    """Rows that are left out until their result is recorded."""
+    missing = []
+    for table in (block for block in BLOCKS.values() if isinstance(block, Table)):
+        for row in table.rows:
+            try:
+                [str(part) for cell in row.cells for part in cell]
+            except MissingError as error:
+                missing.append(f"{row.what}: nothing at {error}")
+    return missing
+
+
+def rendered(name: str) -> str:
+    block = BLOCKS[name]
+    if isinstance(block, Table):
+        return "\n".join(rows(block))
+    return "".join(map(str, block.parts)) if isinstance(block, Prose) else block()
+
+
+MARKED = re.compile(r"<!-- figures: ([\w-]+) -->(\n?)(.*?)\n?<!-- end -->", re.DOTALL)
+
+
+def filled(document: str) -> str:
+    """A document with every block as the results have it: on lines of its own, or within a sentence."""
+
+    def fill(found: re.Match[str]) -> str:
+        name, newline, _ = found.groups()
+        text = rendered(name)
+        if newline and isinstance(BLOCKS[name], Prose):
+            text = textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+        return f"<!-- figures: {name} -->{newline}{text}{newline}<!-- end -->"
+
+    return MARKED.sub(fill, document)
+
+
+def documents() -> Iterator[tuple[Path, str]]:
+    """Every file that is written here, and what it should hold."""
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        yield path, filled(path.read_text(encoding="utf-8"))
+    for result, module in TEXTS.items():
+        yield RESULTS / f"{result}.md", import_module(module).text(read(result))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put right what differs")
+    options = parser.parse_args()
+    differs = [(path, text) for path, text in documents() if path.read_text(encoding="utf-8") != text]
+    for path, text in differs:
+        print(f"{path.relative_to(ROOT)} {'written' if options.write else 'differs from the results'}")
+        if options.write:
+            path.write_text(text, encoding="utf-8")
+    print("\n".join(f"left out, not recorded yet: {row}" for row in unrecorded()))
+    return 1 if differs and not options.write else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
