@@ -52,9 +52,7 @@ def text(report: dict[str, Any]) -> str:
     lines = [
         "# The demo on a CPU",
         "",
-        "; ".join(
-            part for part in (f"`{report['command']}` on {report['machine']}", machine.described(report)) if part
-        )
+        "; ".join(part for part in (f"`{report['command']}` on {report['machine']}", machine.described(report)) if part)
         + ".",
         *(["", report["note"]] if "note" in report else []),
         "",

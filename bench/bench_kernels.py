@@ -64,16 +64,17 @@ def sampler_sides(case: SamplerCase) -> Sides:
     def both(product: Callable[..., jax.Array], policy: jax.Array, ref: jax.Array, *weights: jax.Array) -> Any:
         return product(policy, weights[0]), product(ref, weights[-1])
 
-    def ordinary(policy: jax.Array, ref: jax.Array, *weights: jax.Array) -> Any:
-        one, two = (jax.nn.log_softmax(array) for array in both(logits, policy, ref, *weights))
-        token = jax.random.categorical(jax.random.key(0), 0.875 * one + 0.125 * two)
-        return token, *(jnp.take_along_axis(logps, token[:, None], axis=1) for logps in (one, two))
+    def ordinary(product: Callable[..., jax.Array], axis: int, *arguments: jax.Array) -> Any:
+        one, two = (jax.nn.log_softmax(array, axis) for array in both(product, *arguments))
+        token = jax.random.categorical(jax.random.key(0), 0.875 * one + 0.125 * two, axis)
+        return token, *(jnp.take_along_axis(logps, jnp.expand_dims(token, axis), axis) for logps in (one, two))
 
     return {
         "mixture_sample": compiled(ours, *arguments),
         "two products": compiled(partial(both, logits), *arguments),
         "two products, vocabulary first": compiled(partial(both, by_token), *arguments),
-        "ordinary JAX": compiled(ordinary, *arguments),
+        "ordinary JAX": compiled(partial(ordinary, logits, 1), *arguments),
+        "ordinary JAX, vocabulary first": compiled(partial(ordinary, by_token, 0), *arguments),
     }
 
 
@@ -211,8 +212,8 @@ def text(report: dict[str, Any]) -> str:
         f"## mixture_sample, D = {WIDTH}, V = {VOCAB}",
         "",
         "Ordinary JAX: two log-softmaxes, their mixture, `jax.random.categorical`, two gathers. The kernel returns the "
-        "mixture's log-prob as well. Two products: the logits alone, in float32, nothing drawn from them, as [B, V] or, "
-        "vocabulary first, as [V, B].",
+        "mixture's log-prob as well. Two products: the logits alone, in float32, nothing drawn from them. Logits are "
+        "[B, V] or, vocabulary first, [V, B].",
         "",
         *table([entry for entry in entries if entry["kernel"] == "mixture_sample"], SAMPLER, rates),
         f"## preference_loss, forward and backward, D = {WIDTH}, V = {VOCAB}",

@@ -19,9 +19,10 @@ class SamplerCase:
 
     @property
     def limits(self) -> dict[str, float]:
-        """A quarter more than the logits alone, in either orientation; of ordinary JAX less, the more rows are drawn."""
+        """A quarter more than the logits alone; of ordinary JAX less, the more rows are drawn."""
         ordinary = next(share for most, share in ((1, 1.0), (8, 1 / 1.6), (64, 1 / 2.5)) if self.rows <= most)
-        return {"two products": 1.25, "two products, vocabulary first": 1.25, "ordinary JAX": ordinary}
+        limits = {"two products": 1.25, "ordinary JAX": ordinary}
+        return limits | {f"{side}, vocabulary first": limit for side, limit in limits.items()}
 
     @property
     def name(self) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tpu_cases import CASES, CHIPS
-from tpu_report import duration, mebibytes
+from tpu_report import duration
 
 from fastpref.reproduce.studies import PAPER_INPO, PAPER_TABLE_2, against_sft, matrix
 
@@ -132,17 +132,15 @@ def beside(entry: Any, side: str, text: str) -> str:
     return f"{milliseconds(entry['seconds'][side][1])} {text} ({entry['ratio'][side][1]:.2f})"
 
 
-def products(entry: Any) -> str:
-    """The logits alone, in the orientation that is faster here."""
-    fastest = min((side for side in entry["ratio"] if "products" in side), key=lambda side: entry["seconds"][side][1])
-    return beside(entry, fastest, "the two products alone")
-
-
-def ordinary(entry: Any) -> str:
-    return beside(entry, "ordinary JAX", "ordinary JAX")
+def fastest(side: str, text: str) -> Callable[[Any], str]:
+    """A side in the orientation of the logits that is faster here."""
+    return lambda entry: beside(
+        entry, min((name for name in entry["ratio"] if side in name), key=lambda name: entry["seconds"][name][1]), text
+    )
 
 
 def sampler(what: str, case: str) -> Row:
+    products, ordinary = fastest("two products", "the two products alone"), fastest("ordinary JAX", "ordinary JAX")
     return Row(what, [(kernel(case, ours),), (kernel(case, products), ", ", kernel(case, ordinary))])
 
 
@@ -254,13 +252,15 @@ MEASURED = Table(
 def whole(found: Any) -> str:
     """The whole call, XLA's operations around the kernel included, and its share of the floor."""
     call = found["sides"]["tpu"]["seconds"]
-    return f"{duration(call)} ({found['floor'] / call:.0%})"
+    return f"{duration(call)} ({int(100 * found['floor'] / call)} %)"
 
 
 def by_xla(found: Any) -> str:
     reference = found["sides"]["reference"]
     if "error" not in reference:
-        return f"{duration(reference['seconds'])}, {mebibytes(reference['temporary'])}"
+        gibibytes = reference["temporary"] / 2**30
+        memory = f"{gibibytes:.1f} GiB" if gibibytes >= 1 else f"{1024 * gibibytes:.0f} MiB"
+        return f"{duration(reference['seconds'])}, {memory}"
     chunks = found["sides"]["xla"]
     return "does not fit" + (f"; in chunks {duration(chunks['seconds'])}" if "error" not in chunks else "")
 
@@ -287,7 +287,7 @@ def slower(found: Sequence[Any]) -> str:
             for each in found
             if each["chip"] == chip and all("seconds" in each["sides"].get(side, {}) for side in ("tpu", "reference"))
         ]
-        counts.append(f"{sum(one > other for one, other in pairs)} of {len(pairs)} on a {chip}")
+        counts.append(f"{sum(ours > theirs for ours, theirs in pairs)} of {len(pairs)} cases on a {chip}")
     return joined(counts)
 
 
@@ -382,16 +382,17 @@ BLOCKS: dict[str, Block] = {
             " for seeds ",
             demo("seed", shown=each(str)),
             " (95 % intervals all above ",
-            demo("win_rate_low", shown=lambda values: f"{int(100 * min(values)) / 100:.2f}"),
-            "). The judge of that is the gold judge, whose labels the preference model learned from, on articles that "
-            "none of the three has seen. ",
+            demo("win_rate_low", shown=lambda lows: f"{int(100 * min(lows)) / 100:.2f}"),
+            "). The gold judge compares them, whose labels the preference model learned from, on articles that none of "
+            "the three has seen. It took ",
+            demo("total_seconds", shown=spread(decimals(0))),
+            " seconds (timed for ",
             Figure(
                 "demo_cpu",
                 ("runs",),
-                lambda runs: f"Timed for {sum('total_seconds' in run for run in runs)} of {len(runs)} seeds: ",
+                lambda runs: f"{sum('total_seconds' in run for run in runs)} of {len(runs)} seeds",
             ),
-            demo("total_seconds", shown=spread(decimals(0))),
-            " seconds.",
+            ").",
         )
     ),
     "measured": MEASURED,
@@ -414,11 +415,12 @@ BLOCKS: dict[str, Block] = {
             " on a v6e, whose matrix units are wider beside the same vector units, and ",
             shares("v5p"),
             " on a v5p, of whose two cores ours use one. Ordinary JAX, where it has room to keep all logits, needs three "
-            "products forward and backward to our four. By the same compiler ours take longer than it in ",
+            "products forward and backward to our four. Of all kernels, ours take longer than ordinary JAX in ",
             Figure("tpu_compiled", (), slower),
-            " cases.",
+            ".",
         )
     ),
+    "state": Prose((Figure("batcher", ("resuming", "bytes"), str),)),
     "online-wins": Prose(
         (
             Figure(
@@ -441,7 +443,10 @@ BLOCKS: dict[str, Block] = {
             *(win_rate("ipo-md-figure-4", algorithm="online-dpo", tau="0.03"), " to "),
             *(win_rate("ipo-md-figure-4", algorithm="offline-dpo", tau="0.1"), " for DPO. Offline DPO with a weak "),
             "regularisation even falls below SFT (",
-            *(win_rate("ipo-md-figure-4", algorithm="offline-dpo", tau="0.01"), " at τ = 0.01). From τ = 0.1 on IPO is "),
+            *(
+                win_rate("ipo-md-figure-4", algorithm="offline-dpo", tau="0.01"),
+                " at τ = 0.01). From τ = 0.1 on IPO is ",
+            ),
             "as good offline as online: neither moves far.",
         )
     ),
