@@ -56,15 +56,16 @@ def text(report: dict[str, Any]) -> str:
         + ".",
         *(["", report["note"]] if "note" in report else []),
         "",
-        "Win rate of the aligned policy over the SFT policy by the gold judge, both orders of every pair. The gold judge "
-        "labelled the pairs that the preference model learned from; the policy was aligned against that model alone. "
-        "The articles compared on were seen by none of them. Agreement is that of the preference model with the gold "
-        "judge on pairs it was not fitted to.",
+        "Win rate of the aligned policy over the SFT policy by the gold judge, both orders of every pair. The gold "
+        "judge labelled the pairs that the preference model learned from; the policy was aligned against that model "
+        "alone. The articles compared on were seen by none of them. Agreement is that of the preference model with the "
+        "gold judge on pairs it was not fitted to.",
         "",
         *table(report["runs"]),
         "",
-        "A model of this size does not write good summaries: what it gains is form (it begins as a summary begins, ends "
-        "with a stop, keeps its length), which a reader of the samples sees at once, and not knowledge of the article.",
+        "A model of this size does not write good summaries: what it gains is form (it begins as a summary begins, "
+        "ends with a stop, keeps its length), which a reader of the samples sees at once, and not knowledge of the "
+        "article.",
     ]
     return "\n".join(lines) + "\n"
 

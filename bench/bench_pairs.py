@@ -113,9 +113,9 @@ def test_tournaments(timed: Timed) -> None:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("text") / "pairs.jsonl"
+    path = tmp_path_factory.mktemp("records") / "pairs.jsonl"
     with path.open("wb") as file:
         for _ in range(RECORDS):
             words = [f"w{word}" for word in random.integers(0, 1000, 160)]
@@ -130,9 +130,9 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(backend, eos_id=0)
 
 
-def ingest(text: Path, cache: Path) -> None:
+def ingest(records: Path, cache: Path) -> None:
     tokenized(
-        text,
+        records,
         tokenizer(),
         cache=cache,
         columns=("prompt", "chosen", "rejected"),
@@ -141,14 +141,14 @@ def ingest(text: Path, cache: Path) -> None:
     )
 
 
-def test_text_to_cache(timed: Timed, text: Path, tmp_path: Path) -> None:
+def test_text_to_cache(timed: Timed, records: Path, tmp_path: Path) -> None:
     what = "tokenise JSON lines into a new cache"
-    timed(what, "tokens/s", RECORDS * 162, lambda turn: ingest(text, tmp_path / f"{turn}"), rounds=3)
+    timed(what, "tokens/s", RECORDS * 162, lambda turn: ingest(records, tmp_path / f"{turn}"), rounds=3)
 
 
-def test_tokens_from_cache(timed: Timed, text: Path, tmp_path: Path) -> None:
-    ingest(text, tmp_path)
-    timed("map the cache, every byte checked", "tokens/s", RECORDS * 162, lambda _: ingest(text, tmp_path))
+def test_tokens_from_cache(timed: Timed, records: Path, tmp_path: Path) -> None:
+    ingest(records, tmp_path)
+    timed("map the cache, every byte checked", "tokens/s", RECORDS * 162, lambda _: ingest(records, tmp_path))
 
 
 def text(report: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """The shapes that the kernel benchmarks time, and the limits that every one of them is held to.
 
-A limit is the largest median of (time of the kernel) / (time of another side), by that side's name. The results say which
-cases keep theirs; tests never time.
+A limit is the largest median of (time of the kernel) / (time of another side), by that side's name. The results say
+which cases keep theirs; tests never time.
 """
 
 from dataclasses import dataclass

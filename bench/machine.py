@@ -19,7 +19,7 @@ import numpy as np
 RESULTS = Path(__file__).parent / "results"
 LOAD, OTHERS = "load average", "cores in use by other processes"
 LIMITS = {LOAD: 0.5, OTHERS: 0.2}
-"""Most of each with which a result may be recorded. The load is the mean of a minute and so remembers what has ended."""
+"""Most of each with which a result may be recorded. The load, a mean of a minute, remembers what has just ended."""
 STAT, WINDOW = Path("/proc/stat"), 2.0
 Use = dict[str, float]
 
@@ -31,7 +31,7 @@ def busy_seconds() -> float:
 
 
 def use() -> Use:
-    """The load average of the last minute and, where /proc tells, the cores that other processes use for two seconds."""
+    """Load average of the last minute and, where /proc tells, cores that other processes use for two seconds."""
     load = {LOAD: os.getloadavg()[0]}
     if not STAT.exists():
         return load

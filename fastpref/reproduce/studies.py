@@ -1,10 +1,10 @@
 """The IPO-MD and INPO papers' comparisons of algorithms, at the scale of the demo.
 
 A study trains algorithms from the demo's SFT model on its preference (or reward) model, and lets the gold judge compare
-what they write to held-out articles. The gold judge labelled the pairs that those models and the offline algorithms learn
-from, and chooses τ on 256 of the articles of these pairs; the articles that policies are compared on were seen by nobody.
-Everything below the folder is written once: started again, or for another study in the same folder, what is there is
-used, and a run that was stopped goes on.
+what they write to held-out articles. The gold judge labelled the pairs that those models and the offline algorithms
+learn from, and chooses τ on 256 of the articles of these pairs; the articles that policies are compared on were seen by
+nobody. Everything below the folder is written once: started again, or for another study in the same folder, what is
+there is used, and a run that was stopped goes on.
 
     demo/                      what all runs start from
     runs/ipo-md,tau=0.03,seed=0/   a run directory each
