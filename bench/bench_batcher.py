@@ -8,31 +8,26 @@ alone. grain is needed for the comparison with it: `pip install .[bench]`.
 
 import argparse
 import gc
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 import pytest
+from batcher_sides import COLLATED, ROW_TOKENS, ROWS, SIDES, columns, lengths
 
 from fastpref.data import PairBatcher, Ragged, _native, pack_pairs
 
-ROWS, ROW_TOKENS, WINDOW, PAIRS, ROUNDS = 8, 4096, 1024, 4000, 7
-LAWS = (((5.0, 0.8), "prompts"), ((5.5, 0.7), "first"), ((5.45, 0.7), "second"))
+PAIRS, ROUNDS = 4000, 7
 WORKLOAD = (
     "Synthetic pairs: prompts lognormal(5, 0.8), completions lognormal(5.5, 0.7) and lognormal(5.45, 0.7) tokens, "
     f"clipped to [4, 1024]. Batches have {ROWS} rows of {ROW_TOKENS} places."
 )
-RESULTS = Path(__file__).parent / "results"
 TARGETS = {
     "assembly": "at least 200 M real tokens/s on one core",
     "grain": "at least 50 times its best-fit packing",
@@ -44,143 +39,7 @@ TARGETS = {
     "next": "99 of 100 within 1 ms",
     "exit": "within 1 s",
 }
-Columns = list[Ragged]
-
-
-def lengths(count: int, seed: int) -> list[np.ndarray]:
-    random = np.random.default_rng(seed)
-    return [random.lognormal(*law, count).clip(4, 1024).astype(np.int64) for law, _ in LAWS]
-
-
-def columns(count: int, seed: int) -> Columns:
-    random = np.random.default_rng(seed + 1000)
-    made = []
-    for each in lengths(count, seed):
-        offsets = np.concatenate([[0], np.cumsum(each)])
-        made.append(Ragged(random.integers(0, 32_000, offsets[-1], dtype=np.int32), offsets))
-    return made
-
-
-def native(data: Columns, layout: str) -> Callable[[], int]:
-    """Plan an epoch and assemble its batches in one thread."""
-    batches = PairBatcher(*data, rows=ROWS, row_tokens=ROW_TOKENS, window=WINDOW, layout=layout, prefetch=0)
-
-    def run() -> int:
-        for _ in range(batches.batches_in(0)):
-            next(batches)
-        return batches._loader.measure(0)[3]
-
-    return run
-
-
-def grain_best_fit(data: Columns, layout: str) -> Callable[[], int]:
-    """Each pair as one sequence of as many tokens, alone or with the two fields that segments do not tell.
-
-    The arrays are there already, and are read without threads.
-    """
-    import grain
-    from grain.experimental import BestFitPackIterDataset
-
-    prompts, first, second = data
-    pairs = []
-    for i in range(len(prompts)):
-        prompt, y, z = prompts[i], first[i], second[i]
-        pair = {"tokens": np.concatenate([prompt, y[:-1], prompt[-1:], z[:-1]])}
-        if layout == "all fields":
-            context = np.zeros(len(prompt) - 1, np.int32)
-            pair["targets"] = np.concatenate([context, y, z])
-            pair["streams"] = np.concatenate([context, np.full(len(y), 1, np.int32), np.full(len(z), 2, np.int32)])
-        pairs.append(pair)
-    source = grain.MapDataset.source(pairs).shuffle(seed=0).to_iter_dataset(grain.ReadOptions(num_threads=0))
-    capacity = dict.fromkeys(pairs[0], ROW_TOKENS)
-    packed = BestFitPackIterDataset(source, length_struct=capacity, num_packing_bins=64).batch(ROWS)
-
-    def run() -> int:
-        return sum(int((batch["tokens_segment_ids"] > 0).sum()) for batch in packed)
-
-    return run
-
-
-def python_lists(data: Columns, layout: str) -> Callable[[], int]:
-    """Concatenate, mask and pad lists, as collators of preference pairs do; 16 pairs a batch, the prompt twice."""
-    rows = [[each[i].tolist() for i in range(len(each))] for each in data]
-
-    def padded(sequences: list[list[int]]) -> np.ndarray:
-        arrays = [np.array(sequence) for sequence in sequences]
-        out = np.zeros((len(arrays), max(map(len, arrays))), np.int64)
-        for at, array in enumerate(arrays):
-            out[at, : len(array)] = array
-        return out
-
-    def run() -> int:
-        real = 0
-        for at in range(0, len(rows[0]), 16):
-            prompts, *completions = (column[at : at + 16] for column in rows)
-            ids = [p + c for column in completions for p, c in zip(prompts, column, strict=True)]
-            scored = [
-                [0] * len(p) + [1] * len(c) for column in completions for p, c in zip(prompts, column, strict=True)
-            ]
-            padded(ids), padded([[1] * len(each) for each in ids]), padded(scored)
-            real += sum(map(len, ids))
-        return real
-
-    return run
-
-
-def numpy_slices(data: Columns, layout: str) -> Callable[[], int]:
-    """The same rows, given the plan: six fields filled slice by slice."""
-    prompts, first, second = data
-    sizes = _native.pair_sizes(*(_native.Column(each.values, each.offsets) for each in data), layout="shared")
-    members, ends, batches, _ = _native.plan_pairs(
-        np.ascontiguousarray(sizes[:, 0]),
-        np.zeros(0, np.int32),
-        shapes=[(ROWS, ROW_TOKENS, 0)],
-        max_pairs_per_row=32,
-        window=WINDOW,
-        seed=0,
-        epoch=0,
-    )
-    rows = [row.tolist() for row in np.split(members, ends)[:-1]]
-    plan = [rows[start : start + count] for start, count, _ in batches.tolist()]
-
-    def run() -> int:
-        real = 0
-        for batch in plan:
-            fields = [np.full((ROWS, ROW_TOKENS), empty, np.int32) for empty in (0, 0, 0, -1, 0, -1)]
-            tokens, targets, positions, pairs, streams, sequences = fields
-            for r, row in enumerate(batch):
-                at = 0
-                for s, i in enumerate(row):
-                    prompt = prompts[i]
-                    context = len(prompt) - 1
-                    tokens[r, at : at + context] = prompt[:-1]
-                    positions[r, at : at + context] = np.arange(context)
-                    pairs[r, at : at + context] = s
-                    at += context
-                    for k, completion in enumerate((first[i], second[i])):
-                        end = at + len(completion)
-                        tokens[r, at] = prompt[-1]
-                        tokens[r, at + 1 : end] = completion[:-1]
-                        targets[r, at:end] = completion
-                        positions[r, at:end] = np.arange(context, context + len(completion))
-                        pairs[r, at:end] = s
-                        streams[r, at:end] = 1 + k
-                        sequences[r, at:end] = 2 * (r * 32 + s) + k
-                        at = end
-                real += at
-        return real
-
-    return run
-
-
-SIDES: dict[str, tuple[Callable[[Columns, str], Callable[[], int]], str]] = {
-    "fastpref, shared prompt": (native, "shared"),
-    "fastpref, separate": (native, "separate"),
-    "NumPy slices, given the plan": (numpy_slices, "shared"),
-    "grain best-fit": (grain_best_fit, "all fields"),
-    "grain best-fit, tokens alone": (grain_best_fit, "tokens"),
-    "Python lists, padded": (python_lists, "separate"),
-}
+PADDED = ("padded to 1024 + 1024", f"padded to the longest of {COLLATED} pairs")
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -226,7 +85,11 @@ def padding() -> dict[str, float]:
             for window in (64, 256, 1024, 4096, 65536):
                 _, ends, _, _ = plan(tokens, row_tokens, window)
                 found[f"{layout} {row_tokens} {window}"] = 1 - int(tokens.sum()) / (len(ends) * row_tokens)
-    return found
+    # Both sequences of a pair with its prompt in front, as collators of preference pairs have them.
+    sequences = np.stack([prompt + first, prompt + second], 1)
+    longest = sequences.reshape(-1, 2 * COLLATED).max(1)
+    places = (2048.0, float(longest.mean()))
+    return found | {what: 1 - float(sequences.mean()) / size for what, size in zip(PADDED, places, strict=True)}
 
 
 def plan(tokens: np.ndarray, row_tokens: int, window: int, seed: int = 0) -> Any:
@@ -339,12 +202,6 @@ def ending() -> dict[str, Any]:
     return found
 
 
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def measured() -> dict[str, Any]:
     parts = {
         "rates": rates, "padding": padding, "planning": planning, "resuming": resuming, "waiting": waiting,
@@ -362,8 +219,7 @@ def text(report: dict[str, Any]) -> str:
     lines = [
         "# Packed batches of preference pairs on a CPU",
         "",
-        f"`{report['command']}` on {report['machine']}; load average {report['load'][0]:.1f} before and "
-        f"{report['load'][1]:.1f} after.",
+        f"`{report['command']}` on {report['machine']}; {machine.described(report)}.",
         "",
         WORKLOAD,
         "",
@@ -373,7 +229,8 @@ def text(report: dict[str, Any]) -> str:
         "of all sides in turn, one thread each; medians (quartiles). A real token is a place that holds one, for each "
         "side in its own layout: padding is not counted, and the prompt twice only where it is stored twice. grain "
         "keeps pairs whole because each is given to it as one sequence; with tokens alone it does not say which "
-        "completion is which. The lists have the separate layout.",
+        "completion is which. The lists have the separate layout. Batches are dropped as they come, so that one slab "
+        "of memory, still in the caches, serves ours; where every batch is held, each is written to fresh memory.",
         "",
         "| side | M real tokens per CPU second | per second | thousand pairs per CPU second | ours is |",
         "| --- | --- | --- | --- | --- |",
@@ -397,6 +254,8 @@ def text(report: dict[str, Any]) -> str:
         for row in ("4096", "8192"):
             values = [report["padding"][f"{layout} {row} {window}"] for window in windows]
             lines.append(f"| {layout} | {row} | {' | '.join(f'{value:.2%}' for value in values)} |")
+    lines.append("")
+    lines += [f"{what[0].upper()}{what[1:]}: {report['padding'][what]:.1%}." for what in PADDED]
     lines += ["", "## Time", "", "| what | median | spread |", "| --- | --- | --- |"]
     for window, entry in report["planning"].items():
         cpu, wall = entry["cpu_s"], entry["wall_s"]
@@ -450,23 +309,20 @@ def verdicts(report: dict[str, Any]) -> dict[str, tuple[str, bool]]:
 
 
 def main() -> int:
-    """Time everything; write the results if asked to."""
+    """Time everything; record it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write bench/results/batcher.json and .md")
     options = parser.parse_args()
-    before = os.getloadavg()[0]
-    found = measured()
     report = {
         "command": "python bench/bench_batcher.py --write",
-        "machine": f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"NumPy {np.__version__}, grain {version('grain')}",
-        "load": [before, os.getloadavg()[0]],
-        **found,
+        "machine": machine.name("numpy", "grain"),
+        "before": machine.require_quiet() if options.write else machine.use(),
+        **measured(),
+        "after": machine.use(),
     }
     print(text(report))
     if options.write:
-        (RESULTS / "batcher.json").write_text(json.dumps(report, indent=1) + "\n")
-        (RESULTS / "batcher.md").write_text(text(report))
+        machine.record("batcher", report, text(report))
     return 0
 
 

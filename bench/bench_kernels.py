@@ -7,19 +7,18 @@ other, so that a ratio compares neighbours in time; medians and quartiles are th
 """
 
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import pytest
 from cases import LOSS, SAMPLER, VOCAB, WIDTH, LossCase, SamplerCase
@@ -28,7 +27,6 @@ from fastpref.kernels import Head, mixture_sample, preference_loss
 from fastpref.method import losses
 
 ROUNDS, WARMUP = {"sampler": 41, "loss": 11}, 1
-RESULTS = Path(__file__).parent / "results"
 Sides = dict[str, tuple[Any, tuple[Any, ...]]]
 """Compiled function and arguments of each contender; the first is ours."""
 
@@ -66,16 +64,17 @@ def sampler_sides(case: SamplerCase) -> Sides:
     def both(product: Callable[..., jax.Array], policy: jax.Array, ref: jax.Array, *weights: jax.Array) -> Any:
         return product(policy, weights[0]), product(ref, weights[-1])
 
-    def ordinary(policy: jax.Array, ref: jax.Array, *weights: jax.Array) -> Any:
-        one, two = (jax.nn.log_softmax(array) for array in both(logits, policy, ref, *weights))
-        token = jax.random.categorical(jax.random.key(0), 0.875 * one + 0.125 * two)
-        return token, *(jnp.take_along_axis(logps, token[:, None], axis=1) for logps in (one, two))
+    def ordinary(product: Callable[..., jax.Array], axis: int, *arguments: jax.Array) -> Any:
+        one, two = (jax.nn.log_softmax(array, axis) for array in both(product, *arguments))
+        token = jax.random.categorical(jax.random.key(0), 0.875 * one + 0.125 * two, axis)
+        return token, *(jnp.take_along_axis(logps, jnp.expand_dims(token, axis), axis) for logps in (one, two))
 
     return {
         "mixture_sample": compiled(ours, *arguments),
         "two products": compiled(partial(both, logits), *arguments),
         "two products, vocabulary first": compiled(partial(both, by_token), *arguments),
-        "ordinary JAX": compiled(ordinary, *arguments),
+        "ordinary JAX": compiled(partial(ordinary, logits, 1), *arguments),
+        "ordinary JAX, vocabulary first": compiled(partial(ordinary, by_token, 0), *arguments),
     }
 
 
@@ -149,7 +148,7 @@ def measure(benchmark: Any, sides: Sides, rounds: int, info: dict[str, Any]) -> 
 def test_sampler(case: SamplerCase, benchmark: Any) -> None:
     heads = 1 if case.shared else 2
     read = heads * VOCAB * WIDTH * jnp.dtype(case.dtype).itemsize
-    info = {"kernel": "mixture_sample", "case": case.name, "limits": case.limits, "bytes": read}
+    info = {"kernel": "mixture_sample", "case": case.name, "bytes": read}
     measure(benchmark, sampler_sides(case), ROUNDS["sampler"], info | {"flops": 4 * case.rows * VOCAB * WIDTH})
 
 
@@ -157,29 +156,9 @@ def test_sampler(case: SamplerCase, benchmark: Any) -> None:
 def test_loss(case: LossCase, benchmark: Any) -> None:
     products = 2 if case.frozen_head else 3
     scored = int((segments_of(case) >= 0).sum())
-    info = {"kernel": "preference_loss", "case": case.name, "limits": case.limits, "memory_limit": case.memory_limit}
-    info |= {"flops": products * 2 * scored * VOCAB * WIDTH, "bytes": 2 * VOCAB * WIDTH * 4}
+    info = {"kernel": "preference_loss", "case": case.name, "bytes": 2 * VOCAB * WIDTH * 4}
+    info |= {"flops": products * 2 * scored * VOCAB * WIDTH}
     measure(benchmark, loss_sides(case), ROUNDS["loss"], info)
-
-
-def machine() -> dict[str, Any]:
-    """What the machine reaches in the plainest programs: the floors are drawn from it."""
-    square = normal((2048, 2048), 0, "float32")
-    product = compiled(jnp.matmul, square, square)
-    one, two = np.ones(1 << 26, np.float32), np.ones(1 << 26, np.float32)
-    reads = []
-    for _ in range(7):
-        start = time.perf_counter()
-        np.dot(one, two)
-        reads.append(2 * one.nbytes / (time.perf_counter() - start))
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return {
-        "name": f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, JAX {jax.__version__}",
-        "float32_flops": 2 * 2048**3 / min(timed(*product) for _ in range(9)),
-        "bytes_per_second": max(reads),
-    }
 
 
 def milliseconds(quartiles: list[float]) -> str:
@@ -187,32 +166,69 @@ def milliseconds(quartiles: list[float]) -> str:
     return f"{median:.1f} ({low:.1f} to {high:.1f})"
 
 
-def table(entries: list[dict[str, Any]], rates: dict[str, Any]) -> list[str]:
+def against(ratio: list[float], limit: float) -> str:
+    low, median, high = ratio
+    return f"{median:.2f} ({low:.2f} to {high:.2f}) | {verdict(median, limit)}"
+
+
+def verdict(value: float, limit: float) -> str:
+    return f"{'yes' if value <= limit else 'no'}, at most {limit:.2f}"
+
+
+def table(entries: list[dict[str, Any]], cases: Sequence[SamplerCase | LossCase], rates: dict[str, float]) -> list[str]:
+    limits = {case.name: case for case in cases}
     lines = []
     for entry in entries:
+        case = limits[entry["case"]]
         floor = max(entry["flops"] / rates["float32_flops"], entry["bytes"] / rates["bytes_per_second"])
         lines += [
             f"**{entry['case']}**",
             "",
-            "| what | ms, median (quartiles) | kernel's time over this | temporary memory |",
-            "| --- | --- | --- | --- |",
+            "| what | ms, median (quartiles) | kernel's time over this | within the limit | temporary memory |",
+            "| --- | --- | --- | --- | --- |",
         ]
         for name, seconds in entry["seconds"].items():
-            ratio = ""
-            if name in entry["ratio"]:
-                low, median, high = entry["ratio"][name]
-                ratio = f"{median:.2f} ({low:.2f} to {high:.2f})"
-                if name in entry["limits"]:
-                    ratio += f", limit {entry['limits'][name]:.2f}"
-            memory = entry["temporary_bytes"][name] / 1e6
-            lines.append(f"| {name} | {milliseconds(seconds)} | {ratio} | {memory:.1f} MB |")
-        lines += [f"| floor in float32 | {1e3 * floor:.1f} | | |", ""]
+            ratio = against(entry["ratio"][name], case.limits[name]) if name in entry["ratio"] else " | "
+            memory = entry["temporary_bytes"][name]
+            share = ""
+            if isinstance(case, LossCase) and name not in entry["ratio"]:
+                share = memory / entry["temporary_bytes"]["ordinary JAX"]
+                share = f", {share:.2f} of ordinary JAX: {verdict(share, case.memory_limit)}"
+            lines.append(f"| {name} | {milliseconds(seconds)} | {ratio} | {memory / 1e6:.1f} MB{share} |")
+        lines += [f"| floor in float32 | {1e3 * floor:.1f} | | | |", ""]
     return lines
+
+
+def text(report: dict[str, Any]) -> str:
+    entries, rates = report["results"], report["rates"]
+    lines = [
+        "# Kernels on a CPU",
+        "",
+        f"`{report['command']}` on {report['machine']}; {machine.described(report)}. A square float32 product of 2048 "
+        f"reaches {rates['float32_flops'] / 1e9:.0f} GF/s, a dot product of two long vectors reads "
+        f"{rates['bytes_per_second'] / 1e9:.0f} GB/s: floors are flops or bytes over these. Limits are those of "
+        "`bench/cases.py`.",
+        "",
+        f"## mixture_sample, D = {WIDTH}, V = {VOCAB}",
+        "",
+        "Ordinary JAX: two log-softmaxes, their mixture, `jax.random.categorical`, two gathers. The kernel returns the "
+        "mixture's log-prob as well. Two products: the logits alone, in float32, nothing drawn from them. Logits are "
+        "[B, V] or, vocabulary first, [V, B].",
+        "",
+        *table([entry for entry in entries if entry["kernel"] == "mixture_sample"], SAMPLER, rates),
+        f"## preference_loss, forward and backward, D = {WIDTH}, V = {VOCAB}",
+        "",
+        "Ordinary JAX: log-softmax of all logits, gather, segment sums, IPO, differentiated. Memory is what the "
+        "compiler sets aside beside arguments and results.",
+        "",
+        *table([entry for entry in entries if entry["kernel"] == "preference_loss"], LOSS, rates),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def main() -> int:
     """Time everything and write the results."""
-    load = os.getloadavg()[0]
+    before = machine.require_quiet()
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
         # The project's own options check types at every call, which would be timed too.
@@ -221,34 +237,15 @@ def main() -> int:
         if code:
             return code
         entries = [entry["extra_info"] for entry in json.loads(raw.read_text())["benchmarks"]]
-    rates = machine()
-    command = "python bench/bench_kernels.py"
-    report = {"command": command, "machine": rates, "load_before": load, "results": entries}
-    report["load_after"] = os.getloadavg()[0]
-    (RESULTS / "kernels_cpu.json").write_text(json.dumps(report, indent=2) + "\n")
-    sampler = table([entry for entry in entries if entry["kernel"] == "mixture_sample"], rates)
-    loss = table([entry for entry in entries if entry["kernel"] == "preference_loss"], rates)
-    lines = [
-        "# Kernels on a CPU",
-        "",
-        f"`{command}` on {rates['name']}, load average {load:.1f} before and {report['load_after']:.1f} after. A "
-        f"square float32 product of 2048 reaches {rates['float32_flops'] / 1e9:.0f} GF/s, a dot product of two long "
-        f"vectors reads {rates['bytes_per_second'] / 1e9:.0f} GB/s: floors are flops or bytes over these.",
-        "",
-        f"## mixture_sample, D = {WIDTH}, V = {VOCAB}",
-        "",
-        "Ordinary JAX: two log-softmaxes, their mixture, `jax.random.categorical`, two gathers. The kernel returns the "
-        "mixture's log-prob as well.",
-        "",
-        *sampler,
-        f"## preference_loss, forward and backward, D = {WIDTH}, V = {VOCAB}",
-        "",
-        "Ordinary JAX: log-softmax of all logits, gather, segment sums, IPO, differentiated. Memory is what the "
-        "compiler sets aside beside arguments and results.",
-        "",
-        *loss,
-    ]
-    (RESULTS / "kernels_cpu.md").write_text("\n".join(lines).rstrip() + "\n")
+    report = {
+        "command": "python bench/bench_kernels.py",
+        "machine": machine.name("jax", "jaxlib", "numpy"),
+        "before": before,
+        "rates": machine.rates(),
+        "results": entries,
+        "after": machine.use(),
+    }
+    machine.record("kernels_cpu", report, text(report))
     return 0
 
 

@@ -8,8 +8,6 @@ decreasing, and the batch is a random choice of the rows. The forms of a workloa
 """
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,10 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
-from bench_kernels import machine
 from bench_train import MODEL as WIDE
-from bench_train import quartiles, versions
+from bench_train import quartiles
 from flax import nnx
 from jax import Array
 
@@ -40,7 +38,6 @@ from slow_packing import PaddedPairs, pack
 
 ROUNDS, POOL = 9, 512
 TAU = 0.03
-RESULTS = Path(__file__).parent / "results"
 NARROW = DecoderConfig(vocab_size=3072, width=128, hidden=256, layers=4, heads=4, kv_heads=4, head_dim=32, tied=True)
 
 
@@ -273,14 +270,32 @@ def table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def text(report: dict[str, Any]) -> str:
+    lines = [
+        "# The learner on packed rows, on a CPU",
+        "",
+        f"`{report['command']}` on {report['machine']}; {machine.described(report)}.",
+        "",
+        "Loss and gradients of one batch in float32. Rates count real tokens, a prompt once; the waste of shared and "
+        "encoded prompts is what lies empty, and that of separate ones counts the second copy too. The last column "
+        "compares tokens per CPU second.",
+        "",
+    ]
+    for name, forms in report["workloads"].items():
+        lines += [f"## {name[0].upper()}{name[1:]}", "", *table(forms), ""]
+    return "\n".join(lines)
+
+
 def main() -> int:
-    """Time the forms; write the results if asked to."""
+    """Time the forms; record them if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write bench/results/packing_cpu.json and .md")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="steps of each form that count")
-    parser.add_argument("--only", default="", help="workloads whose name contains this")
+    parser.add_argument("--only", default="", help="workloads whose name contains this; nothing can be written then")
     options = parser.parse_args()
-    load = os.getloadavg()[0]
+    if options.only and options.write:
+        parser.error("a result has all workloads: leave --only out to write it")
+    before = machine.require_quiet() if options.write else machine.use()
     results = {}
     for name, work in WORKLOADS.items():
         if options.only not in name:
@@ -288,34 +303,17 @@ def main() -> int:
         results[name] = measure(work, options.rounds)
         print("\n".join(["", name, *table(results[name])]), flush=True)
         jax.clear_caches()
-    rates, load_after = machine(), os.getloadavg()[0]
-    command = "python bench/bench_packing.py --write"
-    if options.rounds != ROUNDS:
-        command += f" --rounds {options.rounds}"
-    lines = [
-        "# The learner on packed rows, on a CPU",
-        "",
-        f"`{command}` on {rates['name']}, {versions()}; load average {load:.1f} before and {load_after:.1f} after.",
-        "",
-        "Loss and gradients of one batch in float32. Rates count real tokens, a prompt once; the waste of shared and "
-        "encoded prompts is what lies empty, and that of separate ones counts the second copy too. Where other "
-        "programs run as well, CPU seconds are the fairer measure: the last column compares tokens per CPU second.",
-        "",
-    ]
-    for name, one in results.items():
-        lines += [f"## {name[0].upper()}{name[1:]}", "", *table(one), ""]
+    rounds = "" if options.rounds == ROUNDS else f" --rounds {options.rounds}"
+    report = {
+        "command": f"python bench/bench_packing.py --write{rounds}",
+        "machine": machine.name("jax", "jaxlib", "flax", "optax", "numpy"),
+        "before": before,
+        "rounds": options.rounds,
+        "workloads": results,
+        "after": machine.use(),
+    }
     if options.write:
-        report = {
-            "command": command,
-            "machine": rates,
-            "versions": versions(),
-            "load_before": load,
-            "load_after": load_after,
-            "rounds": options.rounds,
-            "workloads": results,
-        }
-        (RESULTS / "packing_cpu.json").write_text(json.dumps(report, indent=2) + "\n")
-        (RESULTS / "packing_cpu.md").write_text("\n".join(lines))
+        machine.record("packing_cpu", report, text(report))
     return 0
 
 

@@ -7,7 +7,6 @@ times everything and writes bench/results/pairs_cpu.json and .md.
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 import orjson
 import pytest
@@ -34,7 +34,6 @@ WORKLOAD = (
     f"steps. Tournaments of {PROMPTS} prompts with {K} completions, answered from a table. {RECORDS} preference pairs "
     "as JSON lines of 40, 60 and 60 words out of 1000, one token each."
 )
-RESULTS = Path(__file__).parent / "results"
 Timed = Callable[..., None]
 
 
@@ -114,9 +113,9 @@ def test_tournaments(timed: Timed) -> None:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("text") / "pairs.jsonl"
+    path = tmp_path_factory.mktemp("records") / "pairs.jsonl"
     with path.open("wb") as file:
         for _ in range(RECORDS):
             words = [f"w{word}" for word in random.integers(0, 1000, 160)]
@@ -131,9 +130,9 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(backend, eos_id=0)
 
 
-def ingest(text: Path, cache: Path) -> None:
+def ingest(records: Path, cache: Path) -> None:
     tokenized(
-        text,
+        records,
         tokenizer(),
         cache=cache,
         columns=("prompt", "chosen", "rejected"),
@@ -142,50 +141,57 @@ def ingest(text: Path, cache: Path) -> None:
     )
 
 
-def test_text_to_cache(timed: Timed, text: Path, tmp_path: Path) -> None:
+def test_text_to_cache(timed: Timed, records: Path, tmp_path: Path) -> None:
     what = "tokenise JSON lines into a new cache"
-    timed(what, "tokens/s", RECORDS * 162, lambda turn: ingest(text, tmp_path / f"{turn}"), rounds=3)
+    timed(what, "tokens/s", RECORDS * 162, lambda turn: ingest(records, tmp_path / f"{turn}"), rounds=3)
 
 
-def test_tokens_from_cache(timed: Timed, text: Path, tmp_path: Path) -> None:
-    ingest(text, tmp_path)
-    timed("map the cache, every byte checked", "tokens/s", RECORDS * 162, lambda _: ingest(text, tmp_path))
+def test_tokens_from_cache(timed: Timed, records: Path, tmp_path: Path) -> None:
+    ingest(records, tmp_path)
+    timed("map the cache, every byte checked", "tokens/s", RECORDS * 162, lambda _: ingest(records, tmp_path))
+
+
+def text(report: dict[str, Any]) -> str:
+    lines = [
+        "# Pair log, tournament and ingest on a CPU",
+        "",
+        f"`{report['command']}` on {report['machine']}; {machine.described(report)}.",
+        "",
+        report["workload"],
+        "",
+        "| what | median of a round (quartile range) | rate |",
+        "| --- | --- | --- |",
+    ]
+    for entry in report["benchmarks"]:
+        rate = entry["amount"] / entry["median_s"]
+        spread = f"{entry['median_s'] * 1e3:.2f} ms ({entry['iqr_s'] * 1e3:.2f})"
+        lines.append(f"| {entry['what']} | {spread} | {rate:.3g} {entry['unit']} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     """Time everything and write the results."""
-    load = os.getloadavg()[0]
+    before = machine.require_quiet()
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
         arguments = [__file__, "-q", "-o", "addopts=", f"--benchmark-json={raw}"]
         code = subprocess.run([sys.executable, "-m", "pytest", *arguments]).returncode
         if code:
             return code
-        report = json.loads(raw.read_text())
-    entries = [
-        entry["extra_info"] | {"median_s": entry["stats"]["median"], "iqr_s": entry["stats"]["iqr"]}
-        for entry in report["benchmarks"]
-    ]
-    command = "python bench/bench_pairs.py"
-    cpu = report["machine_info"].get("cpu", {}).get("brand_raw", platform.machine())
-    machine = f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    described = {"command": command, "machine": machine, "load_before": load, "workload": WORKLOAD, "rounds": ROUNDS}
-    (RESULTS / "pairs_cpu.json").write_text(json.dumps(described | {"benchmarks": entries}, indent=1) + "\n")
-    lines = [
-        "# Pair log, tournament and ingest on a CPU",
-        "",
-        f"`{command}` on {machine}, load average {load:.1f} before.",
-        "",
-        WORKLOAD,
-        "",
-        "| what | median of a round (quartile range) | rate |",
-        "| --- | --- | --- |",
-    ]
-    for entry in entries:
-        rate = entry["amount"] / entry["median_s"]
-        spread = f"{entry['median_s'] * 1e3:.2f} ms ({entry['iqr_s'] * 1e3:.2f})"
-        lines.append(f"| {entry['what']} | {spread} | {rate:.3g} {entry['unit']} |")
-    (RESULTS / "pairs_cpu.md").write_text("\n".join(lines) + "\n")
+        entries = [
+            entry["extra_info"] | {"median_s": entry["stats"]["median"], "iqr_s": entry["stats"]["iqr"]}
+            for entry in json.loads(raw.read_text())["benchmarks"]
+        ]
+    report = {
+        "command": "python bench/bench_pairs.py",
+        "machine": machine.name("numpy"),
+        "before": before,
+        "workload": WORKLOAD,
+        "rounds": ROUNDS,
+        "benchmarks": entries,
+        "after": machine.use(),
+    }
+    machine.record("pairs_cpu", report, text(report))
     return 0
 
 

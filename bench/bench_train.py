@@ -8,7 +8,6 @@ completion, so that every step writes the same number of tokens.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import resource
@@ -24,9 +23,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 import tokenizers
-from bench_kernels import machine
 from flax import nnx
 
 from fastpref.data import PromptBatcher, Ragged, pack_pairs
@@ -49,12 +48,6 @@ STEPS = {
 }
 PARTS = ("generate", "judge", "learn")
 ROUNDS, WARMUP, LIMIT = 30, 2, 0.8
-PEER = {
-    "one mixture sample and one policy sample, uncached: the only public trainer that draws them correctly": 8.4,
-    "plain online IPO of the same library, cached": 0.94,
-}
-"""Median seconds of a step of TRL 1.12.0 and 1.13.0 on two CPU cores, taken before and elsewhere."""
-RESULTS = Path(__file__).parent / "results"
 Laps = dict[str, tuple[float, float]]
 """Wall and CPU seconds of each part."""
 
@@ -215,11 +208,6 @@ def test_step(benchmark: Any) -> None:
     benchmark.extra_info.update(info)
 
 
-def versions() -> str:
-    names = ("jaxlib", "flax", "optax", "numpy")
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-
-
 def floors(entry: dict[str, Any], rates: dict[str, Any]) -> dict[str, float]:
     """Seconds that the products of each part take at the rate of one large product."""
     parts = {name: value / rates["float32_flops"] for name, value in entry["flops"].items()}
@@ -255,26 +243,35 @@ def table(entry: dict[str, Any], rates: dict[str, Any]) -> list[str]:
     return [*lines, "", f"Peak memory of the process, compiler included: {entry['peak_rss_bytes'] / 1e6:.0f} MB."]
 
 
-def peer_lines(entry: dict[str, Any]) -> list[str]:
-    median = entry["steps"]["IPO-MD"]["seconds"]["step"]["median"]
-    return [
-        "## The peer's published figures",
+def text(report: dict[str, Any]) -> str:
+    rates, median = report["rates"], report["steps"]["IPO-MD"]["seconds"]["step"]["median"]
+    lines = [
+        "# One step of IPO-MD on a CPU",
         "",
-        "TRL on the same workload, two CPU cores; from the anchors, not re-measured in this run:",
+        f"`{report['command']}` on {report['machine']}; {machine.described(report)}.",
         "",
-        *(f"- {what}: {seconds} s a step" for what, seconds in PEER.items()),
+        f"A random Llama of 4.46 M parameters (V = {MODEL.vocab_size}, D = {MODEL.width}, {MODEL.layers} layers) in "
+        f"float32, {PROMPTS} prompts of {PROMPT_TOKENS} random words, {COMPLETIONS} completions of exactly "
+        f"{NEW_TOKENS} tokens each, AdamW at {STEPS['IPO-MD'].learning_rate}. Two models decode in both algorithms: "
+        f"the log-probs of the reference come out of the draw. {report['rounds']} steps of each, in turn, after "
+        f"{WARMUP} that do not count. The judge's part turns tokens into text and counts words. The limit for IPO-MD "
+        f"is {LIMIT} s: {'kept' if median <= LIMIT else 'not kept'}.",
         "",
-        f"The limit for IPO-MD here is {LIMIT} s; this run took {median:.2f} s.",
+        f"The floor is the flops of the matrix products over the {rates['float32_flops'] / 1e9:.0f} GF/s that one "
+        "float32 product of side 2048 reaches in this run. CPU seconds are those of all threads.",
+        "",
+        *table(report, rates),
     ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    """Time the steps; write the results if asked to."""
+    """Time the steps; record them if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write bench/results/ipo_md_step_cpu.json and .md")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="steps of each algorithm that count")
     options = parser.parse_args()
-    load = os.getloadavg()[0]
+    before = machine.require_quiet() if options.write else machine.use()
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
         # The project's own options check types at every call, which would be timed too.
@@ -284,44 +281,21 @@ def main() -> int:
         if code:
             return code
         (entry,) = (entry["extra_info"] for entry in json.loads(raw.read_text())["benchmarks"])
-    rates, load_after = machine(), os.getloadavg()[0]
-    command = "python bench/bench_train.py --write"
-    if options.rounds != ROUNDS:
-        command += f" --rounds {options.rounds}"
+    rates, after = machine.rates(), machine.use()
+    rounds = "" if options.rounds == ROUNDS else f" --rounds {options.rounds}"
     report = {
-        "command": command,
-        "machine": rates,
-        "versions": versions(),
-        "load_before": load,
-        "load_after": load_after,
+        "command": f"python bench/bench_train.py --write{rounds}",
+        "machine": machine.name("jax", "jaxlib", "flax", "optax", "numpy"),
+        "before": before,
+        "rates": rates,
         "rounds": options.rounds,
         "floor_s": floors(entry, rates),
-        "peer_s": PEER,
         **entry,
+        "after": after,
     }
-    lines = [
-        "# One step of IPO-MD on a CPU",
-        "",
-        f"`{command}` on {rates['name']}, {versions()}; load average {load:.1f} before and {load_after:.1f} after.",
-        "",
-        f"A random Llama of 4.46 M parameters (V = {MODEL.vocab_size}, D = {MODEL.width}, {MODEL.layers} layers) in "
-        f"float32, {PROMPTS} prompts of {PROMPT_TOKENS} random words, {COMPLETIONS} completions of exactly "
-        f"{NEW_TOKENS} tokens each, AdamW at {STEPS['IPO-MD'].learning_rate}. Two models decode in both algorithms: "
-        f"the log-probs of the reference come out of the draw. {options.rounds} steps of each, in turn, after {WARMUP} "
-        "that do not count. The judge's part turns tokens into text and counts words.",
-        "",
-        f"The floor is the flops of the matrix products over the {rates['float32_flops'] / 1e9:.0f} GF/s that one "
-        "float32 product of side 2048 reaches in this run. CPU seconds are those of all threads.",
-        "",
-        *table(entry, rates),
-        "",
-        *peer_lines(entry),
-    ]
-    text = "\n".join(lines) + "\n"
-    print(text)
+    print(text(report))
     if options.write:
-        (RESULTS / "ipo_md_step_cpu.json").write_text(json.dumps(report, indent=2) + "\n")
-        (RESULTS / "ipo_md_step_cpu.md").write_text(text)
+        machine.record("ipo_md_step_cpu", report, text(report))
     return 0
 
 

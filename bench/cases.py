@@ -1,6 +1,10 @@
-"""The shapes that the kernel benchmarks time, and the limits that they are held to."""
+"""The shapes that the kernel benchmarks time, and the limits that every one of them is held to.
 
-from dataclasses import dataclass, field
+A limit is the largest median of (time of the kernel) / (time of another side), by that side's name. The results say
+which cases keep theirs; tests never time.
+"""
+
+from dataclasses import dataclass
 
 WIDTH, VOCAB = 512, 32128
 """T5-small's head."""
@@ -12,8 +16,13 @@ class SamplerCase:
     dtype: str = "float32"
     vocab_axis: int = 0
     shared: bool = False
-    limits: dict[str, float] = field(default_factory=dict)
-    """Largest median of (time of the kernel) / (time of the other), by the other's name."""
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """A quarter more than the logits alone; of ordinary JAX less, the more rows are drawn."""
+        ordinary = next(share for most, share in ((1, 1.0), (8, 1 / 1.6), (64, 1 / 2.5)) if self.rows <= most)
+        limits = {"two products": 1.25, "ordinary JAX": ordinary}
+        return limits | {f"{side}, vocabulary first": limit for side, limit in limits.items()}
 
     @property
     def name(self) -> str:
@@ -29,9 +38,13 @@ class LossCase:
     rows: int = 2048
     dtype: str = "float32"
     frozen_head: bool = False
-    limits: dict[str, float] = field(default_factory=dict)
     memory_limit: float = 0.15
-    """Largest (temporary memory of the kernel) / (that of the reference)."""
+    """Largest (temporary memory of the kernel) / (that of ordinary JAX)."""
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """As fast as ordinary JAX, but for a tenth: what the kernel saves is memory."""
+        return {"ordinary JAX": 1.1}
 
     @property
     def name(self) -> str:
@@ -41,15 +54,15 @@ class LossCase:
 
 SAMPLER = [
     SamplerCase(1),
-    SamplerCase(8, limits={"two products": 1.25, "ordinary JAX": 1 / 1.6}),
-    SamplerCase(64, limits={"two products": 1.25, "ordinary JAX": 1 / 2.5}),
+    SamplerCase(8),
+    SamplerCase(64),
     SamplerCase(64, vocab_axis=1),
     SamplerCase(64, shared=True),
     SamplerCase(8, dtype="bfloat16"),
     SamplerCase(64, dtype="bfloat16"),
 ]
 LOSS = [
-    LossCase("equal", limits={"ordinary JAX": 1.1}),
+    LossCase("equal"),
     LossCase("ragged"),
     LossCase("equal", pairs=4),
     LossCase("equal", frozen_head=True),

@@ -24,16 +24,16 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.progress import track
 from tpu_cases import CASES, CHIPS, Case, Chip, Work, work
-from tpu_report import PREFACE, markdown
+from tpu_report import markdown, text
 from tpu_schedule import PASSES, Rates, Region, Schedule, TooLong, moved, operations, run, schedules, vmem
 
-RESULTS = Path(__file__).parent / "results"
 DUMP = Path(tempfile.gettempdir()) / f"tpu_lab_{os.getpid()}"
 
 
@@ -194,17 +194,14 @@ def row(case: Case, name: str) -> dict[str, Any]:
 
 def write(rows: list[dict[str, Any]]) -> None:
     """Put the rows in the place of older ones; where a peer is missing, its older row stays."""
-    data = RESULTS / "tpu_compiled.json"
+    data = machine.RESULTS / "tpu_compiled.json"
     kept = {(old["chip"], old["case"]): old for old in (json.loads(data.read_text()) if data.exists() else [])}
     for new in rows:
         place = new["chip"], new["case"]
         if place not in kept or "not here" not in new["sides"].get("tokamax", {}).get("error", ""):
             kept[place] = new
     ordered = [kept[name, case.name] for name in CHIPS for case in CASES if (name, case.name) in kept]
-    data.write_text(json.dumps(ordered, indent=1) + "\n")
-    programs = [side for found in ordered for side in found["sides"].values() if "error" not in side]
-    preface = PREFACE.format(unread=sum(side["unread"] > 0 for side in programs), programs=len(programs))
-    (RESULTS / "tpu_compiled.md").write_text("\n".join([preface, *markdown(ordered)]).rstrip() + "\n")
+    machine.record("tpu_compiled", ordered, text(ordered))
 
 
 def main() -> int:

@@ -174,4 +174,13 @@ four that it takes to compute them again.
 
 **Other chips.** Nothing is asked of them. On a v6e, whose matrix units are wider and faster beside the same vector
 units, the work on the logits takes more bundles than the products take cycles. On a v5p one of the two cores idles.
+
+**Models.** Llama-3-8B and Gemma are shapes of heads. Nothing here says that a whole model of that size fits a chip, and
+`fastpref` cannot split one over several yet.
 """
+
+
+def text(rows: list[dict[str, Any]]) -> str:
+    programs = [side for found in rows for side in found["sides"].values() if "error" not in side]
+    preface = PREFACE.format(unread=sum(side["unread"] > 0 for side in programs), programs=len(programs))
+    return "\n".join([preface, *markdown(rows)]).rstrip() + "\n"

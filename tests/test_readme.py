@@ -1,5 +1,6 @@
-"""The README is true: its code runs, its settings parse, its commands and its table exist."""
+"""The README is true: its code runs, its settings parse, its commands and names exist, its figures are recorded."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import orjson
+import pytest
 from small import PROMPTS, language_model
 
 from fastpref.cli import KEYS, parser
@@ -99,12 +101,45 @@ def test_the_table_of_algorithms_is_written_from_the_source() -> None:
     assert table().count("\n") == len(ALGORITHMS) + 2
 
 
-def test_the_tree_names_what_is_there() -> None:
-    tree = README[README.index("## The house") : README.index("## Measured")]
-    for room, text in re.findall(r"^  (\w+)/ +(.*)$", tree, re.M):
-        assert (ROOT / "fastpref" / room / "__init__.py").is_file(), room
-        for name in re.findall(r"\w+\.py", text):
-            assert (ROOT / "fastpref" / room / name).is_file(), f"{room}/{name}"
+TREE = README[README.index("## The house") :]
+
+
+def test_every_room_stands_in_the_tree() -> None:
     for path in (ROOT / "fastpref").iterdir():
         if path.is_dir() and (path / "__init__.py").is_file() and path.name != "kernels":
-            assert f"\n  {path.name}/ " in tree, path.name
+            assert f"\n  {path.name}/ " in TREE, path.name
+
+
+@pytest.mark.parametrize(("room", "text"), re.findall(r"^ *(\w+)/ +(.*)$", TREE, re.M))
+def test_the_tree_names_what_is_there(room: str, text: str) -> None:
+    folder = next((path for path in (ROOT / room, ROOT / "fastpref" / room) if path.is_dir()), None)
+    assert folder is not None
+    for name, public in re.findall(r"(\w+)\.py(?: \(([^)]*)\))?", text):
+        assert (folder / f"{name}.py").is_file(), name
+        for value in public.split():
+            module = importlib.import_module(f"fastpref.{room}.{name}")
+            assert hasattr(module, value), f"{room}/{name}.py has no {value}"
+    for name in re.findall(r"(\w+)/", text):
+        assert (folder / name).is_dir(), name
+
+
+NAMES = r"float32|bfloat16|Python 3\.\d+|C\+\+20|\bT5(-\w+)?|\(v1\.1 |Llama-[\w.-]+|\bv\d[ep]\b"
+
+
+def prose(text: str) -> str:
+    """What is said in words: no code, no addresses, nothing that is generated, no names that have digits."""
+    text = text.replace(table(), "")
+    for part in (r"```.*?```", r"<!-- figures: .*?<!-- end -->", r"<!--.*?-->", r"`[^`]*`", r"\]\([^)]*\)", NAMES):
+        text = re.sub(part, "", text, flags=re.DOTALL)
+    return text
+
+
+def test_no_figure_stands_outside_what_is_generated() -> None:
+    assert re.findall(r"[^\n]*\d[^\n]*", prose(README)) == []
+    assert prose("It takes 3 ms on a v5e.") == "It takes 3 ms on a ."
+
+
+def test_no_generated_part_of_a_sentence_begins_a_line() -> None:
+    """Markdown would take the line for HTML and end the paragraph."""
+    for text in (README, (ROOT / "docs" / "papers.md").read_text()):
+        assert not re.search(r"^<!-- (figures: [\w-]+|end) -->.", text, re.M)

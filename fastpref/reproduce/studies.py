@@ -1,8 +1,10 @@
 """The IPO-MD and INPO papers' comparisons of algorithms, at the scale of the demo.
 
-A study trains algorithms from the demo's SFT model on its preference (or reward) model, and lets the gold judge, which
-none of them has seen, compare what they write to held-out articles. Everything below the folder is written once:
-started again, or for another study in the same folder, what is there is used, and a run that was stopped goes on.
+A study trains algorithms from the demo's SFT model on its preference (or reward) model, and lets the gold judge compare
+what they write to held-out articles. The gold judge labelled the pairs that those models and the offline algorithms
+learn from, and chooses τ on 256 of the articles of these pairs; the articles that policies are compared on were seen by
+nobody. Everything below the folder is written once: started again, or for another study in the same folder, what is
+there is used, and a run that was stopped goes on.
 
     demo/                      what all runs start from
     runs/ipo-md,tau=0.03,seed=0/   a run directory each
@@ -22,7 +24,7 @@ from fastpref.data import files
 from fastpref.demo import run as demo
 from fastpref.demo.gold import GoldJudge
 from fastpref.evaluation.side_by_side import compare, evaluate
-from fastpref.evaluation.win_rates import WinRate, WinRates
+from fastpref.evaluation.win_rates import WinRate
 from fastpref.judging.models import RewardModel
 from fastpref.learning.supervised import fit_reward_model
 from fastpref.learning.train import train
@@ -116,7 +118,7 @@ class Lab:
         return folder
 
     def articles(self, *, selection: bool = False) -> list[str]:
-        """Prompts that no run learns from: to select settings with, or to compare on."""
+        """Held-out articles, which nothing has seen; for selection, of those that the preference model learned from."""
         parts = self.ready.parts
         chosen = parts.preference[:SELECTION_PROMPTS] if selection else parts.held_out
         return [example.prompt for example in chosen][: self.prompts]
@@ -165,6 +167,15 @@ PAPER_TABLE_2 = {
 }
 """Win rates that the IPO-MD paper prints, of the first over the second."""
 
+PAPER_INPO = {
+    "inpo": (42.6, 37.8, 8.43),
+    "inpo, no KL": (41.6, 36.5, 8.31),
+    "sppo": (32.8, 29.2, 8.26),
+    "iterative-dpo": (28.5, 29.6, 8.29),
+    "SFT": (16.0, 10.2, 7.52),
+}
+"""What the INPO paper prints in Tables 1 and 3, preference model, 8 B: AlpacaEval 2.0, Arena-Hard, MT-Bench."""
+
 
 def table_2(lab: Lab) -> list[Path]:
     """Six algorithms with the τ that does best for each, three seeds each, side by side, and against SFT."""
@@ -189,29 +200,48 @@ def _matrix(lab: Lab, name: str, chosen: Mapping[str, Settings], paper: Mapping[
     runs = {label: [lab.run(settings, seed) for seed in SEEDS] for label, settings in chosen.items()}
     found = evaluate({**runs, "SFT": lab.ready.reference}, lab.articles(), GoldJudge(), **_writing(), seeds=(SEEDS[0],))
     image = found.plot(lab.folder / f"{name}.png")
-    table = _csv(lab.folder / f"{name}.csv", found.rows())
+    records = [
+        {**record, "settings": orjson.dumps(dict(chosen.get(record["policy"], {}))).decode()} for record in found.rows()
+    ]
+    table = _csv(lab.folder / f"{name}.csv", records)
     lines = [
         "Win rate of the row over the column by the gold judge, standard deviation between 3 × 3 runs in brackets."
     ]
-    lines += ["", *_cells(found, paper), "", "Against SFT, with 95 % intervals over articles, and the settings:", ""]
-    for i, (label, settings) in enumerate(chosen.items()):
-        rate, low, high = (float(ends[i, len(chosen)]) for ends in (found.value, found.low, found.high))
-        lines.append(f"- {label}: {rate:.3f}, {low:.3f} to {high:.3f}; `{orjson.dumps(dict(settings)).decode()}`")
+    lines += ["", *matrix(records, paper), "", "Against SFT, with 95 % intervals over articles, and the settings:", ""]
+    lines += against_sft(records)
     text = lab.folder / f"{name}.md"
     text.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return [text, table, image]
 
 
-def _cells(found: WinRates, paper: Mapping[tuple[str, str], float]) -> list[str]:
+def matrix(records: Sequence[Mapping[str, Any]], paper: Mapping[tuple[str, str], float]) -> list[str]:
+    """Win rates of a study as a Markdown table.
+
+    Args:
+      records: those of its CSV file.
+      paper: what the paper prints, by policy and baseline; the other half follows.
+    """
     both = {**paper, **{(column, row): 1 - value for (row, column), value in paper.items()}}
-    rows = [("p(row ≻ column)", *found.names), ("---",) * (len(found.names) + 1)]
-    for i, row in enumerate(found.names):
-        cells = []
-        for j, column in enumerate(found.names):
-            printed = f"; paper {both[row, column]:.3f}" if (row, column) in both else ""
-            cells.append("½" if i == j else f"{found.value[i, j]:.3f} ({found.deviation[i, j]:.3f}{printed})")
-        rows.append((row, *cells))
-    return [f"| {' | '.join(cells)} |" for cells in rows]
+    names = list(dict.fromkeys(record["policy"] for record in records))
+    cells = {(name, name): "½" for name in names}
+    for record in records:
+        pair = record["policy"], record["baseline"]
+        printed = f"; paper {both[pair]:.3f}" if pair in both else ""
+        deviation = "–" if record["deviation"] in (None, "") else f"{float(record['deviation']):.3f}"
+        cells[pair] = f"{float(record['win_rate']):.3f} ({deviation}{printed})"
+    rows = [["p(row ≻ column)", *names], ["---"] * (len(names) + 1)]
+    rows += [[policy, *(cells[policy, baseline] for baseline in names)] for policy in names]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def against_sft(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each policy of a study: win rate over SFT, its 95 % interval over articles, and its settings."""
+    return [
+        f"- {record['policy']}: {float(record['win_rate']):.3f}, {float(record['low']):.3f} to "
+        f"{float(record['high']):.3f}; `{record['settings']}`"
+        for record in records
+        if record["baseline"] == "SFT"
+    ]
 
 
 def _sweep(
