@@ -1,4 +1,4 @@
-"""The online side and ingest: pair log, tournament, tokens from text and from the cache, beside what bounds each.
+"""The online side and ingest: log of judgements, tournament, tokens from text and from the cache, beside what bounds each.
 
     python bench/bench_pairs.py
 
@@ -25,12 +25,13 @@ from tokenizers import models, pre_tokenizers
 
 from fastpref.data.cache import tokenized
 from fastpref.data.tokenizer import Tokenizer
-from fastpref.judging import pair_log, tournament
-from fastpref.judging.pair_log import PairLog
+from fastpref.judging import tournament
+from fastpref.judging.identity import Identity
+from fastpref.judging.judgements import FILE, Judgements
 
-PAIRS, TOKENS, LOG_STEPS, PROMPTS, K, RECORDS, ROUNDS = 32, 256, 500, 256, 8, 20_000, 10
+PAIRS, CHARACTERS, LOG_STEPS, PROMPTS, K, RECORDS, ROUNDS = 32, 1024, 500, 256, 8, 20_000, 10
 WORKLOAD = (
-    f"A step judges {PAIRS} pairs of two completions of {TOKENS} tokens; the log that is replayed holds {LOG_STEPS} "
+    f"A step judges {PAIRS} pairs of two completions of {CHARACTERS} characters; the log that is replayed holds {LOG_STEPS} "
     f"steps. Tournaments of {PROMPTS} prompts with {K} completions, answered from a table. {RECORDS} preference pairs "
     "as JSON lines of 40, 60 and 60 words out of 1000, one token each."
 )
@@ -49,32 +50,37 @@ def timed(benchmark: Any) -> Timed:
     return measure
 
 
-def completions(seed: int) -> list[np.ndarray]:
-    return list(np.random.default_rng(seed).integers(0, 32_000, (PAIRS, TOKENS), np.int32))
+WHO = Identity("judge", {}, None, "judge")
+
+
+def completions(seed: int) -> list[str]:
+    letters = np.random.default_rng(seed).integers(97, 123, (PAIRS, CHARACTERS), np.uint8)
+    return [row.tobytes().decode() for row in letters]
+
+
+def judged(log: Judgements, step: int, first: list[str], second: list[str]) -> None:
+    half = np.full(PAIRS, 0.5, np.float32)
+    log.answers(WHO, "training", step, [f"prompt {at}" for at in range(PAIRS)], first, second, answer=lambda _: half)
 
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("log")
-    with PairLog(folder) as written:
+    path = tmp_path_factory.mktemp("log") / FILE
+    with Judgements(path) as written:
         for step in range(LOG_STEPS):
-            written.judge(step, range(PAIRS), completions(step), completions(step + 1), lambda _: [0.5] * PAIRS)
-    return folder
+            judged(written, step, completions(step), completions(step + 1))
+    return path
 
 
 def test_writing_a_step(timed: Timed, tmp_path: Path) -> None:
     first, second = completions(0), completions(1)
-    with PairLog(tmp_path) as written:
-        timed(
-            "write a step's pairs to the log and the disk",
-            "pairs/s",
-            PAIRS,
-            lambda turn: written.judge(turn, range(PAIRS), first, second, lambda _: [0.5] * PAIRS),
-        )
+    with Judgements(tmp_path / FILE) as written:
+        what = "write a step's judgements to the log and the disk"
+        timed(what, "pairs/s", PAIRS, lambda turn: judged(written, turn, first, second))
 
 
 def test_floor_of_writing(timed: Timed, tmp_path: Path) -> None:
-    content = bytes(PAIRS * (2 * 4 * TOKENS + 48))
+    content = bytes(PAIRS * 2 * CHARACTERS)
 
     def run(_: int) -> None:
         os.write(file, content)
@@ -85,20 +91,14 @@ def test_floor_of_writing(timed: Timed, tmp_path: Path) -> None:
     os.close(file)
 
 
-def size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in pair_log.files(folder))
-
-
 def test_opening_a_log(timed: Timed, log: Path) -> None:
-    timed("open a log: check every byte, index every pair", "B/s", size(log), lambda _: PairLog(log).close())
+    what = "open a log: check every row, index every answer"
+    timed(what, "B/s", log.stat().st_size, lambda _: Judgements(log).close())
 
 
 def test_floor_of_opening(timed: Timed, log: Path) -> None:
-    def run(_: int) -> None:
-        for path in pair_log.files(log):
-            xxhash.xxh3_64_intdigest(path.read_bytes())
-
-    timed("floor: read the files and hash them with XXH3", "B/s", size(log), run)
+    what = "floor: read the file and hash it with XXH3"
+    timed(what, "B/s", log.stat().st_size, lambda _: xxhash.xxh3_64_intdigest(log.read_bytes()))
 
 
 def test_tournaments(timed: Timed) -> None:

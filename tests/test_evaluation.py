@@ -15,6 +15,7 @@ from small import PROMPTS, language_model
 
 from fastpref.evaluation.side_by_side import compare, evaluate
 from fastpref.evaluation.win_rates import WinRate, WinRates, bootstrap, tabulate, win_rate
+from fastpref.judging.judgements import read
 from fastpref.method.errors import JudgeError
 from fastpref.models import save
 
@@ -255,7 +256,47 @@ def test_other_arguments_that_cannot_work_are_refused() -> None:
         many(policies, seeds=(1, 1))
     with pytest.raises(ValueError, match=r"seeds must be different, at least one, but received \[\]"):
         many(policies, seeds=())
-    with pytest.raises(JudgeError, match=r"the judge must answer without raising, but raised RuntimeError: no"):
+    with pytest.raises(JudgeError, match=r"the judge must answer without raising, but .* raised RuntimeError: no"):
         many(policies, judge=lambda *texts: (_ for _ in ()).throw(RuntimeError("no")))
     with pytest.raises(ValueError, match=r"at least 2 prompts, but received 1"):
         evaluate(policies, ["w1"], early, max_new_tokens=6)
+
+
+def test_what_a_folder_keeps_is_asked_once(tmp_path: Path) -> None:
+    """A judge that fails in the middle of a comparison has answered before for good."""
+    asked: list[int] = []
+
+    def fails_third(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        asked.append(len(prompts))
+        if len(asked) == 3:
+            raise ConnectionError("gone")
+        return early(prompts, first, second)
+
+    fails_third.identity = "fails third"  # type: ignore[attr-defined]
+    policies = {"one": language_model(), "two": language_model(seed=1), "three": language_model(seed=2)}
+    with pytest.raises(JudgeError, match="raised ConnectionError: gone"):
+        many(policies, fails_third, save=tmp_path)
+    found = many(policies, fails_third, save=tmp_path)
+    # Two orders of three pairs, and the call that failed.
+    assert asked == [len(PROMPTS)] * 7
+    expected = many(policies)
+    for pair in expected.preference:
+        np.testing.assert_array_equal(found.preference[pair], expected.preference[pair])
+    assert many(policies, fails_third, save=tmp_path).value.tolist() == expected.value.tolist()
+    assert len(asked) == 7
+    assert {record["purpose"] for record in read(tmp_path)} == {"side by side"}
+
+
+def test_a_long_comparison_is_asked_in_parts() -> None:
+    asked: list[int] = []
+
+    def counts(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        asked.append(len(prompts))
+        return [0.25 if a < b else 0.5 for a, b in zip(first, second, strict=True)]
+
+    prompts = [str(number) for number in range(130)]
+    first, second = [f"{number % 7}" for number in range(130)], [f"{number % 5}" for number in range(130)]
+    found = win_rate(prompts, first, second, counts)
+    assert asked == [64, 64, 64, 64, 2, 2]
+    by_hand = [0.375 if a < b else 0.625 if a > b else 0.5 for a, b in zip(first, second, strict=True)]
+    np.testing.assert_array_equal(found.preference, by_hand)

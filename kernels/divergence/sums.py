@@ -12,7 +12,6 @@ equal logits give exactly 0. Entropy is a sum of two numbers that are never nega
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float

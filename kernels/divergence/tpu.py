@@ -118,7 +118,11 @@ def divergence_sums(
     """
     total, vocab = hidden.shape[1 - head.vocab_axis], head.slice_size
     steps, blocks = -(-vocab // UNIT), total // tiles.rows
-    width, heads, side = unit_rows(head, ref_head, tiles), streamed(head, ref_head), pairs_at_once(head, ref_head, tiles)
+    width, heads, side = (
+        unit_rows(head, ref_head, tiles),
+        streamed(head, ref_head),
+        pairs_at_once(head, ref_head, tiles),
+    )
 
     def kernel(scalars: Any, states: Any, ref_states: Any, *refs: Any) -> None:
         *weights, out, buffers = refs
@@ -144,9 +148,7 @@ def divergence_sums(
             old = Sums(*(out[0, field_rows(field), lanes] for field in range(FIELDS)))
             tops = list(old[:2])
             for chunk in range(0, UNIT, CHUNK):
-                tops = [
-                    jnp.maximum(top, jnp.max(one, axis=0)) for top, one in zip(tops, values(0, chunk), strict=True)
-                ]
+                tops = [jnp.maximum(top, jnp.max(one, axis=0)) for top, one in zip(tops, values(0, chunk), strict=True)]
             bases = [finite_or_zero(top)[None] for top in tops]
             # A tile is summed for itself: beside one likely token, the others of all tiles would be lost one by one.
             fields = [jnp.zeros((SUBLANES, width), jnp.float32)] * (FIELDS - 2)
