@@ -9,7 +9,6 @@ started again, or for another study in the same folder, what is there is used, a
     NAME.md  NAME.csv  NAME.png    what a study found
 """
 
-import csv
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any
 
 import orjson
 
+from fastpref.data import files
 from fastpref.demo import run as demo
 from fastpref.demo.gold import GoldJudge
 from fastpref.evaluation.side_by_side import compare, evaluate
@@ -189,7 +189,7 @@ def _matrix(lab: Lab, name: str, chosen: Mapping[str, Settings], paper: Mapping[
     runs = {label: [lab.run(settings, seed) for seed in SEEDS] for label, settings in chosen.items()}
     found = evaluate({**runs, "SFT": lab.ready.reference}, lab.articles(), GoldJudge(), **_writing(), seeds=(SEEDS[0],))
     image = found.plot(lab.folder / f"{name}.png")
-    table = _csv(lab.folder / f"{name}.csv", found.rows())
+    table = files.write_csv(lab.folder / f"{name}.csv", found.rows())
     lines = [
         "Win rate of the row over the column by the gold judge, standard deviation between 3 × 3 runs in brackets."
     ]
@@ -237,7 +237,7 @@ def _sweep(
         line=0.5,
         logarithmic=along == "tau",
     )
-    return [_csv(lab.folder / f"{name}.csv", records), image]
+    return [files.write_csv(lab.folder / f"{name}.csv", records), image]
 
 
 def _taus(*algorithms: str) -> dict[str, list[Settings]]:
@@ -293,15 +293,7 @@ def figure_2(lab: Lab) -> list[Path]:
         line=0.5,
         logarithmic=False,
     )
-    return [_csv(lab.folder / "ipo-md-figure-2.csv", records), image]
-
-
-def _csv(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(records[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(records)
-    return path
+    return [files.write_csv(lab.folder / "ipo-md-figure-2.csv", records), image]
 
 
 STUDIES: dict[str, tuple[str, Callable[[Lab], list[Path]]]] = {
