@@ -74,6 +74,13 @@ def test_a_second_run_of_the_same_process_is_refused_and_an_error_lets_go(tmp_pa
         pass
 
 
+def test_the_next_owner_removes_and_brings_back_what_a_killed_one_left(tmp_path: Path) -> None:
+    for name in (".tmp-policy-0123456789ab", ".old-model", ".old-policy", "model"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    with hold(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {"model", "policy", "owner"}
+
+
 def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: object) -> None:
         raise OSError(38, "Function not implemented")

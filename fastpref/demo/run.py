@@ -22,6 +22,7 @@ import orjson
 from flax import nnx
 from rich.console import Console
 
+from fastpref.data import files
 from fastpref.data.tokenizer import Tokenizer
 from fastpref.demo import docstrings
 from fastpref.demo.gold import GoldJudge
@@ -33,7 +34,7 @@ from fastpref.learning.train import train
 from fastpref.method.config import SupervisedConfig, TrainConfig
 from fastpref.method.schedules import Schedule
 from fastpref.models import T5, LanguageModel, T5Config
-from fastpref.runs import terminal
+from fastpref.runs import owner, terminal
 from fastpref.sampling.generate import write
 
 VOCAB_SIZE = 3072
@@ -148,8 +149,16 @@ def run(run_dir: Path | str, *, seed: int = 0, quiet: bool = False) -> DemoResul
 
     Returns:
       `DemoResult`.
+
+    Raises:
+      OwnerError: another process is writing this demo.
     """
     folder = Path(run_dir) / f"seed-{seed}"
+    with owner.hold(folder):
+        return _run(folder, seed, quiet)
+
+
+def _run(folder: Path, seed: int, quiet: bool) -> DemoResult:
     console = Console(quiet=quiet)
     stages = _Stages(console)
     ready = prepare(folder, stages, seed=seed, quiet=quiet)
@@ -175,8 +184,7 @@ def run(run_dir: Path | str, *, seed: int = 0, quiet: bool = False) -> DemoResul
             max_prompt_tokens=MAX_PROMPT_TOKENS,
             seed=seed,
         )
-        lines = [orjson.dumps(record) for record in compared.records()]
-        (folder / "side_by_side.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+        files.write_jsonl(folder / "side_by_side.jsonl", compared.records())
 
     _show(compared, ready.parts.held_out, console)
     result = DemoResult(compared, ready.agreement, stages.seconds)
@@ -246,12 +254,14 @@ def prepare(folder: Path, stages: "_Stages | None" = None, *, seed: int = 0, qui
             ).texts
             first, second = ([pair[which] for pair in written] for which in (0, 1))
             labels = GoldJudge()(prompts, first, second)
-            lines = [
-                orjson.dumps({"prompt": prompt, "chosen": one, "rejected": two, "preference": p})
-                for prompt, one, two, p in zip(prompts, first, second, labels, strict=True)
-                if one != two and one.strip() and two.strip()
-            ]
-            labelled.write_bytes(b"\n".join(lines) + b"\n")
+            files.write_jsonl(
+                labelled,
+                (
+                    {"prompt": prompt, "chosen": one, "rejected": two, "preference": p}
+                    for prompt, one, two, p in zip(prompts, first, second, labels, strict=True)
+                    if one != two and one.strip() and two.strip()
+                ),
+            )
         pairs = [orjson.loads(line) for line in labelled.read_bytes().splitlines()]
 
     with stages("4. Preference model"):
@@ -284,18 +294,16 @@ def _show(compared: WinRate, examples: list[docstrings.Example], console: Consol
 
 def _summarise(result: DemoResult, folder: Path, console: Console) -> None:
     rate = result.win_rate
-    (folder / "result.json").write_bytes(
-        orjson.dumps(
-            {
-                "win_rate": rate.value,
-                "win_rate_low": rate.low,
-                "win_rate_high": rate.high,
-                "prompts": len(rate.prompts),
-                "preference_model_agreement": result.agreement,
-                "seconds": result.seconds,
-            },
-            option=orjson.OPT_INDENT_2,
-        )
+    files.write_json(
+        folder / "result.json",
+        {
+            "win_rate": rate.value,
+            "win_rate_low": rate.low,
+            "win_rate_high": rate.high,
+            "prompts": len(rate.prompts),
+            "preference_model_agreement": result.agreement,
+            "seconds": result.seconds,
+        },
     )
     terminal.table(
         "The demo",

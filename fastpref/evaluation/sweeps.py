@@ -23,7 +23,7 @@ from fastpref.data import files
 from fastpref.method.config import Config, from_mapping, to_json
 from fastpref.method.errors import ConfigError, DivergedError, nearest
 from fastpref.method.schedules import Schedule
-from fastpref.runs import log, tables, terminal
+from fastpref.runs import log, owner, tables, terminal
 from fastpref.runs.metrics import METRICS
 
 
@@ -197,23 +197,24 @@ def sweep(
     Raises:
       ConfigError: an empty grid, an unknown field, a value that breaks its rule or is given twice, an unknown metric,
         or one that the runs do not log.
+      OwnerError: another process is writing the sweep.
     """
     folder = Path(run_dir)
     plans = _plans(grid, base, folder)
     if isinstance(metric, str):
         _check_metric(metric, plans)
-    folder.mkdir(parents=True, exist_ok=True)
-    points = []
-    for number, plan in enumerate(plans, 1):
-        point = _recorded(plan, metric)
-        if point is None:
-            if not quiet:
-                terminal.say(f"{number} of {len(plans)}: {plan.folder.name}")
-            point = _measured(plan, run, metric)
-        points.append(point)
-    result = SweepResult(metric if isinstance(metric, str) else metric.__name__, points)
-    result.save(folder)
-    return result
+    with owner.hold(folder):
+        points = []
+        for number, plan in enumerate(plans, 1):
+            point = _recorded(plan, metric)
+            if point is None:
+                if not quiet:
+                    terminal.say(f"{number} of {len(plans)}: {plan.folder.name}")
+                point = _measured(plan, run, metric)
+            points.append(point)
+        result = SweepResult(metric if isinstance(metric, str) else metric.__name__, points)
+        result.save(folder)
+        return result
 
 
 def _plans(grid: Mapping[str, Any], base: Config, folder: Path) -> list[_Plan[Config]]:

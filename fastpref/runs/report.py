@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jinja2
 import orjson
+from markupsafe import Markup
 
 from fastpref.data import files
 from fastpref.data.records import DropReport
@@ -108,7 +109,11 @@ def write_report(
     half = -(-len(settings) // 2)
     rows = list(settings.items())
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+        autoescape=True,
+        finalize=_visible,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
     )
     page = environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).render(
         name=folder.resolve().name,
@@ -132,12 +137,13 @@ def write_report(
 
 def differing_words(before: str, after: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """The parts of two texts, each with its kind: "same", "removed" in the first, "added" in the second."""
-    old, new = (re.findall(r"\s*\S+|\s+$", text) for text in (before, after))
+    old, new = (re.findall(r"\s*\S+(?:\s+\Z)?|\s+", text) for text in (before, after))
+    words = [[part.strip() for part in parts] for parts in (old, new)]
     sides: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
-    for kind, i, j, k, n in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        for side, words, mark in ((sides[0], old[i:j], "removed"), (sides[1], new[k:n], "added")):
-            if words:
-                side.append({"kind": "same" if kind == "equal" else mark, "text": "".join(words)})
+    for kind, i, j, k, n in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
+        for side, parts, mark in ((sides[0], old[i:j], "removed"), (sides[1], new[k:n], "added")):
+            if parts:
+                side.append({"kind": "same" if kind == "equal" else mark, "text": "".join(parts)})
     return sides
 
 
@@ -148,14 +154,14 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]]
         last = held_out[-1]["step"]
         shown = []
         for sample in [sample for sample in held_out if sample["step"] == last][:MOST_SAMPLES]:
-            before, after = differing_words(_visible(sample["before"]), _visible(sample["after"]))
+            before, after = differing_words(sample["before"], sample["after"])
             chance = f", {sample['preference']:.0%} preferred" if "preference" in sample else ""
             sides = [{"name": "Reference", "parts": before}, {"name": f"Policy{chance}", "parts": after}]
-            shown.append({"prompt": _visible(sample["prompt"]), "sides": sides})
+            shown.append({"prompt": sample["prompt"], "sides": sides})
         return shown, f"Held-out prompts: the reference, and the policy after step {last}."
     steps = sorted({sample["step"] for sample in samples})
     shown = [
-        {"prompt": _visible(sample["prompt"]), "sides": _pair(sample)}
+        {"prompt": sample["prompt"], "sides": _pair(sample)}
         for step in dict.fromkeys([*steps[:1], *steps[-1:]])
         for sample in [sample for sample in samples if sample["step"] == step][: MOST_SAMPLES // 2]
     ]
@@ -174,7 +180,7 @@ def _pair(sample: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "name": f"Step {sample['step']}{notes[name]}",
-            "parts": [{"kind": "same", "text": _visible(sample[name])}],
+            "parts": [{"kind": "same", "text": sample[name]}],
         }
         for name in ("first", "second")
         if name in sample
@@ -288,6 +294,8 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
-def _visible(text: str) -> str:
-    """A model may write anything, control codes too, which HTML cannot hold."""
-    return "".join(x if x.isprintable() or x in "\n\t" else "�" for x in text)
+def _visible(value: Any) -> Any:
+    """Text without control codes, which HTML cannot hold and a model may write."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return "".join(x if x.isprintable() or x in "\n\t" else "�" for x in value)
+    return value

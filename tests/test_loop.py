@@ -1,0 +1,109 @@
+"""The outer loop: what is written down is whole, whatever happened to it between two starts."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import orjson
+import pytest
+
+from fastpref.learning import loop
+from fastpref.method.errors import OwnerError, RunWarning
+
+
+class Counter:
+    """A source of 0, 1, 2, ..."""
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def state(self) -> bytes:
+        return str(self.next).encode()
+
+    def restore(self, state: bytes, /) -> None:
+        self.next = int(state)
+
+
+def drive(run_dir: Path, steps: int, **options: Any) -> Any:
+    source = Counter()
+
+    def advance(done: int, arrays: Any) -> loop.Outcome:
+        source.next += 1
+        samples = [{"prompt": f"p{done}", "first": "a"}] if done % 2 else []
+        return loop.Outcome(arrays + source.next, {"loss": 1.0 / (done + 1), "grad_norm": float("nan")}, samples)
+
+    journal = loop.Journal(run_dir, {"steps": steps}, {"run": 1}, checkpoint_every=3, keep_checkpoints=2)
+    return loop.drive(
+        advance, jnp.zeros(3), source, steps=steps, journal=journal, description="test", quiet=True, **options
+    )
+
+
+def untimed(path: Path) -> list[dict[str, Any]]:
+    lines = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+    return [{name: value for name, value in line.items() if name != "time/step"} for line in lines]
+
+
+@pytest.mark.parametrize("damage", ["number", "gap", "absent"])
+def test_damaged_metrics_of_a_run_are_whole_again_after_the_next_start(tmp_path: Path, damage: str) -> None:
+    drive(tmp_path / "whole", 8)
+    drive(tmp_path / "run", 6)
+    path = tmp_path / "run" / "metrics.jsonl"
+    before = path.read_bytes()
+    lines = before.splitlines(keepends=True)
+    if damage == "absent":
+        path.unlink()
+    else:
+        changed = [lines[2].replace(b'"loss":0.3', b'"loss":0.7')] if damage == "number" else []
+        path.write_bytes(b"".join([*lines[:2], *changed, *lines[3:]]))
+        assert path.read_bytes() != before
+    with pytest.warns(RunWarning, match=r"metrics.jsonl must be as it was written, but lines .*from the checkpoint"):
+        arrays, _ = drive(tmp_path / "run", 8)
+    assert path.read_bytes().startswith(before)
+    assert untimed(path) == untimed(tmp_path / "whole" / "metrics.jsonl")
+    assert arrays.tolist() == [36.0] * 3  # 1 + 2 + ... + 8
+
+
+def test_a_finished_run_mends_its_metrics_too(tmp_path: Path) -> None:
+    drive(tmp_path, 4)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(before[:40])
+    with pytest.warns(RunWarning, match="lines 1, 2, 3, 4 are damaged or missing"):
+        drive(tmp_path, 4)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_has_one_owner_while_it_steps(tmp_path: Path) -> None:
+    refused = []
+
+    def on_step(done: int, metrics: dict[str, float], arrays: Any) -> None:
+        with pytest.raises(OwnerError) as second:
+            drive(tmp_path, 2)
+        refused.append(str(second.value))
+
+    drive(tmp_path, 2, on_step=on_step)
+    assert len(refused) == 2
+    assert "must have one owner" in refused[0]
+    drive(tmp_path, 3)
+
+
+def test_a_disk_that_refuses_all_but_checkpoints_does_not_stop_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drive(tmp_path, 1)
+    for name in ("metrics.jsonl", "tensorboard"):
+        path = tmp_path / name
+        if path.is_dir():
+            path.rename(tmp_path / "moved")
+        else:
+            path.unlink()
+        path.symlink_to("/dev/full" if name == "metrics.jsonl" else tmp_path / "absent" / "tensorboard")
+    began = time.monotonic()
+    with pytest.warns(RunWarning) as heard:
+        arrays, history = drive(tmp_path, 40)
+    assert time.monotonic() - began < 500  # it returned at all
+    assert arrays.tolist() == [820.0] * 3
+    assert len(history) == 39
+    assert {str(warning.message).split(" ")[0] for warning in heard} == {
+        str(tmp_path / name) for name in ("metrics.jsonl", "tensorboard")
+    }
