@@ -40,6 +40,10 @@ class CheckpointError(FastprefError, RuntimeError):
     """A checkpoint could not be written, or none that fits could be read."""
 
 
+class UnavailableError(FastprefError, RuntimeError):
+    """Something that is installed on first use could not be had."""
+
+
 class DivergedError(FastprefError, RuntimeError):
     """Several updates in a row were not finite."""
 
