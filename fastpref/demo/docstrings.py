@@ -135,6 +135,11 @@ class Harvest:
         return dict(Counter(example.source for example in self.examples).most_common())
 
 
+def cache_folder() -> Path:
+    """Folder of what the demo keeps between runs: `fastpref` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastpref"
+
+
 def installed_sources() -> list[Source]:
     """The standard library and those of the libraries that this package needs which are installed here."""
     sources = [Source("python", Path(sysconfig.get_path("stdlib")), platform.python_version())]
@@ -176,10 +181,9 @@ def harvest(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}; leave it out to keep every example")
     sources = installed_sources() if sources is None else sources
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastpref"
     key = repr((_FORMAT, sorted((source.name, source.version) for source in sources)))
-    file = Path(cache_dir) / f"docstrings-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.parquet"
+    folder = cache_folder() if cache_dir is None else Path(cache_dir)
+    file = folder / f"docstrings-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.parquet"
     found = _load(file)
     if found is None:
         with _collector_off():
