@@ -30,7 +30,7 @@ from fastpref.demo import run as demo
 from fastpref.kernels import preference_loss
 from fastpref.method import losses
 from fastpref.models import T5, Decoder, DecoderConfig, T5Config
-from fastpref.models import packed as rules
+from fastpref.models import masks
 from fastpref.models.policy import hidden_states
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
@@ -217,14 +217,14 @@ def forms(work: Workload) -> dict[str, Form]:
     longest = int(few.prompt_lengths.max()), int(few.completion_lengths.max())
     if longest != work.bounds:
         found["padded to the longest of the batch"] = padded(*longest)
-    least = rules.LEAST
+    least = masks.LEAST
     # As many places as the real tokens of the padded batch, so that steps are about as large.
     for rows in work.rows:
         packed, tokens, _ = packed_batch(batch, rows, tokens_of(few))
-        rules.LEAST = least if rows.blocks else 1 << 20
+        masks.LEAST = least if rows.blocks else 1 << 20
         places = packed.tokens.size + packed.prompt_tokens.size
         found[str(rows)] = form(packed_loss, packed, tokens, places, int((packed.ids >= 0).sum()))
-    rules.LEAST = least
+    masks.LEAST = least
     return found
 
 

@@ -1,4 +1,4 @@
-"""The online side and ingest: log of judgements, tournament, tokens from text and from the cache, beside what bounds each.
+"""The online side and ingest: log of judgements, tournament, tokens from text and from the cache, and their floors.
 
     python bench/bench_pairs.py
 
@@ -31,7 +31,8 @@ from fastpref.judging.judgements import FILE, Judgements
 
 PAIRS, CHARACTERS, LOG_STEPS, PROMPTS, K, RECORDS, ROUNDS = 32, 1024, 500, 256, 8, 20_000, 10
 WORKLOAD = (
-    f"A step judges {PAIRS} pairs of two completions of {CHARACTERS} characters; the log that is replayed holds {LOG_STEPS} "
+    f"A step judges {PAIRS} pairs of two completions of {CHARACTERS} characters; the log that is replayed holds "
+    f"{LOG_STEPS} "
     f"steps. Tournaments of {PROMPTS} prompts with {K} completions, answered from a table. {RECORDS} preference pairs "
     "as JSON lines of 40, 60 and 60 words out of 1000, one token each."
 )

@@ -306,7 +306,7 @@ BLOCKS: dict[str, Block] = {
             Figure("kernels_cpu", ("machine",), lambda name: ", ".join(name.split(", ")[:2])),
             ", float32 unless it says otherwise: medians, and in brackets our time over the other side's, so that more "
             "than 1 is a loss. Spread, floors, all other cases and the use of the machine meanwhile are in "
-            "`bench/results/`, each with its command. `make bench` times all again; nothing is recorded on a busy machine.",
+            "`bench/results/`, each with its command. `make bench` times all again; a busy machine records nothing.",
         )
     ),
     "compiled": COMPILED,

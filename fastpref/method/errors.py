@@ -50,6 +50,8 @@ class OwnerError(FastprefError, RuntimeError):
 
 class WriteError(FastprefError, OSError):
     """A file or directory could not be written; what was there before is as it was."""
+
+
 class UnavailableError(FastprefError, RuntimeError):
     """Something that is installed on first use could not be had."""
 

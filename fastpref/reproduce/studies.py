@@ -267,7 +267,7 @@ def _sweep(
         line=0.5,
         logarithmic=along == "tau",
     )
-    return [files.write_csv(lab.folder / f"{name}.csv", records), image]
+    return [_csv(lab.folder / f"{name}.csv", records), image]
 
 
 def _taus(*algorithms: str) -> dict[str, list[Settings]]:

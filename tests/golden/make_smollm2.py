@@ -30,7 +30,10 @@ MESSAGES = (
     [{"role": "user", "content": "What is the capital of France?"}],
     [
         {"role": "system", "content": "Summarize the documentation in one sentence."},
-        {"role": "user", "content": "image blur: Each pixel becomes the mean of its neighbours.\nBorders are mirrored."},
+        {
+            "role": "user",
+            "content": "image blur: Each pixel becomes the mean of its neighbours.\nBorders are mirrored.",
+        },
     ],
 )
 ANSWER = "Blur an image with the mean of its pixels.<|im_end|>"
