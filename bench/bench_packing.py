@@ -29,8 +29,7 @@ from fastpref.demo import docstrings
 from fastpref.demo import run as demo
 from fastpref.kernels import preference_loss
 from fastpref.method import losses
-from fastpref.models import T5, Decoder, DecoderConfig, T5Config
-from fastpref.models import masks
+from fastpref.models import T5, Decoder, DecoderConfig, T5Config, masks
 from fastpref.models.policy import hidden_states
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))

@@ -138,9 +138,9 @@ def write_report(
 def differing_words(before: str, after: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """The parts of two texts, each with its kind: "same", "removed" in the first, "added" in the second."""
     old, new = (re.findall(r"\s*\S+(?:\s+\Z)?|\s+", text) for text in (before, after))
-    words = [[part.strip() for part in parts] for parts in (old, new)]
+    first, second = ([part.strip() for part in parts] for parts in (old, new))
     sides: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
-    for kind, i, j, k, n in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
+    for kind, i, j, k, n in difflib.SequenceMatcher(None, first, second, autojunk=False).get_opcodes():
         for side, parts, mark in ((sides[0], old[i:j], "removed"), (sides[1], new[k:n], "added")):
             if parts:
                 side.append({"kind": "same" if kind == "equal" else mark, "text": "".join(parts)})
