@@ -161,7 +161,7 @@ class Run:
     def _mend(self, name: str, step: int, lines: list[bytes] | None) -> list[bytes]:
         """Bring a JSONL file to `lines`, or without them to its own undamaged ones up to `step`; return those."""
         path = self.directory / name
-        before = path.read_bytes() if path.exists() else b""
+        before = _content(path)
         records, damaged = _read(before)
         if lines is None:
             kept, fate = [line for line, record in records if record["step"] <= step], "dropped"
@@ -244,7 +244,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Warns:
       RunWarning: a line is damaged and left out.
     """
-    records, damaged = _read(path.read_bytes() if path.exists() else b"")
+    records, damaged = _read(_content(path))
     if damaged:
         _warn(f"{path} must hold a JSON object with a step in each line, but {_lines(damaged)} do not. They stay out.")
     return [record for _, record in records]
@@ -277,8 +277,16 @@ def _read(content: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], list[int]
     return records, damaged
 
 
+def _content(path: Path) -> bytes:
+    """The content of a file; b"" where there is none, or none that can be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
 def _cut_torn_line(path: Path) -> None:
-    content = path.read_bytes() if path.exists() else b""
+    content = _content(path)
     if content and not content.endswith(b"\n"):
         files.write_file(path, content[: content.rfind(b"\n") + 1])
 
