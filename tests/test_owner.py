@@ -127,4 +127,4 @@ def test_every_kind_of_run_takes_the_lock_and_leaves_the_directory_alone(kind: s
     with hold(tmp_path):
         with pytest.raises(OwnerError, match="must have one owner"):
             RUNS[kind](tmp_path)
-        assert {path.name for path in tmp_path.iterdir()} <= {"owner", "pairs"}
+        assert {path.name for path in tmp_path.iterdir()} <= {"owner", "judged.sqlite", "judged.sqlite.lock"}
