@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpref.data import CompletionBatcher, PaddedPairBatcher, PromptBatcher, Ragged
-from fastpref.data.batches import CompletionBatch, PromptBatch
+from fastpref.data.batches import CompletionBatch, PromptBatch, token_mask
 from fastpref.method.errors import DataError
 
 SEEDED = settings(derandomize=True, deadline=None, max_examples=50)
@@ -45,6 +45,15 @@ def handed_out(batch: PromptBatch, rows: list[list[int]]) -> None:
     for tokens, length, name in zip(batch.tokens, batch.lengths, batch.ids, strict=True):
         assert tokens[:length].tolist() == rows[name]
         assert not tokens[length:].any()
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jax.numpy.asarray])
+def test_real_tokens_are_the_first_of_a_row(kind: Any) -> None:
+    lengths = np.array([[0, 2], [3, 1]], np.int32)
+    mask = token_mask(kind(lengths), 3)
+    assert isinstance(mask, type(kind(lengths)))
+    np.testing.assert_array_equal(mask[0], [[0, 0, 0], [1, 1, 0]])
+    np.testing.assert_array_equal(token_mask(kind(lengths[1]), 3), [[1, 1, 1], [1, 0, 0]])
 
 
 @SEEDED

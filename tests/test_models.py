@@ -94,15 +94,36 @@ def decoded_states(model: Any, *arguments: jax.Array) -> jax.Array:
 @compiled
 def loop_of(graph: Any, state: Any, prompts: jax.Array, mask: jax.Array, completions: jax.Array) -> jax.Array:
     policy = nnx.merge(graph, state)
-    p, k, t = completions.shape
+    _, k, t = completions.shape
     first, cache = policy.prefill(prompts, mask, completions=k, max_new_tokens=t)
-    inputs = jnp.concatenate([jnp.broadcast_to(first[:, None, None], (p, k, 1)), completions[:, :, :-1]], axis=-1)
+    inputs = after(first, completions)
 
     def body(cache: Any, step: jax.Array) -> tuple[Any, jax.Array]:
         states, cache = policy.decode(cache, jax.lax.dynamic_slice_in_dim(inputs, step, 1, axis=2), step)
         return cache, states[:, :, 0]
 
     return jnp.moveaxis(jax.lax.scan(body, cache, jnp.arange(t))[1], 0, 2)
+
+
+def after(first: jax.Array, completions: jax.Array) -> jax.Array:
+    """What a decoder reads: the first input, and the completions but their last token."""
+    return jnp.concatenate(
+        [jnp.broadcast_to(first[:, None, None], (*completions.shape[:2], 1)), completions[:, :, :-1]], 2
+    )
+
+
+@compiled
+def chunks_of(static: tuple[Any, tuple[int, ...]], state: Any, *arguments: jax.Array) -> jax.Array:
+    graph, sizes = static
+    policy = nnx.merge(graph, state)
+    prompts, mask, completions = arguments
+    first, cache = policy.prefill(prompts, mask, completions=K, max_new_tokens=T + 3)
+    inputs, states, step = after(first, completions), [], 0
+    for size in sizes:
+        chunk, cache = policy.decode(cache, inputs[:, :, step : step + size], jnp.int32(step))
+        states.append(chunk)
+        step += size
+    return jnp.concatenate(states, axis=2)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,6 +145,16 @@ def test_decoding_gives_the_teacher_forced_states(name: str) -> None:
     prompts, mask, completions = draw()
     forced = forced_states(model, prompts, mask, completions)
     np.testing.assert_allclose(decoded_states(model, prompts, mask, completions), forced, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_several_tokens_are_decoded_at_once(name: str) -> None:
+    """In chunks of any size, in a cache with room to spare."""
+    model = make(name)
+    arguments = draw()
+    graph, state = nnx.split(model)
+    chunked = chunks_of((graph, (2, 1, 3)), state, *arguments)
+    np.testing.assert_allclose(chunked, forced_states(model, *arguments), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -258,9 +289,14 @@ def test_the_protocol_is_kept_and_prompts_are_cached_once(name: str) -> None:
     assert first.shape == (P,)
     for shared in cache.prompts:
         assert shared.keys.size == shared.values.size == P * S * shared.keys.shape[1] * 6
+    assert len(cache.completions) == len(cache.prompts)
     for own in cache.completions:
         assert own.keys.shape[0] == P
-        assert own.keys.shape[2] == 5
+        assert own.keys.shape[2:4] == (5, 4)
+    _, cache = jax.eval_shape(model.prefill, prompts, mask)
+    states, kept = jax.eval_shape(model.decode, cache, jax.ShapeDtypeStruct((P, 5, 3), jnp.int32), 0)
+    assert states.shape == (P, 5, 3, 24)
+    assert jax.tree.leaves(kept) == jax.tree.leaves(cache), "without room nothing is kept"
 
 
 def test_initial_values_follow_each_family() -> None:

@@ -101,9 +101,8 @@ class Cache(NamedTuple):
         tokens = (step + jnp.arange(size))[None, None]
         slots = self.completions[0].values.shape[3] if self.completions else size
         own = Mask(Places(tokens), Places(jnp.arange(slots)[None, None]))
-        return self.begin[:, None, None] + tokens, Masks(
-            own, padding_mask(self.lengths, self.prompts[0].values.shape[2])
-        )
+        prompt = padding_mask(self.lengths, self.prompts[0].values.shape[2])
+        return self.begin[:, None, None] + tokens, Masks(own, prompt)
 
 
 def attend(queries: Float[Array, "P N K G T H"], *parts: tuple[Shared | Own, Mask]) -> Float[Array, "P N K G T H"]:
