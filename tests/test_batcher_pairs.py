@@ -102,6 +102,7 @@ PINNED = ([4, 0, 6, 3, 1, 8, 2, 5, 9, 7], [2, 4, 5, 8, 9, 10], [[0, 2, 0], [4, 2
 def test_batches_equal_the_python_version(threads: int) -> None:
     """Every thread count with some depths, every depth with some thread count; more than two epochs each."""
     pairs = random_pairs(30, (9, 9), seed=threads)
+    # Three thread counts in a row have the three remainders, and so all depths between them.
     for turn, prefetch in enumerate(range(threads % 3, 17, 3)):
         layout = LAYOUTS[(threads + turn) % 3]
         options: dict[str, Any] = {"window": 8 + turn, "seed": threads * 100 + prefetch}
@@ -113,10 +114,6 @@ def test_batches_equal_the_python_version(threads: int) -> None:
                 for batch in batches:
                     assert native.epoch == epoch
                     assert same(next(native), batch)
-
-
-def test_all_depths_are_covered() -> None:
-    assert {depth for threads in range(1, 9) for depth in range(threads % 3, 17, 3)} == set(range(17))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

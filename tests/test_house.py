@@ -99,14 +99,13 @@ def test_kernels_import_nothing_of_the_trainer() -> None:
         ("tensorboardX", {"fastpref.runs.log"}),
         ("rich", {"fastpref.runs.terminal", "fastpref.demo.run"}),
         ("fastpref.cli", set()),
-        ("fastpref.demo", {"fastpref.cli", "fastpref.reproduce.studies", "fastpref.demo.gold", "fastpref.demo.run"}),
+        ("fastpref.demo", {"fastpref.cli", "fastpref.reproduce.studies"}),
         ("kernels", set()),
     ],
 )
-def test_only_some_rooms_may_import(target: str, allowed: set[str]) -> None:
-    assert importers(target) <= allowed
-    if allowed:
-        assert importers(target)
+def test_only_some_rooms_import(target: str, allowed: set[str]) -> None:
+    """Exactly these: a module that no longer does is to lose its leave."""
+    assert {name for name in importers(target) if not f"{name}.".startswith(f"{target}.")} == allowed
 
 
 def test_only_the_bindings_know_python() -> None:

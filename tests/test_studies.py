@@ -11,7 +11,7 @@ from fastpref.demo.docstrings import Example, Splits
 from fastpref.demo.run import Prepared
 from fastpref.judging.models import PreferenceModel
 from fastpref.method.config import SupervisedConfig, TrainConfig
-from fastpref.reproduce import studies
+from fastpref.reproduce import reproduce, studies
 
 TRAIN = TrainConfig(
     steps=2, batch_size=3, max_prompt_tokens=16, max_new_tokens=4, max_shapes=1, eval_prompts=4, optimizer="adamw"
@@ -91,7 +91,13 @@ def test_rounds_of_tournaments(lab: studies.Lab) -> None:
     assert "| inpo, no KL |" in text.read_text(encoding="utf-8")
 
 
-def test_every_study_is_a_command(lab: studies.Lab) -> None:
-    from fastpref.reproduce import EXPERIMENTS
+def test_a_study_is_a_command(lab: studies.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, folders = studies.figure_2(lab), list[Path]()
 
-    assert EXPERIMENTS.keys() >= studies.STUDIES.keys()
+    def shared(folder: Path) -> studies.Lab:
+        folders.append(folder)
+        return lab
+
+    monkeypatch.setattr(studies, "Lab", shared)
+    assert reproduce("ipo-md-figure-2", lab.folder / "again") == made
+    assert folders == [lab.folder / "again"]

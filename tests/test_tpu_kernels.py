@@ -199,7 +199,7 @@ def compile_for_tpu(script: str) -> str:
     """What the script prints, run where JAX finds the TPU's compiler."""
     compiler = Path(sys.prefix) / "libtpu"
     assert compiler.is_dir() or importlib.util.find_spec("libtpu"), (
-        "the TPU's compiler is missing: `make setup` puts libtpu beside the virtual environment's packages"
+        "the TPU's compiler is missing: `make test` and `make lab` put libtpu beside the virtual environment's packages"
     )
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8",
