@@ -1,4 +1,4 @@
-"""Sampler and loss against the same work in ordinary JAX, and against their matrix products alone, in one run.
+"""Sampler, loss and divergence against the same work in ordinary JAX, and against its products alone, in one run.
 
     python bench/bench_kernels.py
 
@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import machine
 import numpy as np
 import pytest
-from cases import LOSS, SAMPLER, VOCAB, WIDTH, LossCase, SamplerCase
+from cases import DIVERGENCE, LOSS, SAMPLER, VOCAB, WIDTH, DivergenceCase, LossCase, SamplerCase
 
-from fastpref.kernels import Head, mixture_sample, preference_loss
+from fastpref.kernels import Head, divergence, mixture_sample, preference_loss
 from fastpref.method import losses
 
-ROUNDS, WARMUP = {"sampler": 41, "loss": 11}, 1
+ROUNDS, WARMUP = {"sampler": 41, "loss": 11, "divergence": 11}, 1
 Sides = dict[str, tuple[Any, tuple[Any, ...]]]
 """Compiled function and arguments of each contender; the first is ours."""
 
@@ -114,6 +114,29 @@ def loss_sides(case: LossCase) -> Sides:
     }
 
 
+def divergence_sides(case: DivergenceCase) -> Sides:
+    weights = [normal((VOCAB, WIDTH), seed, case.dtype) for seed in (0, 1)]
+    hidden = [normal((case.rows, WIDTH), seed, case.dtype) * 20 for seed in (2, 3)]
+    where = jnp.asarray(np.random.default_rng(4).random(case.rows) >= case.ignored)
+
+    def ours(hidden: jax.Array, ref_hidden: jax.Array, where: jax.Array, *weights: jax.Array) -> Any:
+        heads = [Head(weight) for weight in weights]
+        return divergence(hidden, heads[0], ref_hidden, heads[-1], where=where)
+
+    def logps(states: jax.Array, weight: jax.Array) -> jax.Array:
+        product = jax.lax.dot_general(states, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        return jax.nn.log_softmax(product)
+
+    def ordinary(hidden: jax.Array, ref_hidden: jax.Array, where: jax.Array, *weights: jax.Array) -> Any:
+        policy, ref = logps(hidden, weights[0]), logps(ref_hidden, weights[-1])
+        probability = jnp.exp(policy)
+        kl, entropy = (probability * (policy - ref)).sum(1), -(probability * policy).sum(1)
+        return jnp.where(where, kl, 0.0), jnp.where(where, entropy, 0.0)
+
+    arguments = (*hidden, where, *weights[: 1 if case.shared else 2])
+    return {"divergence": compiled(ours, *arguments), "ordinary JAX": compiled(ordinary, *arguments)}
+
+
 def timed(function: Any, arguments: tuple[Any, ...]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(function(*arguments))
@@ -161,6 +184,14 @@ def test_loss(case: LossCase, benchmark: Any) -> None:
     measure(benchmark, loss_sides(case), ROUNDS["loss"], info)
 
 
+@pytest.mark.parametrize("case", DIVERGENCE, ids=lambda case: case.name)
+def test_divergence(case: DivergenceCase, benchmark: Any) -> None:
+    scored, heads = round(case.rows * (1 - case.ignored)), 1 if case.shared else 2
+    read = heads * VOCAB * WIDTH * jnp.dtype(case.dtype).itemsize
+    info = {"kernel": "divergence", "case": case.name, "bytes": read, "flops": 4 * scored * VOCAB * WIDTH}
+    measure(benchmark, divergence_sides(case), ROUNDS["divergence"], info)
+
+
 def milliseconds(quartiles: list[float]) -> str:
     low, median, high = (1e3 * value for value in quartiles)
     return f"{median:.1f} ({low:.1f} to {high:.1f})"
@@ -175,7 +206,9 @@ def verdict(value: float, limit: float) -> str:
     return f"{'yes' if value <= limit else 'no'}, at most {limit:.2f}"
 
 
-def table(entries: list[dict[str, Any]], cases: Sequence[SamplerCase | LossCase], rates: dict[str, float]) -> list[str]:
+def table(
+    entries: list[dict[str, Any]], cases: Sequence[SamplerCase | LossCase | DivergenceCase], rates: dict[str, float]
+) -> list[str]:
     limits = {case.name: case for case in cases}
     lines = []
     for entry in entries:
@@ -223,6 +256,14 @@ def text(report: dict[str, Any]) -> str:
         "",
         *table([entry for entry in entries if entry["kernel"] == "preference_loss"], LOSS, rates),
     ]
+    if apart := [entry for entry in entries if entry["kernel"] == "divergence"]:
+        lines += [
+            f"## divergence, D = {WIDTH}, V = {VOCAB}",
+            "",
+            "Ordinary JAX: two log-softmaxes of all logits, KL and entropy from them, ignored rows like the others.",
+            "",
+            *table(apart, DIVERGENCE, rates),
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -78,23 +78,29 @@ class Case:
         return self.kernel == "mixture_sample"
 
     @property
+    def models(self) -> int:
+        """A policy, or a policy and its reference."""
+        return 2 if self.kernel in ("mixture_sample", "divergence") else 1
+
+    @property
     def name(self) -> str:
-        rows = f"B = {self.rows}" if self.sampler else f"N = {self.rows}, {self.mode}"
+        rows = f"B = {self.rows}" if self.sampler else f"N = {self.rows}"
+        rows += f", {self.mode}" * (self.models == 1)
         marks = [self.dtype] * (self.dtype != "bfloat16") + ["[D, V]"] * self.vocab_axis + ["one head"] * self.shared
         return ", ".join([self.kernel, self.model.name, rows, *marks])
 
     @property
     def flops(self) -> int:
-        products = 2 if self.sampler else {FORWARD: 1, BACKWARD: 4, FROZEN: 2}[self.mode]
+        products = self.models * {FORWARD: 1, BACKWARD: 4, FROZEN: 2}[self.mode]
         return 2 * products * self.rows * self.model.vocab * self.model.width
 
     @property
     def bytes(self) -> int:
         """Least that must move: heads and states read once, their gradients written once."""
         states, weight = self.rows * self.model.width, self.model.vocab * self.model.width
-        heads = 2 if self.sampler and not self.shared else 1
+        heads = 1 if self.shared else self.models
         written = {FORWARD: 0, BACKWARD: states + weight, FROZEN: states}[self.mode]
-        return jnp.dtype(self.dtype).itemsize * (heads * weight + (2 if self.sampler else 1) * states + written)
+        return jnp.dtype(self.dtype).itemsize * (heads * weight + self.models * states + written)
 
     def floor(self, chip: Chip) -> float:
         return max(self.flops / chip.flops, self.bytes / chip.bandwidth)
@@ -112,6 +118,10 @@ CASES = [
         for mode in (FORWARD, BACKWARD, FROZEN)
     ),
     Case("preference_loss", LLAMA_1B, 16384, BACKWARD),
+    *(Case("divergence", model, rows) for model in MODELS for rows in (2048, 16384)),
+    Case("divergence", LLAMA_1B, 2048, shared=True),
+    Case("divergence", LLAMA_1B, 2048, vocab_axis=1),
+    Case("divergence", LLAMA_1B, 2048, dtype="float32"),
     *(Case("tokamax", model, 16384, mode, vocab_axis=1) for model in (T5_L, LLAMA_8B) for mode in (FORWARD, BACKWARD)),
 ]
 
@@ -139,6 +149,10 @@ def work(case: Case, side: str) -> Work:
         draw = {"mixture_beta": beta, "key": key, "row_ids": row_ids, "step": step}
         return call(hidden, heads[0], ref_hidden, heads[-1], **draw, **options)
 
+    def apart(hidden: Any, ref_hidden: Any, *weights: Any) -> Any:
+        heads = [head(weight) for weight in weights]
+        return call(hidden, heads[0], ref_hidden, heads[-1], where=jnp.ones(case.rows, bool))
+
     def scored(hidden: Any, weight: Any, targets: Any, values: Any) -> Any:
         def value(hidden: Any, weight: Any) -> Any:
             options: dict[str, Any] = {"frozen_head": case.mode == FROZEN}
@@ -155,10 +169,13 @@ def work(case: Case, side: str) -> Work:
         result, pull = jax.vjp(lambda *wanted: value(*wanted, *(hidden, weight)[len(wanted) :]), *wanted)
         return result, pull(values if result.ndim else jnp.ones(()))
 
-    if not case.sampler:
+    if case.models == 1:
         return scored, [hidden, weight, ids, values]
+    weights = [weight] * (1 if case.shared else 2)
+    if not case.sampler:
+        return apart, [hidden, hidden, *weights]
     scalars = [values, shape((2,), jnp.uint32), ids, shape((), jnp.int32)]
-    return sample, [hidden, hidden, *scalars, *[weight] * (1 if case.shared else 2)]
+    return sample, [hidden, hidden, *scalars, *weights]
 
 
 def tokamax(case: Case) -> Callable[..., Any]:

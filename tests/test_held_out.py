@@ -1,24 +1,21 @@
 """Exact distances against a dense float64 computation, and every held-out metric against what was written."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.extend.core import ClosedJaxpr, Jaxpr
 from small import PROMPTS, language_model, prefers_w1
 
 from fastpref.data.batches import token_mask
-from fastpref.evaluation import during_training
 from fastpref.evaluation.during_training import HeldOut, exact_kl
 from fastpref.judging.recorded import RecordedJudge
 from fastpref.kernels import Head
 from fastpref.method.config import TrainConfig
-from fastpref.method.errors import ConfigError
+from fastpref.method.errors import ConfigError, ModelError
+from fastpref.models import Decoder, DecoderConfig
 from fastpref.models.policy import hidden_states
 from fastpref.sampling.generate import write
 
@@ -41,60 +38,8 @@ def dense(hidden: Any, ref_hidden: Any, head: Head, ref_head: Head) -> tuple[np.
     return (np.exp(policy) * (policy - ref)).sum(-1), -(np.exp(policy) * policy).sum(-1)
 
 
-def draw(rows: int, width: int, vocab: int, seed: int, **options: Any) -> tuple[jax.Array, Head]:
-    rng = np.random.default_rng(seed)
-    shape = (width, vocab) if options.get("vocab_axis") else (vocab, width)
-    head = Head(jnp.asarray(rng.normal(size=shape), jnp.float32), **options)
-    return jnp.asarray(rng.normal(size=(rows, width)), jnp.float32), head
-
-
-@pytest.mark.parametrize("chunk", [16, None])
-def test_distances_are_those_of_all_logits_in_float64(chunk: int | None) -> None:
-    hidden, head = draw(50, 8, 257, 0, scale=0.5, soft_cap=3.0)
-    ref_hidden, ref_head = draw(50, 12, 257, 1, vocab_axis=1)
-    where = np.random.default_rng(2).random(50) < 0.7
-    spoilt = jnp.where(where[:, None], hidden, jnp.nan)
-    found = during_training._distances(spoilt, head, ref_hidden, ref_head, jnp.asarray(where), chunk)
-    kl, entropy = dense(hidden, ref_hidden, head, ref_head)
-    assert kl.min() > 0.1
-    np.testing.assert_allclose(found.kl, np.where(where, kl, 0), rtol=2e-5, atol=1e-6)
-    np.testing.assert_allclose(found.entropy, np.where(where, entropy, 0), rtol=2e-5, atol=1e-6)
-    nothing = during_training._distances(spoilt, head, ref_hidden, ref_head, jnp.zeros(50, bool), chunk)
-    assert not np.asarray(nothing.kl).any()
-    same = during_training._distances(hidden, head, hidden, head, jnp.asarray(where), chunk)
-    assert not np.asarray(same.kl).any(), "a model is exactly 0 from itself"
-
-
-def sizes(jaxpr: Jaxpr) -> Iterator[int]:
-    """Elements of every array that a program makes, inside its loops and branches too."""
-    for equation in jaxpr.eqns:
-        yield from (variable.aval.size for variable in equation.outvars if hasattr(variable.aval, "size"))
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)):
-            if isinstance(value, Jaxpr | ClosedJaxpr):
-                yield from sizes(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
-
-
-def test_no_more_than_a_chunk_of_logits_is_ever_made() -> None:
-    hidden, head = draw(128, 8, 512, 0)
-    where = jnp.ones(128, bool)
-
-    def largest(chunk: int) -> int:
-        traced = jax.make_jaxpr(lambda x: during_training._distances(x, head, x, head, where, chunk))(hidden)
-        return max(sizes(traced.jaxpr))
-
-    assert largest(16) == 16 * 512
-    assert largest(128) == 128 * 512
-
-
-def test_other_vocabularies_are_refused() -> None:
-    hidden, head = draw(4, 8, 30, 0)
-    _, other = draw(4, 8, 31, 0)
-    with pytest.raises(ValueError, match=r"must have one vocabulary, but their heads have 30 and 31 rows"):
-        during_training._distances(hidden, head, hidden, other, jnp.ones(4, bool), None)
-
-
-@pytest.mark.parametrize("family", ["decoder", "t5"])
-def test_models_are_compared_at_every_token(family: str) -> None:
+@pytest.mark.parametrize(("family", "chunk"), [("decoder", None), ("t5", 16)])
+def test_models_are_compared_at_every_token(family: str, chunk: int | None) -> None:
     policy, ref = language_model(family).module, language_model(family, seed=1).module
     rng = np.random.default_rng(0)
     prompts = jnp.asarray(rng.integers(3, 33, (3, 5)), jnp.int32)
@@ -105,13 +50,21 @@ def test_models_are_compared_at_every_token(family: str) -> None:
     @nnx.jit
     def both(policy: Any, ref: Any) -> Any:
         states = [hidden_states(model, prompts, prompt_mask, tokens) for model in (policy, ref)]
-        return exact_kl(policy, ref, prompts, prompt_mask, tokens, mask), states
+        return exact_kl(policy, ref, prompts, prompt_mask, tokens, mask, chunk=chunk), states
 
     found, (states, ref_states) = both(policy, ref)
     kl, entropy = dense(states, ref_states, policy.head(), ref.head())
     assert found.kl.shape == (3, 2, 6)
     np.testing.assert_allclose(found.kl, np.where(mask, kl, 0), rtol=2e-4, atol=1e-5)
     np.testing.assert_allclose(found.entropy, np.where(mask, entropy, 0), rtol=2e-5, atol=1e-5)
+
+
+def test_other_vocabularies_are_refused() -> None:
+    policy = language_model().module
+    config = DecoderConfig(vocab_size=30, width=16, hidden=24, layers=1, heads=2, kv_heads=2, head_dim=8)
+    ref, tokens = Decoder(config, rngs=nnx.Rngs(0)), jnp.ones((1, 2, 3), jnp.int32)
+    with pytest.raises(ModelError, match=r"must have one vocabulary, but received heads of 36 and 30 rows\. Use the"):
+        exact_kl(policy, ref, tokens[:, 0], tokens[:, 0] > 0, tokens, tokens > 0)
 
 
 def test_every_metric_is_what_was_written() -> None:

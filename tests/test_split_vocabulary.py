@@ -13,7 +13,15 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from kernel_cases import Case, every_fast_one, every_implementation, interpreted_tpu, make_head, make_hidden, normal
 
-from fastpref.kernels import Head, MixtureSample, mixture_sample, preference_loss, token_logprobs
+from fastpref.kernels import (
+    Divergence,
+    Head,
+    MixtureSample,
+    divergence,
+    mixture_sample,
+    preference_loss,
+    token_logprobs,
+)
 from fastpref.method import losses
 
 pytestmark = interpreted_tpu
@@ -148,6 +156,43 @@ def test_the_loss_is_that_of_the_whole_head(implementation: str) -> None:
     apart = split(partial(value_and_gradients, implementation), shards, case, 1, out)(*arguments)
     for value, expected in zip(jax.tree.leaves(apart), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(value, expected, rtol=3e-5, atol=1e-5)
+
+
+@every_implementation
+@pytest.mark.parametrize(("case", "shards"), [(CASES[0], 4), (CASES[1], 8), (CASES[2], 2)], ids=str)
+def test_divergences_are_those_of_the_whole_head(case: Case, shards: int, implementation: str) -> None:
+    def measure(implementation: str, head: Head, ref_head: Head, hidden: Array, ref_hidden: Array) -> Divergence:
+        where = jnp.arange(case.rows) != 3
+        return divergence(hidden, head, ref_hidden, ref_head, where=where, implementation=implementation)
+
+    arguments = make_head(case), make_head(case, 1), make_hidden(case), make_hidden(case, 1)
+    whole = jax.jit(partial(measure, "reference"))(*arguments)
+    apart = split(partial(measure, implementation), shards, case, 2)(*arguments)
+    for value, expected in zip(apart, whole, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=2e-6)
+    # One head for both models, and equal states: 0, also where slices meet.
+    equal = split(lambda head, hidden: measure(implementation, head, head, hidden, hidden + 0), shards, case, 1)
+    np.testing.assert_array_equal(equal(arguments[0], arguments[2]).kl, 0)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["two heads", "one head"])
+def test_divergences_vary_over_no_axis_that_was_summed(shared: bool) -> None:
+    """Axes are checked here: rows over one, the vocabulary over the other."""
+    case = Case(1000, rows=8)
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "vocab"))
+    rows, weight = P("data", None), P("vocab", None)
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(rows, weight, rows, weight), out_specs=P("data"))
+    def apart(hidden: Array, weight: Array, ref_hidden: Array, ref_weight: Array) -> Divergence:
+        head = Head(weight, mesh_axis="vocab")
+        ref_head = head if shared else Head(ref_weight, mesh_axis="vocab")
+        return divergence(hidden, head, ref_hidden, ref_head, implementation="xla")
+
+    hidden, head, ref_hidden, ref_head = make_hidden(case), make_head(case), make_hidden(case, 1), make_head(case, 1)
+    whole = divergence(hidden, head, ref_hidden, head if shared else ref_head, implementation="reference")
+    result = jax.jit(apart)(hidden, head.weight, ref_hidden, ref_head.weight)
+    for value, expected in zip(result, whole, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_gradients_may_be_taken_outside_of_the_map() -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,16 @@ from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 from kernel_cases import Case, interpreted_tpu, make_head, make_hidden, make_targets, normal
 
-from fastpref.kernels import Head, MixtureSample, mixture_sample, preference_loss, token_logprobs
+from fastpref.kernels import (
+    Divergence,
+    Head,
+    MixtureSample,
+    divergence,
+    mixture_sample,
+    preference_loss,
+    token_logprobs,
+)
+from fastpref.kernels.divergence.tpu import divergence as measurer
 from fastpref.kernels.mixture_sampling.tpu import mixture_sample as sampler
 from fastpref.kernels.tiles import Tiles
 from fastpref.kernels.token_logprobs.tpu import token_logprobs as scorer
@@ -72,6 +82,19 @@ def score(case: Case, function: Any, where: Array | None = None, **changes: Any)
     return run(make_hidden(case), make_head(case))
 
 
+def measure(case: Case, function: Any, where: Array | None = None, **changes: Any) -> Divergence:
+    """KL and entropy of models whose heads lie differently."""
+    other = replace(case, vocab_axis=1 - case.vocab_axis, width=2 * case.width)
+    where = jnp.ones(case.rows, bool) if where is None else where
+
+    @jax.jit
+    def run(hidden: Array, head: Head, ref_hidden: Array, ref_head: Head) -> Divergence:
+        result: Divergence = function(hidden, head, ref_hidden, ref_head, where=where, **changes)
+        return result
+
+    return run(make_hidden(case), make_head(case), make_hidden(other, 1), make_head(other, 1))
+
+
 def reference(kernel: str) -> Any:
     return getattr(
         import_module(f"fastpref.kernels.{kernel}.reference"),
@@ -108,6 +131,16 @@ def test_log_probs_read_nothing_that_nobody_wrote(case: Case, blocks: int, froze
     ours = score(case, scorer, interpret=strict(), tiles=Tiles(128, 512), **keywords)
     assert not races_found()
     assert_close(ours, score(case, reference("token_logprobs"), **keywords), 1e-4)
+
+
+@interpreted_tpu
+@pytest.mark.parametrize("rows", [100, 250])
+def test_divergences_read_nothing_that_nobody_wrote(rows: int) -> None:
+    case = Case(1100, rows=rows)
+    where = jnp.arange(case.rows) % 7 != 0
+    ours = measure(case, measurer, where, interpret=strict(), tiles=Tiles(128, 512))
+    assert not races_found()
+    assert_close(ours, measure(case, reference("divergence"), where))
 
 
 @interpreted_tpu
@@ -159,6 +192,15 @@ def test_tiles_change_nothing(tiles: Tiles, vocab_axis: int, frozen_head: bool) 
     assert_close(ours, score(case, reference("token_logprobs"), frozen_head=frozen_head))
 
 
+@interpreted_tpu
+@pytest.mark.parametrize("tiles", [Tiles(128, 512), Tiles(256, 512), Tiles(384, 512)], ids=str)
+def test_tiles_change_no_divergence(tiles: Tiles) -> None:
+    case = Case(1300, rows=300, width=8, soft_cap=4.0, scale=0.7)
+    where = jnp.arange(case.rows) < 200
+    ours = measure(case, measurer, where, interpret=True, tiles=tiles)
+    assert_close(ours, measure(case, reference("divergence"), where))
+
+
 _MASKED = Case(600, rows=150, width=8)
 
 
@@ -189,6 +231,8 @@ def test_elsewhere_than_on_a_tpu_the_error_says_so() -> None:
         mixture_sample(hidden, head, hidden, head, mixture_beta=0.5, key=KEY, row_ids=ids, step=0, implementation="tpu")
     with pytest.raises(NotImplementedError, match="token_logprobs " + why):
         token_logprobs(hidden, head, ids, implementation="tpu")
+    with pytest.raises(NotImplementedError, match="divergence " + why):
+        divergence(hidden, head, hidden, head, implementation="tpu")
     with pytest.raises(NotImplementedError, match="preference_loss " + why):
         preference_loss(
             hidden, head, ids, ids, jnp.zeros((1, 2)), jnp.ones(1), loss=lambda ratio, _: ratio, implementation="tpu"
@@ -213,18 +257,18 @@ def compile_for_tpu(script: str) -> str:
 
 def test_the_compiler_takes_every_kernel() -> None:
     lines = compile_for_tpu("import tpu_compile; tpu_compile.every_kernel()").splitlines()
-    assert len(lines) >= 10
+    assert len(lines) >= 14
     assert all(line.startswith("compiled ") for line in lines)
 
 
 def test_the_compiler_takes_split_heads() -> None:
     lines = compile_for_tpu("import tpu_compile; tpu_compile.split_heads()").splitlines()
-    assert [line.split()[1] for line in lines] == ["mixture_sample", "token_logprobs"]
+    assert [line.split()[1] for line in lines] == ["mixture_sample", "token_logprobs", "divergence"]
 
 
 def test_vmem_is_what_the_formulas_say() -> None:
     lines = compile_for_tpu("import tpu_compile; tpu_compile.vmem()").splitlines()
-    assert len(lines) >= 4
+    assert len(lines) >= 5
     for line in lines:
         name, formula, used = line.split()
         assert 0.9 < int(formula) / int(used) < 1.15, name

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from fastpref.kernels import Head
 from fastpref.kernels import tiles as tiling
+from fastpref.kernels.divergence import tpu as distances
 from fastpref.kernels.mixture_sampling import tpu as sampling
 from fastpref.kernels.mixture_sampling.layout import layout_of
 from fastpref.kernels.tiles import Tiles
@@ -84,6 +85,22 @@ def score_shapes(rows: int, vocab: int, width: int, axis: int, dtype: str) -> tu
     return hidden, head_shape(vocab, width, axis, dtype), Shape((rows,), jnp.int32)
 
 
+def apart(head: Callable[[Array], Head], ref_head: Callable[[Array], Head] | None) -> Callable[..., Any]:
+    """None for one head of both."""
+
+    def measure(hidden: Array, weight: Array, ref_hidden: Array, ref_weight: Array) -> Any:
+        policy, where = head(weight), jnp.ones(hidden.shape[0], bool)
+        return distances.divergence(
+            hidden, policy, ref_hidden, ref_head(ref_weight) if ref_head else policy, where=where
+        )
+
+    return measure
+
+
+def apart_shapes(*shapes: tuple[int, int, int, int, str]) -> tuple[Shape, ...]:
+    return tuple(shape for one in shapes for shape in score_shapes(*one)[:2])
+
+
 SAMPLERS = [
     (8, 50257, 768, 0, "bfloat16", {}, {}),
     (1, 32128, 512, 1, "float32", {}, {"temperature": 0.0}),
@@ -100,6 +117,14 @@ SCORERS = [
 ]
 
 
+DIVERGENCES = [
+    ((1000, 50257, 768, 0, "bfloat16"), (1000, 50257, 512, 0, "bfloat16"), {}, False),
+    ((300, 2000, 256, 0, "float32"), (300, 2000, 128, 1, "bfloat16"), {"soft_cap": 30.0}, False),
+    ((130, 4096, 256, 1, "bfloat16"), (130, 4096, 256, 1, "bfloat16"), {"scale": 0.1}, True),
+    ((5, 1000, 64, 0, "float32"), (5, 1000, 64, 0, "float32"), {}, False),
+]
+
+
 def every_kernel() -> None:
     for *shape, kind, changes in SAMPLERS:
         axis = shape[3]
@@ -109,6 +134,11 @@ def every_kernel() -> None:
         axis = shape[3]
         one_chip(scores(lambda weight, a=axis, k=kind: Head(weight, a, **k), frozen_head), *score_shapes(*shape))
         print("compiled token_logprobs", shape, kind, "frozen" if frozen_head else "trained")
+
+    for policy, ref, kind, shared in DIVERGENCES:
+        heads = [lambda weight, a=shape[3], k=kind: Head(weight, a, **k) for shape in (policy, ref)]
+        one_chip(apart(heads[0], None if shared else heads[1]), *apart_shapes(policy, ref))
+        print("compiled divergence", policy, ref, kind, "one head" if shared else "two heads")
 
 
 def split_heads() -> None:
@@ -126,6 +156,10 @@ def split_heads() -> None:
     scored = jax.shard_map(scores(head), mesh=mesh, in_specs=specs, out_specs=(P(), (P(), split)))
     compiled(scored, *score_shapes(512, 128256, 1024, 0, "bfloat16"), mesh=mesh, specs=specs)
     print("compiled token_logprobs")
+    specs = (whole, split, whole, split)
+    measured = jax.shard_map(apart(head, head), mesh=mesh, in_specs=specs, out_specs=P())
+    compiled(measured, *apart_shapes(*[(512, 128256, 1024, 0, "bfloat16")] * 2), mesh=mesh, specs=specs)
+    print("compiled divergence")
 
 
 def vmem() -> None:
@@ -156,6 +190,11 @@ def vmem() -> None:
             layout.vmem_bytes,
             draws(Head, groups=2),
             draw_shapes(128, 32128, 1024, 0, "bfloat16"),
+        ),
+        "divergence": (
+            distances.divergence_bytes(head, other, Tiles(256, 512)),
+            lambda x, w, y, u, c: distances.divergence_sums(x, Head(w), y, Head(u), c, Tiles(256, 512), False),
+            (hidden, head.weight, hidden, other.weight, count),
         ),
     }  # fmt: skip
     for name, (formula, function, shapes) in programs.items():

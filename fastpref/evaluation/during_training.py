@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
@@ -15,10 +14,10 @@ from fastpref.data.batches import token_mask
 from fastpref.evaluation.win_rates import both_orders, summarise
 from fastpref.judging.identity import digest
 from fastpref.judging.recorded import RecordedJudge
-from fastpref.kernels import Head, token_logprobs
-from fastpref.kernels.chunks import chunk_rows, compact
+from fastpref.kernels import Divergence, divergence, token_logprobs
+from fastpref.kernels.divergence import xla
 from fastpref.method.config import TrainConfig
-from fastpref.method.errors import ConfigError
+from fastpref.method.errors import ConfigError, ModelError
 from fastpref.models import LanguageModel
 from fastpref.models.policy import Policy, hidden_states
 from fastpref.runs.metrics import ended
@@ -30,15 +29,6 @@ SAMPLES = 8
 """Held-out prompts that are kept for reading."""
 
 
-class Distances(NamedTuple):
-    """What two models make of the same tokens, float32, 0 where a token does not count."""
-
-    kl: Float[Array, "..."]
-    """KL(π(·|x, y_<t) ‖ π_ref(·|x, y_<t)) in nats, summed over the whole vocabulary."""
-    entropy: Float[Array, "..."]
-    """Entropy of π(·|x, y_<t) in nats."""
-
-
 def exact_kl(
     policy: Policy,
     ref: Policy,
@@ -48,7 +38,7 @@ def exact_kl(
     completion_mask: Bool[Array, "P K T"],
     *,
     chunk: int | None = None,
-) -> Distances:
+) -> Divergence:
     """KL(π ‖ π_ref) and the entropy of π at every token of given completions. Traceable: call it under `jax.jit`.
 
     Summed along completions that π wrote, the KL has the mean of log π(y) − log π_ref(y) and less variance: it is that
@@ -61,57 +51,27 @@ def exact_kl(
       prompt_mask: True where a prompt token is real, shape [P, S].
       completion_tokens: token ids, shape [P, K, T].
       completion_mask: True where a completion token is real, shape [P, K, T]; the others cost nothing.
-      chunk: tokens whose [chunk, V] logits are alive at once; None for 32 MiB of them.
+      chunk: tokens whose [chunk, V] logits, of each model, are alive at once; None for what suits the device.
 
     Returns:
-      `Distances` of shape [P, K, T].
+      KL and entropy in nats, float32, of shape [P, K, T]; 0 where a token does not count.
 
     Raises:
-      ValueError: the two heads have different numbers of rows.
+      ModelError: the two heads have different numbers of rows.
     """
-    shape = completion_tokens.shape
+    shape, head, ref_head = completion_tokens.shape, policy.head(), ref.head()
+    if head.vocab_size != ref_head.vocab_size:
+        raise ModelError(
+            "a policy and its reference must have one vocabulary, but received heads of "
+            f"{head.vocab_size} and {ref_head.vocab_size} rows. Use the model that the policy was trained from."
+        )
     hidden, ref_hidden = (
         hidden_states(model, prompt_tokens, prompt_mask, completion_tokens).reshape(completion_tokens.size, -1)
         for model in (policy, ref)
     )
-    found = _distances(hidden, policy.head(), ref_hidden, ref.head(), completion_mask.reshape(-1), chunk)
-    return Distances(*(values.reshape(shape) for values in found))
-
-
-def _distances(
-    hidden: Float[Array, "N Dp"],
-    head: Head,
-    ref_hidden: Float[Array, "N Dr"],
-    ref_head: Head,
-    where: Bool[Array, " N"],
-    chunk: int | None,
-) -> Distances:
-    if head.vocab_size != ref_head.vocab_size:
-        raise ValueError(
-            "a policy and its reference must have one vocabulary, but their heads have "
-            f"{head.vocab_size} and {ref_head.vocab_size} rows. Use the model that the policy was trained from."
-        )
-    size = chunk_rows(len(where), head.vocab_size, chunk)
-    rows = compact(where, size)
-
-    def measure(index: Int[Array, " C"]) -> Distances:
-        logps = jax.nn.log_softmax(head.logits(hidden[index]))
-        ref_logps = jax.nn.log_softmax(ref_head.logits(ref_hidden[index]))
-        probabilities = jnp.exp(logps)
-        return Distances((probabilities * (logps - ref_logps)).sum(1), -(probabilities * logps).sum(1))
-
-    def step(start: Int[Array, ""]) -> Distances:
-        index = jax.lax.dynamic_slice_in_dim(rows.order, start, size)
-        nothing = jnp.zeros(size, jnp.float32)
-        found: Distances = jax.lax.cond(start < rows.total, measure, lambda index: Distances(nothing, nothing), index)
-        return found
-
-    starts = jnp.arange(-(-len(where) // size), dtype=jnp.int32) * size
-    found: Distances = jax.lax.map(step, starts)
-    position = jnp.arange(starts.size * size)
-    place = jnp.where(position < rows.total, rows.order[: starts.size * size], len(where))
-    blank = jnp.zeros(len(where), jnp.float32)
-    return Distances(*(blank.at[place].set(values.reshape(-1), mode="drop") for values in found))
+    measure = divergence if chunk is None else partial(xla.divergence, chunk=chunk)
+    kl, entropy = measure(hidden, head, ref_hidden, ref_head, where=completion_mask.reshape(-1))
+    return Divergence(kl.reshape(shape), entropy.reshape(shape))
 
 
 @partial(jax.jit, static_argnames=("definition", "ref_definition"))

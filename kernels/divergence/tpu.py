@@ -8,6 +8,7 @@ JAX brings the eight together, and then those of other devices.
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
@@ -117,33 +118,23 @@ def divergence_sums(
       interpret: Pallas's.
     """
     total, vocab = hidden.shape[1 - head.vocab_axis], head.slice_size
-    steps, blocks = -(-vocab // UNIT), total // tiles.rows
-    width, heads, side = (
-        unit_rows(head, ref_head, tiles),
-        streamed(head, ref_head),
-        pairs_at_once(head, ref_head, tiles),
-    )
+    steps, blocks, heads = -(-vocab // UNIT), total // tiles.rows, streamed(head, ref_head)
+    width, side = unit_rows(head, ref_head, tiles), pairs_at_once(head, ref_head, tiles)
 
     def kernel(scalars: Any, states: Any, ref_states: Any, *refs: Any) -> None:
         *weights, out, buffers = refs
         block, step = pl.program_id(0), pl.program_id(1)
 
         def unit(masked: bool, number: Any, place: int) -> None:
-            lanes, models = rows_of(number, width), []
-            for model, (head_, states_, weight) in enumerate(
-                ((head, states, weights[0]), (ref_head, ref_states, weights[-1]))
-            ):
-                buffer = buffers.at[model, place]
-                product(head_, weight, 0, read_states(head_, tiles, states_, lanes, scalars), buffer)
-                models.append((head_, buffer))
-            ids = unit_ids(width)
+            lanes, ids, logits = rows_of(number, width), unit_ids(width), buffers.at[place]
+            models = (head, states, weights[0], logits.at[0]), (ref_head, ref_states, weights[-1], logits.at[1])
+            for model, rows, weight, buffer in models:
+                product(model, weight, 0, read_states(model, tiles, rows, lanes, scalars), buffer)
 
             def values(again: int, chunk: int) -> list[Array]:
-                shaped = [read_logits(head_, buffer, scalars[again], chunk) for head_, buffer in models]
-                if not masked:
-                    return shaped
+                both = [read_logits(model, buffer, scalars[again], chunk) for model, _, _, buffer in models]
                 inside = ids + chunk < vocab - step * UNIT
-                return [jnp.where(inside, logits, NEVER) for logits in shaped]
+                return [jnp.where(inside, one, NEVER) for one in both] if masked else both
 
             old = Sums(*(out[0, field_rows(field), lanes] for field in range(FIELDS)))
             tops = list(old[:2])
@@ -151,21 +142,20 @@ def divergence_sums(
                 tops = [jnp.maximum(top, jnp.max(one, axis=0)) for top, one in zip(tops, values(0, chunk), strict=True)]
             bases = [finite_or_zero(top)[None] for top in tops]
             # A tile is summed for itself: beside one likely token, the others of all tiles would be lost one by one.
-            fields = [jnp.zeros((SUBLANES, width), jnp.float32)] * (FIELDS - 2)
+            sums = [jnp.zeros((SUBLANES, width), jnp.float32)] * (FIELDS - 2)
             for chunk in range(0, UNIT, CHUNK):
                 added = terms(*values(1, chunk), *bases)
-                fields = [field + jnp.sum(part, axis=0) for field, part in zip(fields, added, strict=True)]
-            before = moved(old, *tops)
-            for field, value in enumerate((*tops, *(one + two for one, two in zip(before[2:], fields, strict=True)))):
+                sums = [one + jnp.sum(part, axis=0) for one, part in zip(sums, added, strict=True)]
+            before = moved(old, *tops)[2:]
+            for field, value in enumerate((*tops, *(one + two for one, two in zip(before, sums, strict=True)))):
                 out[0, field_rows(field), lanes] = value
 
         @pl.when(block < scalars[ZEROS])
         def _active() -> None:
             @pl.when(step == 0)
             def _start() -> None:
-                nothing = jnp.zeros(((FIELDS - 2) * SUBLANES, tiles.rows), jnp.float32)
-                out[0, : 2 * SUBLANES] = jnp.full((2 * SUBLANES, tiles.rows), NEVER, jnp.float32)
-                out[0, 2 * SUBLANES :] = nothing
+                field = jax.lax.broadcasted_iota(jnp.int32, out.shape[1:], 0) // SUBLANES
+                out[0] = jnp.where(field < 2, NEVER, 0.0)
 
             by_tile(step, vocab, UNIT, lambda masked: by_unit(tiles.rows // width, side, partial(unit, masked)))
 
@@ -179,7 +169,7 @@ def divergence_sums(
                 *(weight_spec(model, UNIT, lambda i, j: j) for model in heads),
             ],
             out_specs=row_spec(FIELDS * SUBLANES, tiles, lambda i, j: i),
-            scratch_shapes=[pltpu.VMEM((2, side, UNIT, width), jnp.float32)],
+            scratch_shapes=[pltpu.VMEM((side, 2, UNIT, width), jnp.float32)],
         ),
         out_shape=result_shape((blocks, FIELDS * SUBLANES, tiles.rows), jnp.float32, head),
         compiler_params=parameters(),
