@@ -16,7 +16,7 @@ import pytest
 from fastpref.judging import judgements
 from fastpref.judging.identity import Identity
 from fastpref.judging.judgements import FILE, Judgements
-from fastpref.method.errors import JudgementsError
+from fastpref.method.errors import JudgementsError, OwnerError
 
 PROMPTS = ["p0", "p1", "é\n\0"]
 FIRST = ["a", "", "long " * 50]
@@ -205,13 +205,13 @@ def test_what_is_not_a_log_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 def test_two_processes_do_not_write_at_once(tmp_path: Path) -> None:
     with Judgements(tmp_path / FILE):
-        with pytest.raises(JudgementsError, match=rf"one process at a time, but process {os.getpid()} on .* holds it"):
+        with pytest.raises(OwnerError, match=rf"is held by process {os.getpid()} on host"):
             Judgements(tmp_path / FILE)
         code = "import sys; from fastpref.judging.judgements import Judgements; Judgements(sys.argv[1])"
         second = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / FILE)], capture_output=True, text=True, check=False
         )
-        assert f"but process {os.getpid()} on" in second.stderr
+        assert f"is held by process {os.getpid()} on host" in second.stderr
     Judgements(tmp_path / FILE).close()
 
 

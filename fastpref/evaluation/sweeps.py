@@ -23,7 +23,7 @@ from fastpref.data import files
 from fastpref.method.config import Config, from_mapping, to_json
 from fastpref.method.errors import ConfigError, DivergedError, nearest
 from fastpref.method.schedules import Schedule
-from fastpref.runs import log, owner, tables, terminal
+from fastpref.runs import log, owner, terminal
 from fastpref.runs.metrics import METRICS
 
 
@@ -86,7 +86,9 @@ class SweepResult:
 
     def markdown(self) -> str:
         """The same as a Markdown table."""
-        return tables.markdown(*self._cells())
+        columns, rows = self._cells()
+        lines = [columns, ["---"] * len(columns), *rows]
+        return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
         rows = self.rows()

@@ -185,9 +185,18 @@ def _library(module: str | None) -> bool:
     return file is not None and not LIBRARY_FOLDERS.isdisjoint(Path(file).parts)
 
 
+@functools.cache
 def _version(module: str | None) -> str:
-    top = (module or "builtins").partition(".")[0]
-    return str(getattr(sys.modules.get(top), "__version__", None) or "")
+    """Version of the package that a module comes with; the content of its file where the package does not say."""
+    name = module or "builtins"
+    top = name.partition(".")[0]
+    if top in sys.stdlib_module_names:
+        return ".".join(map(str, sys.version_info[:2]))
+    version = getattr(sys.modules.get(top), "__version__", None)
+    if version is not None:
+        return str(version)
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return "" if file is None else xxhash.xxh3_128_hexdigest(Path(file).read_bytes())
 
 
 def _plain_state(value: Any) -> bool:

@@ -9,12 +9,9 @@ rows are numbered without gaps, and the file says how many there are: a damaged 
 A process killed at any moment leaves whole answers only, as SQLite's rollback journal sees to.
 """
 
-import fcntl
-import os
-import socket
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +22,7 @@ from jaxtyping import Float32
 
 from fastpref.judging.identity import Identity
 from fastpref.method.errors import JudgementsError
+from fastpref.runs import owner
 
 FILE = "judged.sqlite"
 """Name of the file in a run directory."""
@@ -52,8 +50,8 @@ class Judgements:
       path: the file; made if need be, with its folder.
 
     Raises:
-      JudgementsError: a row is damaged (the message names file and row), the file cannot be read or written, or another
-        process holds it.
+      JudgementsError: a row is damaged (the message names file and row), or the file cannot be read or written.
+      OwnerError: another process writes it; the message names it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -64,17 +62,16 @@ class Judgements:
         """Questions answered by the judge so far."""
         self._answers: dict[bytes, float] = {}
         self._rows = 0
-        self._lock = _locked(self.path)
-        try:
-            self._connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
-        except sqlite3.Error as error:
-            os.close(self._lock)
-            raise _unusable(self.path, error) from error
-        try:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(owner.hold(self.path.parent, f"{self.path.name}.lock"))
+                self._connection = stack.enter_context(
+                    closing(sqlite3.connect(self.path, timeout=60, isolation_level=None))
+                )
+            except (OSError, sqlite3.Error) as error:
+                raise _unusable(self.path, error) from error
             self._open()
-        except BaseException:
-            self.close()
-            raise
+            self._held = stack.pop_all()
 
     def __len__(self) -> int:
         """Number of answers in the file."""
@@ -131,10 +128,7 @@ class Judgements:
 
     def close(self) -> None:
         """Let go of the file. Everything is on disk already."""
-        self._connection.close()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._held.close()
 
     def __enter__(self) -> "Judgements":
         return self
@@ -245,29 +239,6 @@ def _hash(*values: Any) -> bytes:
         state.update(kind + len(content).to_bytes(8, "little"))
         state.update(content)
     return state.digest()
-
-
-def _locked(path: Path) -> int:
-    """The descriptor of a file beside it, which one process holds and names itself in."""
-    lock = -1
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    except BlockingIOError:
-        owner = os.pread(lock, 1000, 0).decode(errors="replace") or "another process"
-        os.close(lock)
-        raise JudgementsError(
-            f"{path} must be written by one process at a time, but {owner} holds it. "
-            "Wait until it has ended, or choose another directory."
-        ) from None
-    except OSError as error:
-        if lock >= 0:
-            os.close(lock)
-        raise _unusable(path, error) from error
-    return lock
 
 
 def _unusable(path: Path, error: Exception) -> JudgementsError:

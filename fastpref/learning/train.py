@@ -103,7 +103,8 @@ def train(
         algorithms each record also has `chosen`, `rejected` and, where labels are soft, `preference`. Messages, lists
         of `role` and `content`, may stand for text: the chat template of the policy's tokenizer writes them, and the
         judge reads prompts as it wrote them.
-      judge: p(first ≻ second) for each prompt; see `fastpref.Judge`. A plain function will do. For `rl` a
+      judge: p(first ≻ second) for each prompt; see `fastpref.Judge`. A plain function will do. The run
+        belongs to it (`fastpref.judging.identity`): another is refused. For `rl` a
         `RewardModel`, or anything with its `scores`; which any other algorithm takes for p = σ(r − r'). None for
         offline algorithms.
       config: settings; the defaults are the paper's.
@@ -113,7 +114,7 @@ def train(
       cache: of offline algorithms, a directory that keeps the tokens of the pairs, so that the next run maps them.
       optimizer: any optax transformation, instead of the one that the config names.
       eval_prompts: held-out prompts, compared with the reference every `config.eval_every` steps.
-      eval_judge: the judge of those comparisons; None for `judge`.
+      eval_judge: the judge of those comparisons; None for `judge`. Like the prompts, it stays that of the run.
       callbacks: functions called with a `Step` after each step.
       quiet: show no progress bar.
 

@@ -37,7 +37,7 @@ class JudgeError(FastprefError, RuntimeError):
 
 
 class JudgementsError(FastprefError, RuntimeError):
-    """The log of judgements could not be written, is damaged, or is held by another process."""
+    """The log of judgements could not be written, or is damaged."""
 
 
 class CheckpointError(FastprefError, RuntimeError):

@@ -24,7 +24,7 @@ NAME = "owner"
 
 
 @contextmanager
-def hold(run_dir: Path | str | None) -> Iterator[None]:
+def hold(run_dir: Path | str | None, name: str = NAME) -> Iterator[None]:
     """Own a run directory while the block runs; a second owner is refused, of this process or another.
 
     The lock is the kernel's: a killed process leaves none behind, whatever the file says. Every kind of run takes it,
@@ -32,6 +32,7 @@ def hold(run_dir: Path | str | None) -> Iterator[None]:
 
     Args:
       run_dir: the directory, made if need be; None, for a run that writes nothing, owns nothing.
+      name: of the file that is held; another for what is owned by itself, such as the log of judgements.
 
     Raises:
       OwnerError: another run owns the directory; the message names its process and host.
@@ -45,7 +46,7 @@ def hold(run_dir: Path | str | None) -> Iterator[None]:
         return
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    lock = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
