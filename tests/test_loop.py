@@ -9,6 +9,7 @@ import orjson
 import pytest
 
 from fastpref.learning import loop
+from fastpref.method.config import SupervisedConfig
 from fastpref.method.errors import OwnerError, RunWarning
 
 
@@ -31,12 +32,12 @@ def drive(run_dir: Path, steps: int, **options: Any) -> Any:
     def advance(done: int, arrays: Any) -> loop.Outcome:
         source.next += 1
         samples = [{"prompt": f"p{done}", "first": "a"}] if done % 2 else []
-        return loop.Outcome(arrays + source.next, {"loss": 1.0 / (done + 1), "grad_norm": float("nan")}, samples)
+        metrics = {"loss": 1.0 / (done + 1), "grad_norm": float("nan"), "updates/skipped": 0.0}
+        return loop.Outcome(arrays + source.next, metrics, samples)
 
-    journal = loop.Journal(run_dir, {"steps": steps}, {"run": 1}, checkpoint_every=3, keep_checkpoints=2)
-    return loop.drive(
-        advance, jnp.zeros(3), source, steps=steps, journal=journal, description="test", quiet=True, **options
-    )
+    config = SupervisedConfig(steps=steps, checkpoint_every=3, keep_checkpoints=2)
+    told = {"run_dir": run_dir, "fingerprint": {"run": 1}, "description": "test", "quiet": True}
+    return loop.drive(advance, jnp.zeros(3), source, config, **told, **options)
 
 
 def untimed(path: Path) -> list[dict[str, Any]]:
@@ -103,7 +104,7 @@ def test_a_disk_that_refuses_all_but_checkpoints_does_not_stop_a_run(
         arrays, history = drive(tmp_path, 40)
     assert time.monotonic() - began < 500  # it returned at all
     assert arrays.tolist() == [820.0] * 3
-    assert len(history) == 39
+    assert len(history) == 40
     assert {str(warning.message).split(" ")[0] for warning in heard} == {
         str(tmp_path / name) for name in ("metrics.jsonl", "tensorboard")
     }
