@@ -39,6 +39,17 @@ def go(folder: Path | None = None, *, judge: Any = prefers_w1, optimizer: Any = 
     return train(language_model(), PROMPTS, judge, config, run_dir=folder, optimizer=optimizer, quiet=True, **passed)
 
 
+def taste(judge: Any) -> Any:
+    """A judge that is the same to a run, whatever it does besides."""
+    judge.identity = "likes w1"
+    return judge
+
+
+@taste
+def likes_w1(*texts: Any) -> list[float]:
+    return prefers_w1(*texts)
+
+
 # Signals ------------------------------------------------------------------------------------------------------------
 
 
@@ -48,6 +59,7 @@ def test_a_signal_ends_a_run_after_its_step_and_the_run_goes_on(
 ) -> None:
     before = signal.getsignal(number)
 
+    @taste
     def kill(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
         os.kill(os.getpid(), number)
         return prefers_w1(prompts, first, second)
@@ -60,8 +72,8 @@ def test_a_signal_ends_a_run_after_its_step_and_the_run_goes_on(
     assert f"stopped after step 1 of 2. {tmp_path / 'a'} holds it. The same call goes on" in capfd.readouterr().err
     assert signal.getsignal(number) is before, "the handler before is back"
     assert checkpoints.steps(tmp_path / "a" / "checkpoints") == [1]
-    go(tmp_path / "a", steps=2)
-    go(tmp_path / "b", steps=2)
+    go(tmp_path / "a", judge=likes_w1, steps=2)
+    go(tmp_path / "b", judge=likes_w1, steps=2)
     assert metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b")
 
 
@@ -128,14 +140,15 @@ def test_the_command_line_exits_with_128_and_the_signal(tmp_path: Path) -> None:
 def test_an_evaluation_that_fails_loses_no_step_and_is_made_when_the_run_goes_on(tmp_path: Path) -> None:
     options: dict[str, Any] = {"steps": 2, "eval_every": 1, "eval_prompts": PROMPTS[:4]}
 
+    @taste
     def fails(*texts: Any) -> list[float]:
         raise ConnectionError("gone")
 
     with pytest.raises(JudgeError, match=r"ConnectionError: gone"):
         go(tmp_path / "a", eval_judge=fails, **options)
     assert checkpoints.steps(tmp_path / "a" / "checkpoints") == [1]
-    result = go(tmp_path / "a", eval_judge=prefers_w1, **options)
-    go(tmp_path / "b", eval_judge=prefers_w1, **options)
+    result = go(tmp_path / "a", eval_judge=likes_w1, **options)
+    go(tmp_path / "b", eval_judge=likes_w1, **options)
     assert metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b")
     assert "eval/win_rate" in result.metrics[0]
     assert (tmp_path / "a" / "samples.jsonl").read_bytes() == (tmp_path / "b" / "samples.jsonl").read_bytes()
