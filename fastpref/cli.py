@@ -22,7 +22,7 @@ from fastpref.judging.protocol import Judge
 from fastpref.learning.supervised import FitResult, fit_preference_model, fit_reward_model, sft
 from fastpref.learning.train import train
 from fastpref.method.config import SupervisedConfig, TrainConfig, from_mapping
-from fastpref.method.errors import ConfigError, FastprefError
+from fastpref.method.errors import ConfigError, FastprefError, StopSignal
 from fastpref.reproduce import EXPERIMENTS, reproduce
 from fastpref.runs import terminal
 from fastpref.runs.read_model import locate, read_tokenizer
@@ -255,7 +255,7 @@ def _sweep(values: Mapping[str, Any]) -> None:
             values["policy"],
             values["prompts"],
             # Offline points of a grid read labels; the judge then judges held-out comparisons alone.
-            None if config.row.offline else judge,
+            None if config.method.offline else judge,
             config,
             ref=values.get("ref"),
             behaviour=values.get("behaviour"),
@@ -317,18 +317,14 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-class Terminated(SystemExit):
-    """A polite kill; a plain SystemExit inside a judge is the judge's own fault."""
-
-
 def _leave(number: int, frame: object) -> None:
-    raise Terminated(128 + number)
+    raise StopSignal(number, "terminated")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 for a reported error, 130 when interrupted."""
+    """Run one command; returns the exit status: 0, 1 for a reported error, 128 + n after signal n."""
     chosen = parser().parse_args(arguments)
-    # A polite kill leaves by the same door as an error, so that the state is saved.
+    # Outside of training, which has its own handler, a polite kill unwinds the stack as an error does.
     signal.signal(signal.SIGTERM, _leave)
     try:
         if chosen.command == "demo":
@@ -337,8 +333,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join(str(path) for path in reproduce(chosen.name, chosen.out)))
         else:
             COMMANDS[chosen.command][0](read_file(chosen.command, chosen.file, chosen.overrides))
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        # A run has said how it goes on; what else was interrupted says nothing.
+        if not stopped.args:
+            print("interrupted; the same command starts again", file=sys.stderr)
         return 130
     except USER_ERRORS as error:
         print(f"fastpref: {error}", file=sys.stderr)

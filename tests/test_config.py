@@ -28,8 +28,8 @@ def test_the_defaults_are_the_papers() -> None:
         ({"mixture_beta": 1.5}, r"mixture_beta must lie in \[0, 1\], but received 1.5.*0.125"),
         ({"mixture_beta": -0.1}, r"mixture_beta must lie in \[0, 1\]"),
         ({"steps": 0}, r"steps must be a whole number of at least 1, but received 0"),
-        ({"batch_size": 32, "gradient_accumulation": 5}, r"must divide batch_size \(32\), but received 5"),
-        ({"optimizer": "adam"}, r"optimizer must be one of adafactor, adamw, but received 'adam'.*GradientTransform"),
+        ({"gradient_accumulation": 0}, r"gradient_accumulation must be a whole number of at least 1, but received 0"),
+        ({"optimizer": "adam"}, r"optimizer must be 'adafactor' or 'adamw', but received 'adam'.*GradientTransform"),
         ({"learning_rate": -1e-4}, r"learning_rate must not be negative"),
         ({"max_grad_norm": 0.0}, r"max_grad_norm must be above 0, or None"),
         ({"temperature": 0.0}, r"temperature must be above 0"),
@@ -38,10 +38,10 @@ def test_the_defaults_are_the_papers() -> None:
         ({"eval_every": -1}, r"eval_every must not be negative"),
         (
             {"algorithm": "inpo", "completions": 1},
-            r"inpo chooses a pair, so completions must be at least 2",
+            r"completions must be at least 2 for inpo, which chooses a pair, but received 1. INPO's is 8",
         ),
-        ({"algorithm": "sppo", "completions": 0}, r"sppo chooses a pair, so completions must be at least 2"),
-        ({"completions": 8}, r"ipo-md draws 2 completions a prompt, but received 8. Leave completions out"),
+        ({"algorithm": "sppo", "completions": 0}, r"completions must be at least 2 for sppo"),
+        ({"completions": 8}, r"completions must be 2 for ipo-md, .*, but received 8. Leave completions out"),
         ({"algorithm": "inpo", "eta": 0.5}, r"eta must not be below tau \(1.0\).*received 0.5. Raise eta or lower tau"),
         ({"algorithm": "inpo", "tau": 0.0}, r"eta must be above 0, but received None. Set it where tau is 0"),
         ({"algorithm": "inpo", "tau": -0.1, "eta": 1.0}, r"tau must not be negative, but received -0.1"),
@@ -124,4 +124,14 @@ def test_eta_is_three_tau_unless_set() -> None:
     assert TrainConfig(algorithm="inpo", tau=0.1).strengths(0) == pytest.approx((0.1, 0.3))
     config = TrainConfig(algorithm="inpo", tau=0.0, eta=Schedule(start=1.0, end=2.0, steps=2))
     assert config.strengths(1) == (0.0, 1.5)
-    assert (config.num_completions, config.round_steps) == (8, 334)
+    assert config.round_steps == 334
+
+
+def test_supervised_settings_keep_the_same_rules() -> None:
+    for settings, text in (
+        ({"eval_every": 0}, r"eval_every must be at least 1, but received 0"),
+        ({"max_completion_tokens": 0}, r"max_completion_tokens must be a whole number of at least 1, but received 0"),
+        ({"overlong": "cut"}, r"overlong must be 'drop', 'truncate' or 'raise', but received 'cut'"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            SupervisedConfig(**settings)

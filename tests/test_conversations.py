@@ -18,7 +18,7 @@ from fastpref.data.tokenizer import Rendered, Tokenizer
 from fastpref.learning.supervised import fit_preference_model, fit_reward_model, sft
 from fastpref.learning.train import train
 from fastpref.method.config import SupervisedConfig, TrainConfig
-from fastpref.method.errors import ConfigError, DataError
+from fastpref.method.errors import DataError
 from fastpref.models import LanguageModel, save
 from fastpref.runs.read_model import read_tokenizer
 
@@ -171,16 +171,25 @@ def test_a_cache_keeps_what_the_next_run_reads(tmp_path: Path, encodings: list[i
     def rated(folder: Path | None) -> list[dict[str, float]]:
         return numbers(fit_reward_model(model(), source, supervised, cache=folder, quiet=True).metrics)
 
+    read: list[Any] = []
+
+    def judge(prompts: Any, first: Any, second: Any) -> list[float]:
+        read.append([(type(prompt), prompt) for prompt in prompts])
+        return prefers_w1(prompts, first, second)
+
+    def aligned(folder: Path | None) -> list[Any]:
+        read.clear()
+        online = TrainConfig(max_new_tokens=5, **SETTINGS)
+        return [numbers(train(model(), source, judge, online, cache=folder, quiet=True).metrics), [*read]]
+
     # The reward model finds what the training on the same pairs, with the same limits, has left.
-    for run, made in ((trained, 1), (tuned, 1), (rated, 0)):
+    for run, made in ((trained, 1), (tuned, 1), (rated, 0), (aligned, 1)):
         expected = run(None)
         encodings.clear()
         assert run(tmp_path / "cache") == expected
         assert run(tmp_path / "cache") == expected
         assert len(encodings) == made, run
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-    with pytest.raises(ConfigError, match=r"cache must be None for ipo-md, which is online.*Leave it out"):
-        train(model(), source, prefers_w1, TrainConfig(**SETTINGS), cache=tmp_path, quiet=True)
+    assert len(list((tmp_path / "cache").iterdir())) == 3
     plain = cache.tokenized(TEXTS, tokenizer(bare=False), max_prompt_tokens=4)
     assert plain[1].dropped == {"prompt too long": 12}
 

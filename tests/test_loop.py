@@ -8,6 +8,7 @@ import orjson
 import pytest
 
 from fastpref.learning import loop
+from fastpref.method.config import SupervisedConfig
 from fastpref.method.errors import OwnerError, RunWarning
 
 
@@ -30,12 +31,12 @@ def drive(run_dir: Path, steps: int, **options: Any) -> Any:
     def advance(done: int, arrays: Any) -> loop.Outcome:
         source.next += 1
         samples = [{"prompt": f"p{done}", "first": "a"}] if done % 2 else []
-        return loop.Outcome(arrays + source.next, {"loss": 1.0 / (done + 1), "grad_norm": float("nan")}, samples)
+        metrics = {"loss": 1.0 / (done + 1), "grad_norm": float("nan"), "updates/skipped": 0.0}
+        return loop.Outcome(arrays + source.next, metrics, samples)
 
-    journal = loop.Journal(run_dir, {"steps": steps}, {"run": 1}, checkpoint_every=3, keep_checkpoints=2)
-    return loop.drive(
-        advance, jnp.zeros(3), source, steps=steps, journal=journal, description="test", quiet=True, **options
-    )
+    config = SupervisedConfig(steps=steps, checkpoint_every=3, keep_checkpoints=2)
+    told = {"run_dir": run_dir, "fingerprint": {"run": 1}, "description": "test", "quiet": True}
+    return loop.drive(advance, jnp.zeros(3), source, config, **told, **options)
 
 
 def untimed(path: Path) -> list[dict[str, Any]]:
@@ -96,7 +97,7 @@ def test_a_disk_that_refuses_all_but_checkpoints_does_not_stop_a_run(tmp_path: P
     with pytest.warns(RunWarning) as heard:
         arrays, history = drive(tmp_path, 40)
     assert arrays.tolist() == [820.0] * 3
-    assert len(history) == 39
+    assert len(history) == 40
     said = [str(warning.message) for warning in heard]
     for name in ("metrics.jsonl", "samples.jsonl", "tensorboard"):
         assert sum(text.startswith(f"{tmp_path / name} must be writable, but received") for text in said) == 1

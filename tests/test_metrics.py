@@ -18,7 +18,8 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "metrics.md"
 
 
 OF_ALGORITHMS = {
-    *("eta", "round", "objective/scores", "objective/rlhf_reward"),
+    *("eta", "round", "objective/scores", "objective/rlhf_reward", "objective/kl", "objective/entropy"),
+    *("anchor/chosen", "anchor/rejected", "anchor/margins", "anchor/accuracies", "learning_rate"),
     *("pairs/worst_won", "pairs/tie", "pairs/cyclic"),
 }
 
@@ -45,7 +46,14 @@ def test_every_logged_metric_is_in_the_table_and_the_other_way_round() -> None:
 def test_every_metric_says_its_unit_or_is_a_share_or_a_setting() -> None:
     plain = {"loss", "grad_norm", "learning_rate", "tau", "eta", "mixture_beta", "updates/skipped", "eval/loss"}
     shares = {
-        *("rewards/accuracies", "preference/mean", "preference/confidence", "completions/eos_rate", "eval/win_rate"),
+        *(
+            "rewards/accuracies",
+            "anchor/accuracies",
+            "preference/mean",
+            "preference/confidence",
+            "completions/eos_rate",
+            "eval/win_rate",
+        ),
         *("eval/win_rate_low", "eval/win_rate_high", "eval/eos_rate", "eval/agreement", "eval/accuracy"),
     }
     assert {name for name, metric in METRICS.items() if not metric.unit} == plain | shares
@@ -85,19 +93,16 @@ def test_sampling_metrics_by_hand() -> None:
         ref_logps=jnp.array([[-4.0, -1.5], [-2.0, -6.0]]),
         mixture_logps=jnp.zeros((2, 2)),
     )
-    found = sampling_metrics(completions, np.array([0.9, 0.5], np.float32), np.array([True, False]), 1)
-    assert found == pytest.approx(
-        {
-            "objective/kl": (1 + 0.5 + 0 - 2) / 4,
-            "objective/entropy": 14 / 10,
-            "preference/mean": 0.7,
-            "preference/confidence": 0.2,
-            "completions/mean_length": 10 / 4,
-            "completions/eos_rate": 2 / 4,
-            "pairs/used": 1,
-            "pairs/identical": 1,
-            "tokens/generated": 10,
-        }
+    rest = {"completions/mean_length": 10 / 4, "completions/eos_rate": 2 / 4, "tokens/generated": 10}
+    # Of two models in turns, what is said of π is averaged over the completions that π wrote.
+    assert sampling_metrics(completions, [True, True], 1) == pytest.approx(
+        {"objective/kl": (1 + 0.5 + 0 - 2) / 4, "objective/entropy": 14 / 10} | rest
+    )
+    assert sampling_metrics(completions, [True, False], 1) == pytest.approx(
+        {"objective/kl": (1 + 0) / 2, "objective/entropy": 5 / 5} | rest
+    )
+    assert sampling_metrics(completions, None, 1) == pytest.approx(
+        {"objective/writer_kl": (1 + 0.5 + 0 - 2) / 4, "objective/writer_entropy": 14 / 10} | rest
     )
 
 

@@ -70,7 +70,7 @@ def test_the_data_example_runs(tmp_path: Path) -> None:
 
 
 def test_the_new_algorithm_runs(tmp_path: Path) -> None:
-    ask = "print(config.row.mixture_betas(1.0), config.row.pairs, fastpref.ALGORITHMS['inpo'].pairs)"
+    ask = "print(config.method.mixture_betas(1.0), config.method.pairs, fastpref.ALGORITHMS['inpo'].pairs)"
     assert run(snippet("algorithm") + ask, tmp_path).strip() == "(0.0, 0.0) both tournament"
 
 

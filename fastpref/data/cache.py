@@ -9,7 +9,8 @@ The file is named after all that decides what is in it: the content of the sourc
 policies. Reading and encoding go through memory in parts, so neither text nor tokens need to fit; and since the same
 file gives the same tokens in the same order, a batcher over it resumes exactly.
 
-    cache/<key>.arrow    Arrow IPC, one record batch: prompt, completion_0, ... (lists of int32), preference, id
+    cache/<key>.arrow    Arrow IPC, one record batch: prompt, completion_0, ... (lists of int32), preference, id;
+                         of prompts alone also text (see `PromptTexts`), which judges read
 """
 
 import tempfile
@@ -37,7 +38,7 @@ from fastpref.data.tokenization import CHUNK, Encoder, Overlong, TokenRecords, T
 from fastpref.data.tokenizer import Rendered
 from fastpref.method.errors import CacheWarning, DataError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @runtime_checkable
@@ -177,7 +178,7 @@ def _write(path: Path, key: str, encoded: TokenStream, completions: int, read: R
     """Spool the tokens to raw files first: only then is their number known, and one record batch can hold them."""
     files.tidy(path.parent)
     with files.replacing(path) as new, ExitStack() as stack:
-        names = ["prompt", *(f"completion_{k}" for k in range(completions))]
+        names = ["prompt", *(f"completion_{k}" for k in range(completions)), *([] if completions else ["text"])]
         spool = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=new.parent)))
         lengths, rest = _spool(spool, names, encoded)
         arrays: dict[str, pa.Array] = {}
@@ -202,7 +203,8 @@ def _spool(
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in names}
         for part in encoded:
-            for name, rows in zip(names, (part.prompts, *part.completions), strict=True):
+            text = [] if part.text is None else [part.text]
+            for name, rows in zip(names, (part.prompts, *part.completions, *text), strict=True):
                 files[name].write(rows.values.data)
                 lengths[name].append(np.diff(rows.offsets))
             preference.append(part.preference)
@@ -253,9 +255,11 @@ def _mapped_records(path: Path, key: str) -> tuple[TokenRecords, DropReport]:
     arrays = {name: _only_chunk(table.column(name)) for name in table.column_names}
     if _digests(arrays) != described["digests"]:
         raise _Damage("its content does not match its checksum")
-    prompts, *completions = [_ragged(array) for array in arrays.values() if pa.types.is_large_list(array.type)]
+    ragged = {name: _ragged(array) for name, array in arrays.items() if pa.types.is_large_list(array.type)}
+    text = ragged.pop("text", None)
+    prompts, *completions = ragged.values()
     preference, ids = (arrays[name].to_numpy(zero_copy_only=True) for name in ("preference", "id"))
-    return TokenRecords(prompts, tuple(completions), preference, ids), DropReport(**described["report"])
+    return TokenRecords(prompts, tuple(completions), preference, ids, text), DropReport(**described["report"])
 
 
 def _only_chunk(column: pa.ChunkedArray) -> pa.Array:

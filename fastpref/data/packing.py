@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int, Int32, Int64
 from fastpref.data import _native, state
 from fastpref.data.batches import PackedPairs
 from fastpref.data.columns import Numbers, Rows, column, fingerprint, per_record, preferences, ragged
+from fastpref.data.ragged import Ragged
 from fastpref.data.records import DropReport
 from fastpref.method.errors import DataError
 
@@ -322,6 +323,16 @@ def _encoder(layout: str, prompt_row_tokens: int | None, decoder_start: int | No
                 "take the layout of the model."
             )
     return prompt_row_tokens or 0, decoder_start or 0
+
+
+def pair_sizes(prompts: Ragged, first: Ragged, second: Ragged, *, layout: Layout) -> Int32[np.ndarray, "N 2"]:
+    """Places that each pair takes in the decoder's and in the encoder's stream, shape [N, 2].
+
+    Raises:
+      DataError: a prompt or completion without tokens.
+    """
+    named = {"prompts": prompts, "chosen": first, "rejected": second}
+    return _sizes([column(name, rows, len(prompts), None) for name, rows in named.items()], layout)
 
 
 def _sizes(columns: list[_native.Column], layout: str) -> Int32[np.ndarray, "N 2"]:

@@ -1,6 +1,6 @@
 """Records of text to records of token ids, within limits: each one delivered, or counted with its reason."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol, runtime_checkable
@@ -10,6 +10,7 @@ from jaxtyping import Float32, Int64
 
 from fastpref.data.ragged import Ragged
 from fastpref.data.records import IDENTICAL, BadRecord, DropReport, Ledger, OnBadRecord, Record
+from fastpref.data.tokenizer import Rendered
 
 Overlong = str
 """"drop", "raise" or "truncate"."""
@@ -44,6 +45,8 @@ class TokenRecords:
     """Probability that completion 0 beats completion 1."""
     ids: Int64[np.ndarray, " N"]
     """Position of each record in the source."""
+    text: Ragged | None = None
+    """Of prompts alone, the text of each, packed; see `PromptTexts`."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -52,12 +55,51 @@ class TokenRecords:
     def joined(cls, parts: Sequence["TokenRecords"]) -> "TokenRecords":
         """The records of all parts, one after the other; no completions where there is no part."""
         columns = zip(*(part.completions for part in parts), strict=True)
+        texts = [part.text for part in parts if part.text is not None]
         return cls(
             Ragged.joined([part.prompts for part in parts]),
             tuple(Ragged.joined(column) for column in columns),
             np.concatenate([np.zeros(0, np.float32), *(part.preference for part in parts)]),
             np.concatenate([np.zeros(0, np.int64), *(part.ids for part in parts)]),
+            Ragged.joined(texts) if len(texts) == len(parts) else None,
         )
+
+
+class PromptTexts(Mapping[int, str]):
+    """Texts of prompts by id, as judges read them, without an object for each: one million may be mapped from a file.
+
+    Each text is a byte that says whether a template rendered it, its UTF-8, and a filling of 255, which is no byte of
+    UTF-8, to whole words of 32 bits.
+
+    Args:
+      records: prompts alone.
+    """
+
+    def __init__(self, records: TokenRecords) -> None:
+        self._ids, self._text = records.ids, records.text or Ragged.from_rows([])
+
+    @staticmethod
+    def pack(texts: Iterable[str]) -> Ragged:
+        """The `text` of `TokenRecords`."""
+        rows = []
+        for text in texts:
+            content = bytes([isinstance(text, Rendered)]) + text.encode("utf-8", "surrogatepass")
+            rows.append(np.frombuffer(content + b"\xff" * (-len(content) % 4), "<i4"))
+        return Ragged.from_rows(rows)
+
+    def __getitem__(self, index: int) -> str:
+        position = int(np.searchsorted(self._ids, index))
+        if position == len(self._ids) or self._ids[position] != index:
+            raise KeyError(index)
+        rendered, *_ = content = self._text[position].tobytes().rstrip(b"\xff")
+        text = content[1:].decode("utf-8", "surrogatepass")
+        return Rendered(text) if rendered else text
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._ids.tolist())
+
+    def __len__(self) -> int:
+        return len(self._ids)
 
 
 def tokenize_prompts(
@@ -228,6 +270,7 @@ class TokenStream:
             tuple(ragged[1:]),
             np.asarray([record.preference for record in kept], np.float32),
             np.asarray([record.id for record in kept], np.int64),
+            None if completions else PromptTexts.pack(record.prompt for record in kept),
         )
 
 

@@ -1,5 +1,8 @@
-"""The outer loop that every training here runs in: progress, metrics, checkpoints, exact continuation."""
+"""The outer loop that every training here runs in: progress, metrics, health, checkpoints, exact continuation."""
 
+import json
+import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -9,9 +12,27 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+import orjson
 
 from fastpref.data import hashes
+from fastpref.data.records import DropReport
+from fastpref.learning import signals
+from fastpref.method.config import SupervisedConfig, TrainConfig, to_json
+from fastpref.method.errors import DivergedError
+from fastpref.models.huggingface import OURS
 from fastpref.runs import checkpoints, log, owner, terminal
+
+UNHEALTHY_LIMIT = 5
+"""So many skipped updates in a row end a run: the state before them is what the last checkpoint holds."""
+
+FREE = (
+    *("steps", "rounds", "checkpoint_every", "keep_checkpoints", "sample_every"),
+    *("learning_rate", "max_grad_norm", "eval_every", "judge_timeout"),
+)
+"""Settings that may change between two starts of a run. Every other belongs to the run."""
+
+STEADYING = ("learning_rate", "max_grad_norm")
+"""Settings that can bring back a run whose updates were not finite: with another, they are counted anew."""
 
 
 @runtime_checkable
@@ -29,7 +50,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one step gives back."""
+    """Result of a step."""
 
     arrays: Any
     """Pytree of arrays: everything that the next step depends on besides the source."""
@@ -37,112 +58,200 @@ class Outcome:
     samples: list[dict[str, Any]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Journal:
-    """Where and how often a run is written down.
-
-    Args:
-      run_dir: the run directory, or None to write nothing.
-      settings: the configuration, as JSON values, for config.json.
-      fingerprint: what must be equal for a continuation, as JSON values.
-      checkpoint_every: steps between checkpoints; the last step is always saved.
-      keep_checkpoints: how many are kept.
-    """
-
-    run_dir: Path | None
-    settings: Mapping[str, Any]
-    fingerprint: Mapping[str, Any]
-    checkpoint_every: int
-    keep_checkpoints: int
+Measure = Callable[[int, Any], Outcome]
+"""Steps done and the arrays to the arrays with what a measurement keeps, its metrics and samples."""
 
 
 def drive(
     advance: Callable[[int, Any], Outcome],
     arrays: Any,
     source: Source,
+    config: TrainConfig | SupervisedConfig,
     *,
-    steps: int,
-    journal: Journal,
+    run_dir: Path | None,
+    fingerprint: Mapping[str, Any],
     description: str,
+    measure: Measure | None = None,
     on_step: Callable[[int, dict[str, float], Any], None] | None = None,
     quiet: bool = False,
 ) -> tuple[Any, list[dict[str, float]]]:
-    """Call `advance` until `steps` are done, going on from the newest checkpoint of the run directory.
+    """Call `advance` until `config.steps` are done, going on from the newest checkpoint of the run directory.
 
-    A failure inside a step saves the state before it, so that nothing is lost, and is raised again.
+    No step is lost: a failure inside one saves the state before it, a failure in what follows it (measurement, report,
+    callback) the state after it; and is raised again. A measurement that failed is made when the run goes on.
 
     Args:
-      advance: takes the number of steps done and the arrays, makes one step, and may consume the source.
+      advance: takes the number of steps done and the arrays, makes one step, and may consume the source. Its metrics
+        say in `updates/skipped` whether the update was left out.
       arrays: the arrays at step 0.
       source: the batcher that `advance` reads.
-      steps: how many steps the whole run has.
-      journal: where the run is written.
+      config: steps, intervals and all else that belongs to the run.
+      run_dir: where the run is written, or None to write nothing.
+      fingerprint: what must be equal for a continuation besides the settings, as JSON values.
       description: what the progress bar says.
+      measure: called after each step, once its result is safe.
       on_step: called with the number of steps done, the metrics and the arrays, after each step.
       quiet: show no progress.
 
     Returns:
-      The arrays after the last step, and the metrics of each step made here.
+      The arrays after the last step, and the metrics of each step of the run, whatever process made it.
 
     Raises:
       CheckpointError: the run directory holds another run, or nothing readable.
+      DivergedError: `UNHEALTHY_LIMIT` updates in a row were skipped, those of earlier processes counted.
       OwnerError: another process is writing the run directory.
+      KeyboardInterrupt: INT was received; the step was finished and saved.
+      StopSignal: the same of TERM and HUP.
     """
-    done = 0
+    settings = to_json(config)
+    fingerprint = {**lasting(settings), **fingerprint}
+    done = skipped = 0
+    unreported: Outcome | None = None
     history: list[dict[str, float]] = []
     with ExitStack() as stack:
-        stack.enter_context(owner.hold(journal.run_dir))
-        run = None
-        folder = None
-        if journal.run_dir is not None:
-            folder = journal.run_dir / "checkpoints"
-            found = checkpoints.restore(folder, arrays, fingerprint=journal.fingerprint)
-            if found is not None:
-                done, arrays = found.step, found.arrays
-                source.restore(found.extra["source"])
-            run = stack.enter_context(log.Run(journal.run_dir))
-            run.write_config(journal.settings)
-            run.resume(done, None if found is None else found.extra.get("metrics"))
+        stop = stack.enter_context(signals.stopping())
+        stack.enter_context(owner.hold(run_dir))
+        run = folder = None
+        if run_dir is not None:
+            folder = run_dir / "checkpoints"
+            saved_state = checkpoints.restore(folder, arrays, fingerprint=fingerprint)
+            run = stack.enter_context(log.Run(run_dir))
+            if saved_state is not None:
+                done, arrays = saved_state.step, saved_state.arrays
+                source.restore(saved_state.extra["source"])
+                skipped, unreported = _progress(saved_state.extra, arrays)
+                if _report_changes(run_dir, done, saved_state.extra.get("settings", {}), settings):
+                    skipped = 0
+            run.write_config(settings)
+            written = None if saved_state is None else saved_state.extra.get("metrics")
+            history = _metrics(run.resume(done if unreported is None else done - 1, written))
         saved = done
         position = source.state()
 
         def keep() -> None:
             nonlocal saved
             if folder is not None and saved < done:
+                rest = {} if unreported is None else {"metrics": unreported.metrics, "samples": unreported.samples}
                 checkpoints.save(
                     folder,
                     done,
                     arrays,
-                    {"source": position, "metrics": run.history() if run is not None else b""},
-                    fingerprint=journal.fingerprint,
-                    keep=journal.keep_checkpoints,
+                    {
+                        "source": position,
+                        "metrics": b"" if run is None else run.history(),
+                        "skipped": skipped,
+                        "settings": _free(settings),
+                        # As bytes: metrics may be NaN, for which JSON has no word.
+                        "unreported": json.dumps(rest).encode(),
+                    },
+                    fingerprint=fingerprint,
+                    keep=config.keep_checkpoints,
                 )
                 saved = done
 
         bar = stack.enter_context(
-            terminal.progress(steps, description=description, completed=done, enabled=False if quiet else None)
+            terminal.progress(config.steps, description=description, completed=done, enabled=False if quiet else None)
         )
         try:
-            while done < steps:
-                began = time.perf_counter()
-                outcome = advance(done, arrays)
-                arrays, position, done = outcome.arrays, source.state(), done + 1
-                outcome.metrics["time/step"] = time.perf_counter() - began
-                history.append(outcome.metrics)
+            _check_health(skipped, done)
+            while done < config.steps or unreported is not None:
+                if unreported is None:
+                    began = time.perf_counter()
+                    outcome = advance(done, arrays)
+                    arrays, position, done = outcome.arrays, source.state(), done + 1
+                    outcome.metrics["time/step"] = time.perf_counter() - began
+                    skipped = skipped + 1 if outcome.metrics["updates/skipped"] else 0
+                    unreported = outcome
+                metrics, samples = unreported.metrics, unreported.samples
+                if measure is not None:
+                    measured = measure(done, arrays)
+                    arrays, metrics, samples = (
+                        measured.arrays,
+                        metrics | measured.metrics,
+                        [*samples, *measured.samples],
+                    )
                 if run is not None:
-                    run.log(done, outcome.metrics)
-                    run.log_samples(done, outcome.samples)
-                bar.update(**outcome.metrics)
-                if done % journal.checkpoint_every == 0 or done == steps:
+                    run.log(done, metrics)
+                    run.log_samples(done, samples)
+                unreported = None
+                history.append(metrics)
+                bar.update(**metrics)
+                if done % config.checkpoint_every == 0 or done == config.steps:
                     keep()
                 if on_step is not None:
-                    on_step(done, outcome.metrics, arrays)
+                    on_step(done, metrics, arrays)
+                _check_health(skipped, done)
+                if stop.number is not None:
+                    keep()
+                    where = "No run_dir was given, so it is lost." if run_dir is None else f"{run_dir} holds it."
+                    message = f"stopped after step {done} of {config.steps}. {where} The same call goes on from there."
+                    print(message, file=sys.stderr, flush=True)
+                    raise signals.error(stop.number, message)
         except BaseException:
             # A step that failed after its update has given its buffers away: the last checkpoint then stands.
-            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(arrays)):
+            if not stop.at_once and not any(leaf.is_deleted() for leaf in jax.tree.leaves(arrays)):
                 keep()
             raise
     return arrays, history
+
+
+def _check_health(skipped: int, done: int) -> None:
+    if skipped >= UNHEALTHY_LIMIT:
+        raise DivergedError(
+            f"loss, gradient and parameters must be finite, but were not in {skipped} updates in a row, up to step "
+            f"{done}. The model is as it was before them. Lower learning_rate or set max_grad_norm, which this run "
+            "accepts, or start another run with a larger tau."
+        )
+
+
+def _progress(extra: Mapping[str, Any], arrays: Any) -> tuple[int, Outcome | None]:
+    """Skipped updates in a row, and the step whose measurement or report failed, if there is one."""
+    rest = json.loads(extra.get("unreported", b"{}"))
+    return extra.get("skipped", 0), Outcome(arrays, rest["metrics"], rest["samples"]) if rest else None
+
+
+def _free(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: settings[name] for name in FREE if name in settings}
+
+
+def _report_changes(run_dir: Path, done: int, before: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Say and write down which settings changed since the checkpoint; return whether one is of `STEADYING`."""
+    now: dict[str, Any] = orjson.loads(orjson.dumps(_free(settings)))
+    changes = {name: [before[name], now[name]] for name in now if name in before and before[name] != now[name]}
+    if changes:
+        told = ", ".join(f"{name} {old!r} becomes {new!r}" for name, (old, new) in changes.items())
+        terminal.say(f"{run_dir} goes on after step {done} with other settings: {told}")
+        with (run_dir / "changes.jsonl").open("ab") as file:
+            file.write(orjson.dumps({"step": done, "settings": changes}, option=orjson.OPT_APPEND_NEWLINE))
+    return any(name in changes for name in STEADYING)
+
+
+def _metrics(records: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Lines of the log as metrics: NaN for a number that was not finite."""
+    return [
+        {name: math.nan if value is None else value for name, value in record.items() if name != "step"}
+        for record in records
+    ]
+
+
+def check_destination(path: Path, *beside: str) -> None:
+    """Refuse, before anything is trained, a directory in which the model could not be saved at the end.
+
+    Raises:
+      FileExistsError: it holds files that are no part of a checkpoint, nor those `beside` it.
+    """
+    files = path.iterdir() if path.is_dir() else [path] if path.exists() else []
+    if foreign := sorted(file.name for file in files if not OURS.fullmatch(file.name) and file.name not in beside):
+        raise FileExistsError(
+            f"the directory of a model must hold nothing else, but received {path} with {foreign[0]} in it. "
+            "Move that away, or choose another run_dir."
+        )
+
+
+def report_drops(report: DropReport, quiet: bool) -> None:
+    """Print what was dropped or cut, with its reasons, before anything is learned from the rest."""
+    if not quiet and (report.dropped or report.truncated):
+        terminal.say(str(report))
 
 
 def digest(*parts: Any) -> str:
@@ -152,6 +261,5 @@ def digest(*parts: Any) -> str:
 
 
 def lasting(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that a continuation must share; the others do not change what a step computes."""
-    changeable = ("steps", "rounds", "checkpoint_every", "keep_checkpoints", "sample_every", "judge_timeout")
-    return {f"config.{name}": value for name, value in settings.items() if name not in changeable}
+    """The settings that a continuation must share: all but `FREE`."""
+    return {f"config.{name}": value for name, value in settings.items() if name not in FREE}

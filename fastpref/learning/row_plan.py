@@ -1,4 +1,4 @@
-"""How the pairs of a run are laid out in rows: by the family of the model, the longest prompt and the settings."""
+"""Layout of the pairs of a run in rows: by the family of the model, the longest prompt and the settings."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +64,7 @@ def plan_rows(config: TrainConfig, *, decoder_start: int | None, prompts: Ragged
       ConfigError: a row is too short for the longest pair.
     """
     longest_prompt = int(np.diff(prompts.offsets).max(initial=1))
-    completions = 1 if config.row.pairs == "first" else 2
+    completions = 1 if config.method.pairs == "first" else 2
     longest = completions * config.max_new_tokens + (longest_prompt - 1 if decoder_start is None else 0)
     row_tokens = _places("row_tokens", config.row_tokens, longest)
     prompt_row_tokens = None
@@ -82,15 +82,6 @@ def plan_rows(config: TrainConfig, *, decoder_start: int | None, prompts: Ragged
         decoder_start=decoder_start,
         counts=row_counts(config.batch_size, multiple=config.gradient_accumulation),
     )
-
-
-def pair_sizes(prompts: Ragged, first: Ragged, second: Ragged, *, layout: Layout) -> Int[np.ndarray, "N 2"]:
-    """Places that each pair takes in the decoder's and in the encoder's stream, shape [N, 2]."""
-    prompt, *completions = (np.diff(rows.offsets) for rows in (prompts, first, second))
-    tokens = completions[0] + completions[1]
-    if layout == "encoder-decoder":
-        return np.stack([tokens, prompt], 1)
-    return np.stack([tokens + (prompt - 1) * (1 if layout == "shared" else 2), np.zeros_like(prompt)], 1)
 
 
 def _places(name: str, wanted: int | None, longest: int) -> int:

@@ -1,4 +1,4 @@
-"""Three supervised objectives, one loop: the SFT starting point, the preference model and the reward model."""
+"""Supervised trainings: SFT (maximum likelihood), preference model (cross-entropy), reward model (Bradley-Terry)."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,27 +22,69 @@ from fastpref.data import (
     Record,
     TokenRecords,
     read_records,
+    tokenize_completions,
     tokenized,
 )
-from fastpref.data.batches import CompletionBatch
-from fastpref.judging.models import (
-    SUMMARY_PROMPT,
-    PreferenceModel,
-    RewardModel,
-)
+from fastpref.data.batches import CompletionBatch, token_mask
+from fastpref.judging.identity import identity
+from fastpref.judging.models import SUMMARY_PROMPT, PreferenceModel, RewardModel, answer_margins, rewards
 from fastpref.judging.protocol import agreement, columns_of
-from fastpref.learning import loop, optimizers
-from fastpref.learning.objectives import Batch, Objective, preference_loss, reward_loss, token_loss
-from fastpref.method.config import SupervisedConfig, to_json
-from fastpref.method.schedules import value_at
+from fastpref.kernels import token_logprobs
+from fastpref.learning import loop, update
+from fastpref.method.config import SupervisedConfig
+from fastpref.method.errors import DataError, require
+from fastpref.method.losses import bradley_terry
 from fastpref.models import LanguageModel, as_model, save
+from fastpref.models.policy import hidden_states
 from fastpref.runs import metrics, plots
 from fastpref.runs.report import finish
 
+NO_LIMIT = 2**31 - 1
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 
 Data = str | Path | Iterable[Mapping[str, Any]]
 """A JSONL, Parquet or Arrow file, or records."""
+
+
+Batch = dict[str, Array]
+Objective = Callable[[Any, Batch], tuple[Array, Array]]
+"""A module and a batch to the sum of its losses and their number, two scalars."""
+
+
+def token_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
+    """Sum of −log π over completion tokens, and how many there are: maximum likelihood."""
+    tokens = batch["completion_tokens"]
+    real = token_mask(batch["completion_lengths"], tokens.shape[-1])
+    prompts = batch["prompt_tokens"]
+    hidden = hidden_states(module, prompts, token_mask(batch["prompt_lengths"], prompts.shape[1]), tokens)
+    logps = token_logprobs(
+        hidden.reshape(-1, hidden.shape[-1]), module.head(), tokens.reshape(-1), where=real.reshape(-1)
+    )
+    return -logps.sum(), real.sum().astype(jnp.float32)
+
+
+def answer_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
+    """Sum of the cross-entropy of the answers with the recorded preferences, and the number of answers.
+
+    Completions 0 and 1 are the readings of a pair in its two orders. Where `symmetric` is true they give one answer.
+    """
+    margins = answer_margins(module, batch["answers"], *_readings(batch))
+    preference = batch["preference"]
+    apart = bradley_terry(margins[:, 0], preference) + bradley_terry(-margins[:, 1], preference)
+    together = 2 * bradley_terry((margins[:, 0] - margins[:, 1]) / 2, preference)
+    losses = jnp.where(batch["symmetric"], together, apart)
+    return losses.sum(), jnp.asarray(2 * losses.size, jnp.float32)
+
+
+def reward_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
+    """Sum of the Bradley-Terry cross-entropy of the reward difference, and the number of pairs."""
+    scores = rewards(module, *_readings(batch))
+    losses = bradley_terry(scores[:, 0] - scores[:, 1], batch["preference"])
+    return losses.sum(), jnp.asarray(losses.size, jnp.float32)
+
+
+def _readings(batch: Batch) -> tuple[Array, Array, Array, Array]:
+    return batch["prompt_tokens"], batch["prompt_lengths"], batch["completion_tokens"], batch["completion_lengths"]
 
 
 @partial(jax.jit, static_argnames=("definition", "objective", "optimizer"), donate_argnames=("params", "opt_state"))
@@ -54,8 +96,7 @@ def _update(
         return total / jnp.maximum(count, 1.0)
 
     loss, gradients = jax.value_and_grad(mean_loss)(params)
-    params, opt_state = optimizers.apply(optimizer, gradients, opt_state, params)
-    return params, opt_state, {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
+    return update.apply_gated(optimizer, loss, gradients, opt_state, params)
 
 
 @partial(jax.jit, static_argnames=("definition", "objective"))
@@ -65,14 +106,14 @@ def _measure(definition: Any, params: Any, batch: Batch, *, objective: Objective
 
 @dataclass(frozen=True)
 class FitResult:
-    """What the supervised trainings return.
+    """Result of a supervised training.
 
     Args:
       model: the trained `LanguageModel`, `PreferenceModel` or `RewardModel`: the best by the held-out criterion, or
         the last where nothing is held out.
-      metrics: one mapping for each step made in this process.
+      metrics: a mapping for each step of the run, whatever process made it.
       held_out: the held-out criterion of the returned model, or None.
-      report: what became of the records.
+      report: account of the records, those dropped by reason.
     """
 
     model: Any
@@ -96,7 +137,7 @@ def _fit(
     quiet: bool,
 ) -> tuple[Any, list[dict[str, float]], float | None]:
     """Minimise an objective over batches from `read`; keep the best module by `validate`."""
-    chain = optimizers.build(config) if optimizer is None else optimizer
+    chain = update.build(config) if optimizer is None else optimizer
     definition, start = nnx.split(module)
     sign = 1.0 if metrics.METRICS[criterion].better == "higher" else -1.0
 
@@ -105,39 +146,37 @@ def _fit(
         return jax.tree.map(jnp.copy, tree)
 
     def advance(done: int, arrays: Any) -> loop.Outcome:
-        params, opt_state, best, best_value = arrays
+        params, opt_state, *best = arrays
+        rate = {} if optimizer is not None else {"learning_rate": update.learning_rate(config, opt_state)}
         params, opt_state, measured = _update(
             definition, params, opt_state, dict(read()), objective=objective, optimizer=chain
         )
-        metrics = {name: float(value) for name, value in measured.items()}
-        metrics["learning_rate"] = value_at(config.learning_rate, done)
-        if validate is not None and ((done + 1) % config.eval_every == 0 or done + 1 == config.steps):
-            metrics[criterion] = validate(nnx.merge(definition, params))
-            if sign * metrics[criterion] > float(best_value):
-                best, best_value = copy(params), jnp.asarray(sign * metrics[criterion], jnp.float32)
-        return loop.Outcome((params, opt_state, best, best_value), metrics)
+        return loop.Outcome((params, opt_state, *best), {name: float(value) for name, value in measured.items()} | rate)
 
-    settings = to_json(config)
+    def measure(done: int, arrays: Any) -> loop.Outcome:
+        params, opt_state, best, best_value = arrays
+        if validate is None or not (done % config.eval_every == 0 or done == config.steps):
+            return loop.Outcome(arrays, {})
+        value = validate(nnx.merge(definition, params))
+        if sign * value > float(best_value):
+            best, best_value = copy(params), jnp.asarray(sign * value, jnp.float32)
+        return loop.Outcome((params, opt_state, best, best_value), {criterion: value})
+
     folder = None if run_dir is None else Path(run_dir)
     params = copy(start)
     (params, _, best, best_value), history = loop.drive(
         advance,
-        (params, optimizers.initial_state(chain, params), copy(start), jnp.asarray(-jnp.inf, jnp.float32)),
+        (params, update.initial_state(chain, params), copy(start), jnp.asarray(-jnp.inf, jnp.float32)),
         source,
-        steps=config.steps,
-        journal=loop.Journal(
-            run_dir=folder,
-            settings=settings,
-            fingerprint={
-                **loop.lasting(settings),
-                "model": loop.digest(start),
-                "objective": description,
-                "optimizer": config.optimizer if optimizer is None else "passed as an object",
-            },
-            checkpoint_every=config.checkpoint_every,
-            keep_checkpoints=config.keep_checkpoints,
-        ),
+        config,
+        run_dir=folder,
+        fingerprint={
+            "model": loop.digest(start),
+            "objective": description,
+            "optimizer": config.optimizer if optimizer is None else identity(chain).fingerprint(),
+        },
         description=description,
+        measure=measure,
         quiet=quiet,
     )
     if validate is None:
@@ -175,6 +214,38 @@ def _pairs(data: Data, model: LanguageModel, config: SupervisedConfig) -> tuple[
     return read_records(data, columns=PAIR_COLUMNS, on_bad_record=config.on_bad_record, template=template)
 
 
+def _within_limits(
+    records: list[Record], read: DropReport, model: LanguageModel, config: SupervisedConfig
+) -> tuple[list[Record], DropReport]:
+    """The records whose completions keep to `max_completion_tokens`. A preference model shortens prompts by itself."""
+    tokens, kept = tokenize_completions(
+        records,
+        model.tokenizer,
+        max_prompt_tokens=NO_LIMIT,
+        max_completion_tokens=config.max_completion_tokens,
+        vocab_size=model.module.vocab_size,
+        overlong=config.overlong,
+        on_bad_record=config.on_bad_record,
+    )
+    ids = set(tokens.ids.tolist())
+    return [record for record in records if record.id in ids], read.then(kept)
+
+
+def _check_destination(run_dir: str | Path | None, *beside: str) -> None:
+    if run_dir is not None:
+        loop.check_destination(Path(run_dir) / "model", *beside)
+
+
+def _require_some(data: Data, count: int, report: DropReport, quiet: bool) -> None:
+    if count == 0:
+        source = data if isinstance(data, str | Path) else "the data"
+        raise DataError(
+            f"a training must have at least one record to learn from, but received none from {source}: {report}. "
+            "Check the file, and raise max_prompt_tokens or max_completion_tokens if records are too long."
+        )
+    loop.report_drops(report, quiet)
+
+
 def sft(
     policy: LanguageModel | str | Path,
     data: Data,
@@ -208,10 +279,15 @@ def sft(
       ConfigError: a setting breaks its rule.
       DataError: a record cannot be used, or none is left.
       CheckpointError: the run directory holds another run.
+      DivergedError: five updates in a row were not finite.
+      FileExistsError: `model` in the run directory holds other files than a model's.
+      KeyboardInterrupt, StopSignal: as `train` does.
     """
     config = SupervisedConfig() if config is None else config
     model = as_model(policy)
+    _check_destination(run_dir)
     tokens, report = _tokens(data, model, ("prompt", "completion"), config, cache)
+    _require_some(data, len(tokens), report, quiet)
     checks, held = _tokens(held_out, model, ("prompt", "completion"), config)
 
     def batches(of: TokenRecords) -> CompletionBatcher:
@@ -277,7 +353,8 @@ def fit_preference_model(
       model: where to start; a `LanguageModel` or the directory of a checkpoint. It is not changed.
       data: records with `prompt`, `chosen`, `rejected` and optionally `preference`, in a file or an iterable; messages
         may stand for text, as in `train`.
-      config: settings; `max_prompt_tokens` limits a reading up to the end of the prompt, which is shortened to fit.
+      config: settings; `max_prompt_tokens` limits a reading up to the end of the prompt, which is shortened to fit;
+        completions above `max_completion_tokens` are dropped, counted, or refused, as `overlong` says.
       held_out: records of the same form; the model with the highest agreement with them is returned.
       template: the text to read, with {prompt}, {first} and {second}.
       answers: the two words whose logits are compared.
@@ -294,12 +371,23 @@ def fit_preference_model(
       DataError: a record cannot be used, or none is left.
       ValueError: a template or answers that cannot be used.
       CheckpointError: the run directory holds another run.
+      DivergedError: five updates in a row were not finite.
+      FileExistsError: `model` in the run directory holds other files than a model's.
+      KeyboardInterrupt, StopSignal: as `train` does.
     """
     config = SupervisedConfig() if config is None else config
     judge = PreferenceModel(
         as_model(model), template, answers, symmetric=symmetric, max_tokens=config.max_prompt_tokens
     )
-    records, report = _pairs(data, judge.model, config)
+    require(
+        config.overlong != "truncate",
+        "overlong must be 'drop' or 'raise' for a preference model, which reads completions as text",
+        config.overlong,
+        "Drop long completions, or raise max_completion_tokens.",
+    )
+    _check_destination(run_dir, "preference_model.json")
+    records, report = _within_limits(*_pairs(data, judge.model, config), judge.model, config)
+    _require_some(data, len(records), report, quiet)
     checks, _ = _pairs(held_out, judge.model, config)
     prompts, chosen, rejected, preference = columns_of(records)
     opened, forward = judge.readings(prompts, chosen, rejected)
@@ -323,7 +411,7 @@ def fit_preference_model(
 
         module, metrics, best = _fit(
             judge.model.module,
-            preference_loss,
+            answer_loss,
             batcher,
             lambda: _arrays(next(batcher)) | constants,
             config,
@@ -372,10 +460,15 @@ def fit_reward_model(
       ConfigError: a setting breaks its rule.
       DataError: a record cannot be used, or none is left.
       CheckpointError: the run directory holds another run.
+      DivergedError: five updates in a row were not finite.
+      FileExistsError: `model` in the run directory holds other files than a model's.
+      KeyboardInterrupt, StopSignal: as `train` does.
     """
     config = SupervisedConfig() if config is None else config
     judge = RewardModel.from_model(as_model(model), max_prompt_tokens=config.max_prompt_tokens)
+    _check_destination(run_dir, "reward_model.json", "reward_head.safetensors")
     tokens, report = _tokens(data, judge.model, PAIR_COLUMNS, config, cache)
+    _require_some(data, len(tokens), report, quiet)
     checks, _ = _pairs(held_out, judge.model, config)
     chosen, rejected = tokens.completions
     with PaddedPairBatcher(

@@ -1,15 +1,14 @@
-"""The one loop of every algorithm: gather pairs, update the policy, and write down what happened."""
+"""Training by preferences, online and offline: `train`, and the step of every method in one place, `Trainer.step`."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
@@ -19,20 +18,20 @@ from fastpref.data import (
     PairBatcher,
     PromptBatcher,
     read_prompts,
-    read_records,
-    tokenize_prompts,
     tokenized,
 )
 from fastpref.data.batches import PackedPairs, PromptBatch
+from fastpref.data.packing import pair_sizes
+from fastpref.data.tokenization import PromptTexts
 from fastpref.evaluation.during_training import HeldOut
-from fastpref.judging.identity import name_of
+from fastpref.judging.identity import identity, name_of
 from fastpref.judging.judgements import FILE, Judgements
 from fastpref.judging.protocol import Judge, Rewarder
 from fastpref.judging.recorded import RecordedJudge
-from fastpref.learning import loop, optimizers, rollout, update
-from fastpref.learning.row_plan import RowPlan, pair_sizes, plan_rows
-from fastpref.method.config import TrainConfig, to_json
-from fastpref.method.errors import ConfigError, DataError, DivergedError, require
+from fastpref.learning import loop, rollout, update
+from fastpref.learning.row_plan import RowPlan, plan_rows
+from fastpref.method.config import TrainConfig
+from fastpref.method.errors import ConfigError, DataError, require
 from fastpref.method.schedules import value_at
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
 from fastpref.runs.report import finish
@@ -40,13 +39,10 @@ from fastpref.runs.report import finish
 Prompts = str | Path | Iterable[str | Mapping[str, Any]]
 """Texts, mappings with a `prompt`, or a JSONL, Parquet or Arrow file with that column."""
 
-UNHEALTHY_LIMIT = 5
-"""So many skipped updates in a row end a run: the state before them is what the last checkpoint holds."""
-
 
 @dataclass(frozen=True)
 class Step:
-    """What a callback is told after each step."""
+    """State of a run after a step, as a callback receives it."""
 
     step: int
     """Steps completed, from 1."""
@@ -57,12 +53,12 @@ class Step:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` returns.
+    """Result of `train`.
 
     Args:
       policy: the aligned model.
       ref: the frozen reference.
-      metrics: one mapping for each step made in this process.
+      metrics: a mapping for each step of the run, whatever process made it.
       run_dir: where the run was written, or None.
       report: what became of the prompts.
     """
@@ -72,6 +68,115 @@ class TrainResult:
     metrics: list[dict[str, float]]
     run_dir: Path | None
     report: DropReport
+
+
+Learned = tuple[Any, Any, Any]
+"""Arrays that a step changes and a checkpoint holds: parameters of π, optimiser state, parameters of π_t or ()."""
+
+
+class Prompted(NamedTuple):
+    """Source of what a run learns from."""
+
+    batches: PromptBatcher | PairBatcher
+    """Prompts of online methods, packed pairs of offline ones."""
+    texts: Mapping[int, str]
+    """Prompts by id, as the judge reads them; none offline."""
+    plan: RowPlan
+    report: DropReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """All that stays the same from step to step of a run.
+
+    Args:
+      config: the settings; `config.method` says who writes, what judges, what is learned from and how.
+      policy: the model as it was given, for its tokenizer and sizes.
+      definition: its GraphDef.
+      ref: π_ref.
+      partner: the frozen model that the sampler mixes with: π_ref, or μ.
+      source: prompts or recorded pairs.
+      judge: of the completions, with the log of its answers; None where the data has labels.
+      optimizer: an optax transformation, or None for the one that the config names.
+      held_out: comparisons with the reference during the run, or None.
+    """
+
+    config: TrainConfig
+    policy: LanguageModel
+    definition: Any
+    ref: rollout.Frozen
+    partner: rollout.Frozen
+    source: Prompted
+    judge: RecordedJudge | None
+    optimizer: optax.GradientTransformation | None
+    held_out: HeldOut | None
+
+    def step(self, done: int, learned: Learned) -> loop.Outcome:
+        """A step: batch, draw, judge, pair, anchor, update, metrics.
+
+        Args:
+          done: steps done before.
+          learned: the arrays; parameters and optimiser state are donated once the pairs are there.
+
+        Raises:
+          JudgeError: the judge failed.
+          DivergedError: a model that writes has logits that are not finite.
+        """
+        config, method, clock = self.config, self.config.method, rollout.Clock()
+        params, opt_state, round_params = learned
+        if method.in_rounds and done % config.round_steps == 0:
+            round_params = _copy(params)
+        at_round = rollout.Frozen(self.definition, round_params)
+
+        batch: PromptBatch | PackedPairs = self.source.batches.__next__()
+        clock.lap("time/data")
+        metrics: dict[str, float] = {}
+        samples: list[dict[str, Any]] = []
+        if isinstance(batch, PackedPairs):
+            paired = rollout.recorded(batch, self.ref)
+        else:
+            writer = at_round if "round" in method.writers else rollout.Frozen(self.definition, params)
+            drawn = rollout.draw(config, done, batch, self.policy, writer, self.partner)
+            clock.lap("time/generate")
+            judge = cast(RecordedJudge, self.judge)  # which every online method has
+            judged = rollout.judge(config, done, batch, drawn, self.policy, judge, self.source.texts)
+            clock.lap("time/judge")
+            metrics |= judged.metrics
+            samples = judged.samples if (done + 1) % config.sample_every == 0 else []
+            same = self.partner is self.ref
+            paired = rollout.pair(
+                config, batch, drawn, judged.selection, self.source.plan, self.ref, partner_is_ref=same
+            )
+        pairs = rollout.anchor(config, done, paired, at_round)
+        clock.lap("time/pair")
+        params, opt_state, measured = update.learn(
+            config, done, self.definition, params, opt_state, pairs, optimizer=self.optimizer
+        )
+        clock.lap("time/learn")
+
+        metrics |= paired.metrics | measured | clock.laps | {"epoch": float(self.source.batches.epoch)}
+        if "mixture" in method.writers:
+            metrics["mixture_beta"] = value_at(config.mixture_beta, done)
+        if method.in_rounds:
+            metrics["round"] = float(done // config.round_steps + 1)
+        return loop.Outcome((params, opt_state, round_params), metrics, samples)
+
+    def measure(self, done: int, learned: Learned) -> loop.Outcome:
+        """Held-out metrics and samples, after the steps that ask for them."""
+        every, last = self.config.eval_every, done == self.config.steps
+        if self.held_out is None or not (done % every == 0 or last):
+            return loop.Outcome(learned, {})
+        metrics = self.held_out.measure(self.current(learned), done)
+        return loop.Outcome(learned, metrics, list(self.held_out.samples))
+
+    def current(self, learned: Learned) -> LanguageModel:
+        """The policy as it is now, in arrays of its own."""
+        return dataclasses.replace(self.policy, module=nnx.merge(self.definition, _copy(learned[0])))
+
+
+def _copy(parameters: Any) -> Any:
+    # The update donates its buffers, and these are still the caller's, or π_t's.
+    return jax.tree.map(jnp.copy, parameters)
 
 
 def train(
@@ -95,7 +200,8 @@ def train(
     Every step draws completions for each prompt of a batch and asks the judge, or reads recorded pairs, and updates the
     policy by the algorithm's loss; `ALGORITHMS` says which does what. With a run directory, killing the process at any
     moment and starting the same call again continues it exactly: parameters, optimiser, π_t, noise and prompt order;
-    all metrics but `time/...` are bitwise those of an uninterrupted run.
+    all metrics but `time/...` are bitwise those of an uninterrupted run. `TrainConfig` says which settings may change
+    between two starts.
 
     Args:
       policy: a `LanguageModel`, or the directory of a Hugging Face checkpoint. It is not changed.
@@ -111,7 +217,7 @@ def train(
       ref: π_ref; None for the policy as it is given.
       behaviour: μ, for `mixture_partner="behaviour"`. It shares the policy's tokenizer.
       run_dir: where config, metrics, samples, checkpoints, plots and the aligned model are written; None for nowhere.
-      cache: of offline algorithms, a directory that keeps the tokens of the pairs, so that the next run maps them.
+      cache: a directory that keeps the tokens of prompts or pairs, so that the next start maps them.
       optimizer: any optax transformation, instead of the one that the config names.
       eval_prompts: held-out prompts, compared with the reference every `config.eval_every` steps.
       eval_judge: the judge of those comparisons; None for `judge`. Like the prompts, it stays that of the run.
@@ -127,93 +233,28 @@ def train(
       JudgeError: the judge failed; the steps before are saved.
       JudgementsError: what the judge said before is damaged, or cannot be written.
       CheckpointError: the run directory holds another run.
-      DivergedError: five updates in a row were not finite.
+      DivergedError: five updates in a row were not finite, or the logits of a model that writes.
+      FileExistsError: `policy` in the run directory holds other files than a model's.
+      KeyboardInterrupt: INT was received; the step was finished and saved. A second one stops at once.
+      StopSignal: the same of TERM and HUP.
     """
     config = TrainConfig() if config is None else config
-    row = config.row
     _check_sources(config, judge, behaviour)
-    require(
-        cache is None or row.offline,
-        f"cache must be None for {config.algorithm}, which is online: its judge reads text",
-        cache,
-        "Leave it out, or choose an offline algorithm.",
-    )
     policy = as_model(policy)
     ref = policy if ref is None else as_model(ref)
+    folder = None if run_dir is None else Path(run_dir)
+    destination = folder / "policy" if folder is not None and isinstance(policy.module, T5 | Decoder) else None
+    if destination is not None:
+        loop.check_destination(destination)
+    definition, start = nnx.split(policy.module)
     frozen = rollout.Frozen(*nnx.split(ref.module))
     partner = frozen if behaviour is None else rollout.Frozen(*nnx.split(as_model(behaviour).module))
-    texts, source, rows, report = _source(prompts, policy, config, cache)
-    chain = optimizers.build(config) if optimizer is None else optimizer
-    definition, start = nnx.split(policy.module)
-
-    def copy(parameters: Any) -> Any:
-        # The learner donates its buffers, and these are still the caller's, or π_t's.
-        return jax.tree.map(jnp.copy, parameters)
-
     checks = read_prompts(eval_prompts, policy.tokenizer, on_bad_record=config.on_bad_record)[: config.eval_prompts]
     eval_judge = _as_judge(eval_judge or judge, config) if config.eval_every else None
-
-    def current(parameters: Any) -> LanguageModel:
-        return dataclasses.replace(policy, module=nnx.merge(definition, copy(parameters)))
-
-    def advance(done: int, arrays: Any) -> loop.Outcome:
-        parameters, opt_state, round_params = arrays
-        if row.in_rounds and done % config.round_steps == 0:
-            round_params = copy(parameters)
-        waiting = rollout.Clock()
-        batch: PromptBatch | PackedPairs = source.__next__()
-        waiting.lap("time/data")
-        gathered = gather(done, batch, parameters, round_params)
-        clock = rollout.Clock()
-        tau, eta = config.strengths(done)
-        parameters, opt_state, measured = update.update(
-            definition,
-            parameters,
-            opt_state,
-            gathered.pairs,
-            np.float32(eta if row.strength == "eta" else tau),
-            optimizer=chain,
-            objective=row.objective,
-            gradient_accumulation=config.gradient_accumulation,
-            length_normalize=config.length_normalize,
-        )
-        metrics = {name: float(value) for name, value in measured.items()}
-        clock.lap("time/learn")
-        metrics |= {
-            "tau": tau,
-            "learning_rate": value_at(config.learning_rate, done),
-            "epoch": float(source.epoch),
-            **({"mixture_beta": value_at(config.mixture_beta, done)} if "mixture" in row.writers else {}),
-            **({"eta": eta} if row.strength == "eta" else {}),
-            **({"round": float(done // config.round_steps + 1)} if row.in_rounds else {}),
-            **gathered.metrics,
-            **waiting.laps,
-            **clock.laps,
-        }
-        shown = gathered.samples if (done + 1) % config.sample_every == 0 else []
-        if held_out is not None and ((done + 1) % config.eval_every == 0 or done + 1 == config.steps):
-            metrics |= held_out.measure(current(parameters), done + 1)
-            shown = [*shown, *held_out.samples]
-        return loop.Outcome((parameters, opt_state, round_params), metrics, shown)
-
-    skipped = 0
-
-    def on_step(done: int, metrics: dict[str, float], arrays: Any) -> None:
-        nonlocal skipped
-        skipped = skipped + 1 if metrics["updates/skipped"] else 0
-        if skipped == UNHEALTHY_LIMIT:
-            raise DivergedError(
-                f"loss and gradient must be finite, but were not in {skipped} updates in a row, up to step {done}. "
-                "The policy is as it was before them. Lower learning_rate, raise tau, or set max_grad_norm."
-            )
-        for callback in callbacks:
-            callback(Step(done, metrics, lambda: current(arrays[0])))
-
-    folder = None if run_dir is None else Path(run_dir)
-    settings = to_json(config)
-    params = copy(start)
+    source = _source(prompts, policy, config, cache)
+    loop.report_drops(source.report, quiet)
     with ExitStack() as stack:
-        stack.enter_context(source)
+        stack.enter_context(source.batches)
         log = None
         if folder is not None and (judge is not None or eval_judge is not None):
             log = stack.enter_context(Judgements(folder / FILE))
@@ -221,57 +262,61 @@ def train(
         held_out = None
         if eval_judge is not None:
             same = asked if eval_judge is judge else None
-            judged = same or RecordedJudge(eval_judge, log, timeout=config.judge_timeout)
-            held_out = HeldOut(ref, checks, judged, config)
+            held_out = HeldOut(
+                ref, checks, same or RecordedJudge(eval_judge, log, timeout=config.judge_timeout), config
+            )
         fingerprint = {
-            **loop.lasting(settings),
             "policy": loop.digest(start),
             "tokenizer": policy.tokenizer.fingerprint.hex(),
             "reference": loop.digest(frozen.params),
-            "optimizer": config.optimizer if optimizer is None else "passed as an object",
+            "optimizer": config.optimizer if optimizer is None else identity(optimizer).fingerprint(),
             **({"behaviour": loop.digest(partner.params)} if partner is not frozen else {}),
-            **({"steps of a round": config.round_steps} if row.in_rounds else {}),
+            **({"steps of a round": config.round_steps} if config.method.in_rounds else {}),
             **({} if asked is None else {"judge": asked.identity.fingerprint()}),
             **({} if held_out is None else {"evaluation": held_out.fingerprint()}),
         }
-        gather = rollout.Rollout(
+        trainer = Trainer(
             config=config,
             policy=policy,
             definition=definition,
             ref=frozen,
             partner=partner,
+            source=source,
             judge=asked,
-            texts=texts,
-            rows=rows,
+            optimizer=optimizer,
+            held_out=held_out,
         )
-        (params, _, _), history = loop.drive(
-            advance,
-            (params, optimizers.initial_state(chain, params), copy(start) if row.in_rounds else ()),
-            source,
-            steps=config.steps,
-            journal=loop.Journal(
-                run_dir=folder,
-                settings=settings,
-                fingerprint=fingerprint,
-                checkpoint_every=config.checkpoint_every,
-                keep_checkpoints=config.keep_checkpoints,
-            ),
+
+        def report(done: int, metrics: dict[str, float], learned: Learned) -> None:
+            for callback in callbacks:
+                callback(Step(done, metrics, lambda: trainer.current(learned)))
+
+        params = _copy(start)
+        opt_state = update.initial_state(update.build(config) if optimizer is None else optimizer, params)
+        learned, history = loop.drive(
+            trainer.step,
+            (params, opt_state, _copy(start) if config.method.in_rounds else ()),
+            source.batches,
+            config,
+            run_dir=folder,
+            fingerprint=fingerprint,
             description=config.algorithm,
-            on_step=on_step,
+            measure=trainer.measure,
+            on_step=report,
             quiet=quiet,
         )
-    aligned = current(params)
+    aligned = trainer.current(learned)
     if folder is not None:
-        if isinstance(policy.module, T5 | Decoder):
-            save(aligned, folder / "policy")
-        finish(folder, config.algorithm, data=report, judge=None if judge is None else name_of(judge))
-    return TrainResult(policy=aligned, ref=ref, metrics=history, run_dir=folder, report=report)
+        if destination is not None:
+            save(aligned, destination)
+        finish(folder, config.algorithm, data=source.report, judge=None if judge is None else name_of(judge))
+    return TrainResult(policy=aligned, ref=ref, metrics=history, run_dir=folder, report=source.report)
 
 
 def _check_sources(config: TrainConfig, judge: Judge | Rewarder | None, behaviour: object) -> None:
-    """Whether the judge and the models that were passed are those that the algorithm reads."""
-    row, name = config.row, config.algorithm
-    if row.offline:
+    """Require the judge and the models that the method reads, and no others."""
+    method, name = config.method, config.algorithm
+    if method.offline:
         require(
             judge is None,
             f"{name} learns from recorded labels and must be given no judge",
@@ -283,11 +328,11 @@ def _check_sources(config: TrainConfig, judge: Judge | Rewarder | None, behaviou
             callable(judge) or isinstance(judge, Rewarder),
             f"{name} is online and must be given a judge",
             judge,
-            f"Pass {'a RewardModel' if row.judged_by == 'reward' else 'a function or a PreferenceModel'}, "
+            f"Pass {'a RewardModel' if method.judged_by == 'reward' else 'a function or a PreferenceModel'}, "
             "or choose an offline algorithm.",
         )
     require(
-        row.judged_by != "reward" or isinstance(judge, Rewarder),
+        method.judged_by != "reward" or isinstance(judge, Rewarder),
         f"{name} is judged by rewards: its judge must have scores(prompts, completions)",
         judge,
         "Pass a RewardModel; a judge of pairs goes with an algorithm such as online-ipo.",
@@ -301,10 +346,8 @@ def _check_sources(config: TrainConfig, judge: Judge | Rewarder | None, behaviou
     )
 
 
-def _source(
-    prompts: Prompts, policy: LanguageModel, config: TrainConfig, cache: str | Path | None
-) -> tuple[dict[int, str], PromptBatcher | PairBatcher, RowPlan, DropReport]:
-    """The prompts by id, the batcher of what is learned from, how it is packed, and what became of the records."""
+def _source(prompts: Prompts, policy: LanguageModel, config: TrainConfig, cache: str | Path | None) -> Prompted:
+    """Read, encode and batch what is learned from."""
     template = ChatTemplate.find(policy.tokenizer)
     limits: dict[str, Any] = {
         "vocab_size": policy.module.vocab_size,
@@ -312,7 +355,7 @@ def _source(
         "on_bad_record": config.on_bad_record,
     }
     start = policy.module.decoder_start
-    if config.row.offline:
+    if config.method.offline:
         try:
             tokens, report = tokenized(
                 prompts,
@@ -326,9 +369,10 @@ def _source(
             )
         except DataError as error:
             raise DataError(f"{config.algorithm} learns from recorded pairs: {error}") from error
-        rows = plan_rows(config, decoder_start=start, prompts=tokens.prompts)
+        _require_some(config, prompts, len(tokens), report)
+        plan = plan_rows(config, decoder_start=start, prompts=tokens.prompts)
         chosen, rejected = tokens.completions
-        sizes = pair_sizes(tokens.prompts, chosen, rejected, layout=rows.layout)
+        sizes = pair_sizes(tokens.prompts, chosen, rejected, layout=plan.layout)
         pairs = PairBatcher(
             tokens.prompts,
             chosen,
@@ -336,13 +380,20 @@ def _source(
             tokens.preference,
             ids=tokens.ids,
             tokenizer_hash=policy.tokenizer.fingerprint,
-            rows=rows.rows_for(sizes, config.batch_size),
+            rows=plan.rows_for(sizes, config.batch_size),
             seed=config.seed,
-            **rows.shape,
+            **plan.shape,
         )
-        return {}, pairs, rows, report
-    records, read = read_records(prompts, on_bad_record=config.on_bad_record, template=template)
-    encoded, kept = tokenize_prompts(records, policy.tokenizer, max_tokens=config.max_prompt_tokens, **limits)
+        return Prompted(pairs, {}, plan, report)
+    encoded, report = tokenized(
+        prompts,
+        policy.tokenizer,
+        max_prompt_tokens=config.max_prompt_tokens,
+        cache=cache,
+        template=template,
+        **limits,
+    )
+    _require_some(config, prompts, len(encoded), report)
     batcher = PromptBatcher(
         encoded.prompts,
         ids=encoded.ids,
@@ -351,8 +402,17 @@ def _source(
         max_shapes=config.max_shapes,
         seed=config.seed,
     )
-    rows = plan_rows(config, decoder_start=start, prompts=encoded.prompts)
-    return {record.id: record.prompt for record in records}, batcher, rows, read.then(kept)
+    plan = plan_rows(config, decoder_start=start, prompts=encoded.prompts)
+    return Prompted(batcher, PromptTexts(encoded), plan, report)
+
+
+def _require_some(config: TrainConfig, prompts: Prompts, count: int, report: DropReport) -> None:
+    if count == 0:
+        source = prompts if isinstance(prompts, str | Path) else "the prompts"
+        raise DataError(
+            f"{config.algorithm} must have at least one record to learn from, but received none from {source}: "
+            f"{report}. Check the file, and raise max_prompt_tokens or max_new_tokens if records are too long."
+        )
 
 
 def _as_judge(judge: Judge | Rewarder | None, config: TrainConfig) -> Judge:

@@ -1,10 +1,12 @@
-"""The jitted update of the policy from judged pairs."""
+"""The update of a policy from judged pairs: sequence log-probs, loss, gradient, optimiser, gate."""
 
+import functools
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
@@ -12,16 +14,65 @@ from jaxtyping import Float, Int
 
 from fastpref.data.batches import PackedPairs
 from fastpref.kernels import preference_loss, token_logprobs
-from fastpref.learning import optimizers
+from fastpref.kernels.preference_loss.objective import sequence_sums
 from fastpref.method import losses
+from fastpref.method.config import SupervisedConfig, TrainConfig
+from fastpref.method.schedules import Schedule, Value, value_at
 from fastpref.models.policy import Policy
 from fastpref.runs.metrics import pair_metrics
 
 Metrics = dict[str, Array]
 
 
+def learn(
+    config: TrainConfig,
+    step: int,
+    definition: Any,
+    params: Any,
+    opt_state: Any,
+    pairs: PackedPairs,
+    *,
+    optimizer: optax.GradientTransformation | None = None,
+) -> tuple[Any, Any, dict[str, float]]:
+    """`update` as the config says, at a training step.
+
+    Args:
+      config: the settings.
+      step: updates done, for τ and η.
+      definition: GraphDef of the policy.
+      params: its parameters; donated.
+      opt_state: state of the optimiser; donated.
+      pairs: judged pairs, anchored.
+      optimizer: an optax transformation, instead of the one that the config names.
+
+    Returns:
+      New parameters, new optimiser state, and metrics: those of the update, and the strengths it was made with.
+    """
+    method = config.method
+    tau, eta = config.strengths(step)
+    # Read first: the update takes the buffers of the state.
+    rate = {} if optimizer is not None else {"learning_rate": learning_rate(config, opt_state)}
+    params, opt_state, measured = update(
+        definition,
+        params,
+        opt_state,
+        pairs,
+        np.float32(eta if method.strength == "eta" else tau),
+        optimizer=build(config) if optimizer is None else optimizer,
+        objective=method.objective,
+        gradient_accumulation=config.gradient_accumulation,
+        length_normalize=config.length_normalize,
+    )
+    metrics = {name: float(value) for name, value in measured.items()}
+    if method.anchor != "ref":
+        # Rewards are τ·(log π − log π_ref); here it is η and another anchor.
+        metrics = {name.replace("rewards/", "anchor/"): value for name, value in metrics.items()}
+    metrics |= rate | {"tau": tau} | ({"eta": eta} if method.strength == "eta" else {})
+    return params, opt_state, metrics
+
+
 class Scored(NamedTuple):
-    """What every loss reads of a batch: N places flat, in any order."""
+    """Places of a batch as every loss reads them: N of them flat, in any order."""
 
     hidden: Float[Array, "N D"]
     """States that predict the targets."""
@@ -37,18 +88,11 @@ def scored(policy: Policy, batch: PackedPairs) -> Scored:
     return Scored(hidden.reshape(-1, hidden.shape[-1]), targets, segments)
 
 
-def segment_sums(values: Float[Array, " N"], segments: Int[Array, " N"], pairs: int) -> Float[Array, "P 2"]:
-    """Sum over the places of each completion, shape [P, 2]; 0 where a completion has none."""
-    # An index past the end is dropped; a negative one would count from it.
-    at = jnp.where(segments < 0, 2 * pairs, segments)
-    return jnp.zeros(2 * pairs, values.dtype).at[at].add(values, mode="drop").reshape(pairs, 2)
-
-
 def sequence_logps(policy: Policy, batch: PackedPairs) -> Float[Array, "P 2"]:
     """Teacher-forced log π(y | x) of both completions, sums over tokens, shape [P, 2]. Differentiable."""
     hidden, targets, segments = scored(policy, batch)
     logps = token_logprobs(hidden, policy.head(), targets, where=segments >= 0)
-    return segment_sums(logps, segments, batch.where.shape[0])
+    return sequence_sums(logps, segments, batch.where.shape[0])
 
 
 def batch_loss(
@@ -89,7 +133,7 @@ def batch_loss(
         return result.loss, result.policy_logps
     pairs = where.shape[0]
     logps = token_logprobs(hidden, policy.head(), targets, where=segments >= 0)
-    policy_logps = segment_sums(logps, segments, pairs)
+    policy_logps = sequence_sums(logps, segments, pairs)
     lengths = jnp.asarray(batch.lengths, jnp.float32)
     # Selecting on both sides of the loss keeps a pair that does not count, NaN included, out of its gradient.
     counted = jnp.where(where[:, None], policy_logps, 0.0)
@@ -122,8 +166,8 @@ def update(
 ) -> tuple[Any, Any, Metrics]:
     """One optimiser step on a batch of judged pairs.
 
-    The gradient is the mean over the pairs with `where` True, however many parts the batch is taken in. A step whose
-    loss or gradient is not finite changes nothing and counts in `updates/skipped`.
+    The gradient is the mean over the pairs with `where` True, however many parts the batch is taken in. See
+    `apply_gated` for what is not finite.
 
     Args:
       definition: GraphDef of the policy.
@@ -160,22 +204,11 @@ def update(
         zeros = jax.tree.map(jnp.zeros_like, params)
         (value, gradients), stacked = jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), parts)
         policy_logps = stacked.reshape(-1, 2)
-    norm = optax.tree.norm(gradients)
-    healthy = jnp.isfinite(value) & jnp.isfinite(norm)
-    new_params, new_opt_state = optimizers.apply(optimizer, gradients, opt_state, params)
-
-    def keep(new: Array, old: Array) -> Array:
-        return jnp.where(healthy, new, old)
-
-    metrics = {
-        "loss": value,
-        "grad_norm": norm,
-        "updates/skipped": (~healthy).astype(jnp.float32),
-    }
+    params, opt_state, metrics = apply_gated(optimizer, value, gradients, opt_state, params)
     if not objective.alone:
         ref_logps, preference, where = map(jnp.asarray, (batch.ref_logps, batch.preference, batch.where))
         metrics |= pair_metrics(policy_logps, ref_logps, preference, where, tau)
-    return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_opt_state, opt_state), metrics
+    return params, opt_state, metrics
 
 
 def _cut(batch: PackedPairs, number: int) -> PackedPairs:
@@ -190,3 +223,75 @@ def _cut(batch: PackedPairs, number: int) -> PackedPairs:
 def score(definition: Any, params: Any, batch: PackedPairs) -> Float[Array, "P 2"]:
     """`sequence_logps` of a split NNX module, compiled."""
     return sequence_logps(nnx.merge(definition, params), batch)
+
+
+# Optimisers ---------------------------------------------------------------------------------------------------------
+
+
+def build(config: TrainConfig | SupervisedConfig) -> optax.GradientTransformation:
+    """The optimiser that the config names. Any other optax transformation can be passed as an object instead.
+
+    "adafactor" has the IPO-MD paper's settings (section 6): decay 0.8, no momentum, updates relative to the scale of
+    each parameter. "adamw" has β₁ = 0.9, β₂ = 0.999 and no weight decay.
+    """
+    return _build(config.optimizer, config.learning_rate, config.max_grad_norm)
+
+
+# The compiled update belongs to the optimiser as an object: one for each setting, so that runs share it.
+@functools.cache
+def _build(name: str, learning_rate: Value, max_grad_norm: float | None) -> optax.GradientTransformation:
+    # Always a schedule and always a clip: a run may go on with another rate or limit, so its state has one structure.
+    rate = learning_rate if isinstance(learning_rate, Schedule) else optax.constant_schedule(learning_rate)
+    makers = {
+        "adafactor": lambda: optax.adafactor(rate, decay_rate=0.8),
+        "adamw": lambda: optax.adamw(rate, weight_decay=0.0),
+    }
+    clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
+    return optax.chain(clip, makers[name]())
+
+
+def learning_rate(config: TrainConfig | SupervisedConfig, opt_state: Any) -> float:
+    """Step size that the next update of `build(config)` is made with: skipped updates do not move its schedule."""
+    counts = optax.tree.get_all_with_path(opt_state, "count")
+    return value_at(config.learning_rate, int(counts[-1][1]))
+
+
+def initial_state(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """The optimiser's state at step 0."""
+    # Optax mixes dtypes in its counters, which a process with strict promotion would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        return optimizer.init(params)
+
+
+def apply(optimizer: optax.GradientTransformation, gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    """Parameters and optimiser state after one update."""
+    with jax.numpy_dtype_promotion("standard"):
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+
+def apply_gated(
+    optimizer: optax.GradientTransformation, loss: Float[Array, ""], gradients: Any, opt_state: Any, params: Any
+) -> tuple[Any, Any, Metrics]:
+    """`apply`, unless the loss, the gradient or what would become of parameters and state is not finite.
+
+    Returns:
+      Parameters and optimiser state, as they were if the update is skipped; and `loss`, `grad_norm` and
+      `updates/skipped`, which is then 1.
+    """
+    norm = optax.tree.norm(gradients)
+    new_params, new_opt_state = apply(optimizer, gradients, opt_state, params)
+    # A state may begin with an infinity (the best loss so far, say); none may come into it.
+    sound = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new_params)]
+    sound += [
+        (jnp.isfinite(new) | ~jnp.isfinite(old)).all()
+        for new, old in zip(jax.tree.leaves(new_opt_state), jax.tree.leaves(opt_state), strict=True)
+        if jnp.issubdtype(new.dtype, jnp.inexact)
+    ]
+    healthy = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.stack(sound).all()
+
+    def keep(new: Array, old: Array) -> Array:
+        return jnp.where(healthy, new, old)
+
+    metrics = {"loss": loss, "grad_norm": norm, "updates/skipped": (~healthy).astype(jnp.float32)}
+    return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_opt_state, opt_state), metrics

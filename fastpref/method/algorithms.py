@@ -1,6 +1,6 @@
 """The algorithms as data: who writes the completions, what judges them, which of them are learned from, and how.
 
-A new algorithm is a new row: `ALGORITHMS["name"] = Algorithm(...)`, often `dataclasses.replace` of another.
+An entry is a *method*. A new one is `ALGORITHMS["name"] = Algorithm(...)`, often `dataclasses.replace` of another.
 Papers: IPO-MD is "Human Alignment of Large Language Models through Online Preference Optimisation" (its Table 1 is the
 beginning of this one), IPO "A General Theoretical Paradigm to Understand Learning from Human Preferences", INPO
 "Iterative Nash Policy Optimization".
@@ -21,7 +21,7 @@ Anchor = Literal["ref", "round", "both"]
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """One row of the table.
+    """A method: one entry of the table.
 
     Args:
       writers: who writes each of the K completions of a prompt.
@@ -240,22 +240,22 @@ _ANCHORS = {"ref": "π_ref", "round": "π_t", "both": "π_ref^(τ/η)·π_t^(1�
 
 
 def table() -> str:
-    """The algorithms as a Markdown table, a row each."""
+    """The algorithms as a Markdown table, a line each."""
     head = ("name", "y, y', ... ~", "judged by", "learns from", "loss", "against", "fixed point")
     rows = [head, ("---",) * len(head)]
-    for name, row in ALGORITHMS.items():
-        writers = ", ".join(_WRITTEN_BY[writer] for writer in row.writers)
-        if len(row.writers) > 2 and len(set(row.writers)) == 1:
-            writers = f"{len(row.writers)} × {_WRITTEN_BY[row.writers[0]]}"
+    for name, method in ALGORITHMS.items():
+        writers = ", ".join(_WRITTEN_BY[writer] for writer in method.writers)
+        if len(method.writers) > 2 and len(set(method.writers)) == 1:
+            writers = f"{len(method.writers)} × {_WRITTEN_BY[method.writers[0]]}"
         rows.append(
             (
                 f"`{name}`",
                 writers,
-                _JUDGES[row.judged_by],
-                _LEARNED[row.pairs],
-                _LOSSES.get(row.loss, row.loss.__name__.upper()),
-                _ANCHORS[row.anchor],
-                row.fixed_point,
+                _JUDGES[method.judged_by],
+                _LEARNED[method.pairs],
+                _LOSSES.get(method.loss, method.loss.__name__.upper()),
+                _ANCHORS[method.anchor],
+                method.fixed_point,
             )
         )
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n"

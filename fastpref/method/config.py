@@ -2,67 +2,111 @@
 
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fastpref.method.algorithms import ALGORITHMS, Algorithm
 from fastpref.method.errors import nearest, require
 from fastpref.method.schedules import Schedule, Value, bounds, value_at
 
-OPTIMIZERS = ("adafactor", "adamw")
+Overlong = Literal["drop", "truncate", "raise"]
+OnBadRecord = Literal["raise", "skip", "warn"]
+Optimizer = Literal["adafactor", "adamw"]
 
+COUNTS = frozenset(
+    {
+        *("steps", "rounds", "batch_size", "gradient_accumulation", "max_prompt_tokens", "max_completion_tokens"),
+        *("max_new_tokens", "max_shapes", "row_tokens", "prompt_row_tokens", "checkpoint_every", "keep_checkpoints"),
+        *("sample_every", "eval_prompts"),
+    }
+)
+"""Settings that are whole numbers of at least 1."""
 
-def _check_optimizer(config: "TrainConfig | SupervisedConfig") -> None:
-    require(
-        config.optimizer in OPTIMIZERS,
-        f"optimizer must be one of {', '.join(OPTIMIZERS)}",
-        config.optimizer,
-        "For any other, pass an optax.GradientTransformation as the `optimizer` argument of the function.",
-    )
-    require(
-        bounds(config.learning_rate)[0] >= 0,
-        "learning_rate must not be negative",
-        config.learning_rate,
-        "The paper's is 1e-4.",
-    )
-    require(
-        config.max_grad_norm is None or config.max_grad_norm > 0,
-        "max_grad_norm must be above 0, or None for no clipping",
-        config.max_grad_norm,
+Rule = tuple[str, Callable[[Any], bool], str, str]
+"""A setting, whether its value keeps the rule, the rule in words, and the remedy."""
+
+RULES: tuple[Rule, ...] = (
+    ("learning_rate", lambda x: bounds(x)[0] >= 0, "must not be negative", "The paper's is 1e-4."),
+    (
+        "max_grad_norm",
+        lambda x: x is None or x > 0,
+        "must be above 0, or None for no clipping",
         "Leave it out to switch clipping off.",
-    )
+    ),
+    (
+        "mixture_beta",
+        lambda x: bounds(x)[0] >= 0 and bounds(x)[1] <= 1,
+        "must lie in [0, 1]",
+        "0 samples from the policy, 1 from the reference; the paper's default is 0.125.",
+    ),
+    ("temperature", lambda x: x > 0, "must be above 0", "The losses assume 1."),
+    ("eval_every", lambda x: x >= 0, "must not be negative", "0 switches it off."),
+    (
+        "judge_timeout",
+        lambda x: x is None or 0 < x < threading.TIMEOUT_MAX,
+        f"must be in (0, {threading.TIMEOUT_MAX:g}) seconds, or None",
+        "Set the seconds that the slowest call may take, or leave it out.",
+    ),
+)
+"""Rules of single settings; those of several settings are functions below."""
+
+CHOICES = {
+    "overlong": "Choose what happens to records above a limit.",
+    "on_bad_record": "Choose what happens to records that cannot be used.",
+    "optimizer": "For any other, pass an optax.GradientTransformation as the `optimizer` argument of the function.",
+    "mixture_partner": "Choose the model that the policy is mixed with.",
+    "baseline": "Choose one of them.",
+}
+"""Remedies of settings with a few values; their types list these."""
 
 
-def _check_policies(config: "TrainConfig | SupervisedConfig") -> None:
-    require(
-        config.overlong in ("drop", "truncate", "raise"),
-        "overlong must be 'drop', 'truncate' or 'raise'",
-        config.overlong,
-        "Choose what happens to prompts above max_prompt_tokens.",
-    )
-    require(
-        config.on_bad_record in ("raise", "skip", "warn"),
-        "on_bad_record must be 'raise', 'skip' or 'warn'",
-        config.on_bad_record,
-        "Choose what happens to records that cannot be used.",
-    )
-
-
-def _check_positive(config: object, *names: str) -> None:
-    for name in names:
-        received = getattr(config, name)
-        require(
-            isinstance(received, int) and received >= 1,
-            f"{name} must be a whole number of at least 1",
-            received,
-            f"Set {name} to 1 or more.",
-        )
+def _check(config: "Settings") -> None:
+    """Every rule of a single setting."""
+    hints = get_type_hints(type(config))
+    for name, hint in hints.items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal:
+            words = [repr(word) for word in get_args(hint)]
+            rule = f"{name} must be {', '.join(words[:-1])} or {words[-1]}"
+            require(value in get_args(hint), rule, value, CHOICES[name])
+        elif name in COUNTS and not (value is None and type(None) in get_args(hint)):
+            rule = f"{name} must be a whole number of at least 1"
+            require(isinstance(value, int) and value >= 1, rule, value, f"Set {name} to 1 or more.")
+    for name, holds, rule, remedy in RULES:
+        if name in hints:
+            require(holds(getattr(config, name)), f"{name} {rule}", getattr(config, name), remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class Settings:
+    """Settings that every training has; see `TrainConfig` and `SupervisedConfig` for their meaning and defaults."""
+
+    steps: int = 1000
+    batch_size: int = 32
+    max_prompt_tokens: int = 512
+    overlong: Overlong = "drop"
+    on_bad_record: OnBadRecord = "raise"
+    max_shapes: int = 4
+    optimizer: Optimizer = "adafactor"
+    learning_rate: Value = 1e-4
+    max_grad_norm: float | None = None
+    seed: int = 0
+    eval_every: int = 0
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Settings):
     """Settings of `fastpref.train`. Defaults are those of the IPO-MD paper (section 6) where it names them.
+
+    When a run goes on, these may have changed, and it says so: `steps`, `rounds` as far as rounds stay as long,
+    `learning_rate`, `max_grad_norm`, `eval_every` from one number to another, `sample_every`, `checkpoint_every`,
+    `keep_checkpoints` and `judge_timeout`. Any other change is refused.
 
     Args:
       algorithm: a name in `fastpref.ALGORITHMS`.
@@ -78,8 +122,8 @@ class TrainConfig:
         completions, which changes the variance alone.
       steps: optimiser updates.
       batch_size: prompts per update; each gives one pair, or one completion where only that is learned from.
-      gradient_accumulation: the learner sees the batch in this many parts, whose gradients are averaged over pairs;
-        must divide batch_size.
+      gradient_accumulation: the learner takes the rows of a batch in this many parts, whose gradients are averaged over
+        pairs: memory for time.
       max_prompt_tokens: longer prompts are handled as `overlong` says.
       overlong: "drop" (counted), "truncate" (keeps the first tokens) or "raise".
       on_bad_record: "raise", "skip" (counted) or "warn" (counted, one warning); `fastpref.data.read_records` says what
@@ -111,31 +155,18 @@ class TrainConfig:
     tau: Value = 1.0
     eta: Value | None = None
     mixture_beta: Value = 0.125
-    mixture_partner: str = "ref"
+    mixture_partner: Literal["ref", "behaviour"] = "ref"
     completions: int | None = None
     rounds: int = 3
-    baseline: str = "none"
-    steps: int = 1000
-    batch_size: int = 32
+    baseline: Literal["none", "batch"] = "none"
     gradient_accumulation: int = 1
-    max_prompt_tokens: int = 512
-    overlong: str = "drop"
-    on_bad_record: str = "raise"
-    max_shapes: int = 4
     row_tokens: int | None = None
     prompt_row_tokens: int | None = None
     max_new_tokens: int = 64
     temperature: float = 1.0
-    optimizer: str = "adafactor"
-    learning_rate: Value = 1e-4
-    max_grad_norm: float | None = None
     length_normalize: bool = False
     rescore_reference: bool = False
-    seed: int = 0
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2
     sample_every: int = 10
-    eval_every: int = 0
     eval_prompts: int = 256
     judge_timeout: float | None = None
 
@@ -147,57 +178,13 @@ class TrainConfig:
             nearest(self.algorithm, ALGORITHMS),
         )
         _check_strength(self)
-        low, high = bounds(self.mixture_beta)
-        require(
-            low >= 0 and high <= 1,
-            "mixture_beta must lie in [0, 1]",
-            self.mixture_beta,
-            "0 samples from the policy, 1 from the reference; the paper's default is 0.125.",
-        )
-        _check_positive(
-            self,
-            "rounds",
-            "steps",
-            "batch_size",
-            "gradient_accumulation",
-            "max_prompt_tokens",
-            "max_shapes",
-            "max_new_tokens",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "sample_every",
-            "eval_prompts",
-        )
-        _check_positive(
-            self, *(name for name in ("row_tokens", "prompt_row_tokens") if getattr(self, name) is not None)
-        )
-        require(
-            self.batch_size % self.gradient_accumulation == 0,
-            f"gradient_accumulation must divide batch_size ({self.batch_size})",
-            self.gradient_accumulation,
-            "Choose a divisor, so that every part has the same shape.",
-        )
-        _check_policies(self)
-        _check_algorithm(self)
-        require(self.temperature > 0, "temperature must be above 0", self.temperature, "The losses assume 1.")
-        require(self.eval_every >= 0, "eval_every must not be negative", self.eval_every, "0 switches it off.")
-        require(
-            self.judge_timeout is None or 0 < self.judge_timeout < threading.TIMEOUT_MAX,
-            f"judge_timeout must be in (0, {threading.TIMEOUT_MAX:g}) seconds, or None",
-            self.judge_timeout,
-            "Set the seconds that the slowest call may take, or leave it out.",
-        )
-        _check_optimizer(self)
+        super().__post_init__()
+        _check_method(self)
 
     @property
-    def row(self) -> Algorithm:
-        """The algorithm that is named."""
+    def method(self) -> Algorithm:
+        """The entry of the table that `algorithm` names."""
         return ALGORITHMS[self.algorithm]
-
-    @property
-    def num_completions(self) -> int:
-        """K, completions drawn for each prompt."""
-        return len(self.row.writers) if self.completions is None else self.completions
 
     @property
     def round_steps(self) -> int:
@@ -212,7 +199,7 @@ class TrainConfig:
 
 def _check_strength(config: TrainConfig) -> None:
     low, high = bounds(config.tau)
-    if config.row.strength == "tau":
+    if config.method.strength == "tau":
         require(
             low > 0,
             "tau must be above 0",
@@ -224,82 +211,79 @@ def _check_strength(config: TrainConfig) -> None:
     least = low if config.eta is None else bounds(config.eta)[0]
     require(least > 0, "eta must be above 0", config.eta, "Set it where tau is 0; left out, it is 3 tau.")
     require(
-        config.row.anchor != "both" or config.eta is None or high <= least,
+        config.method.anchor != "both" or config.eta is None or high <= least,
         f"eta must not be below tau ({config.tau!r}), so that no exponent of {config.algorithm} is negative",
         config.eta,
         "Raise eta or lower tau; INPO's tau is a third of eta.",
     )
 
 
-def _check_algorithm(config: TrainConfig) -> None:
-    row, name = config.row, config.algorithm
-    if config.completions is not None:
-        require(
-            row.selects or config.completions == len(row.writers),
-            f"{name} draws {len(row.writers)} completions a prompt",
-            config.completions,
+def _check_method(config: TrainConfig) -> None:
+    """Rules of a setting and the method together."""
+    method, name = config.method, config.algorithm
+    writers, completions = len(method.writers), config.completions
+    rules: list[tuple[bool, str, Any, str]] = [
+        (
+            completions is None or method.selects or completions == writers,
+            f"completions must be {writers} for {name}, which draws so many for each prompt",
+            completions,
             "Leave completions out; only algorithms that choose a pair from K of them read it.",
-        )
-        require(
-            config.completions >= 2 or not row.selects,
-            f"{name} chooses a pair, so completions must be at least 2",
-            config.completions,
+        ),
+        (
+            completions is None or not method.selects or completions >= 2,
+            f"completions must be at least 2 for {name}, which chooses a pair",
+            completions,
             "INPO's is 8.",
-        )
-    require(
-        config.mixture_partner in ("ref", "behaviour"),
-        "mixture_partner must be 'ref' or 'behaviour'",
-        config.mixture_partner,
-        "Choose the model that the policy is mixed with.",
-    )
-    require(
-        config.mixture_partner == "ref" or "mixture" in row.writers,
-        f"mixture_partner must be 'ref' for {name}, which samples from no mixture",
-        config.mixture_partner,
-        "Leave it out, or choose ipo-md or nash-md-pg.",
-    )
-    require(
-        config.baseline in ("none", "batch"),
-        "baseline must be 'none' or 'batch'",
-        config.baseline,
-        "Choose one of them.",
-    )
-    require(
-        config.baseline == "none" or row.judged_by == "reward",
-        f"baseline must be 'none' for {name}, which has no reward",
-        config.baseline,
-        "Leave it out, or choose rl.",
-    )
-    require(
-        config.baseline == "none" or config.batch_size >= 2,
-        "batch_size must be at least 2 for a baseline of the batch's other completions",
-        config.batch_size,
-        "Raise it or leave the baseline out.",
-    )
-    require(
-        not row.in_rounds or config.rounds <= config.steps,
-        f"rounds must not exceed steps ({config.steps})",
-        config.rounds,
-        "A round has at least one step.",
-    )
-    require(
-        not config.length_normalize or row.contrastive,
-        f"length_normalize must be False for {name}, whose loss is of single completions",
-        config.length_normalize,
-        "Leave it out.",
-    )
+        ),
+        (
+            config.mixture_partner == "ref" or "mixture" in method.writers,
+            f"mixture_partner must be 'ref' for {name}, which samples from no mixture",
+            config.mixture_partner,
+            "Leave it out, or choose ipo-md or nash-md-pg.",
+        ),
+        (
+            config.baseline == "none" or method.judged_by == "reward",
+            f"baseline must be 'none' for {name}, which has no reward",
+            config.baseline,
+            "Leave it out, or choose rl.",
+        ),
+        (
+            config.baseline == "none" or config.batch_size >= 2,
+            "batch_size must be at least 2 for a baseline of the batch's other completions",
+            config.batch_size,
+            "Raise it or leave the baseline out.",
+        ),
+        (
+            not method.in_rounds or config.rounds <= config.steps,
+            f"rounds must not exceed steps ({config.steps})",
+            config.rounds,
+            "A round has at least one step.",
+        ),
+        (
+            not config.length_normalize or method.contrastive,
+            f"length_normalize must be False for {name}, whose loss is of single completions",
+            config.length_normalize,
+            "Leave it out.",
+        ),
+    ]
+    for rule in rules:
+        require(*rule)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedConfig:
+class SupervisedConfig(Settings):
     """Settings of `fastpref.sft`, `fit_preference_model` and `fit_reward_model`.
+
+    When a run goes on, `steps`, `learning_rate`, `max_grad_norm`, `eval_every`, `checkpoint_every` and
+    `keep_checkpoints` may have changed, and it says so. Any other change is refused.
 
     Args:
       steps: optimiser updates.
       batch_size: examples per update.
       max_prompt_tokens: longer prompts are handled as `overlong` says; a preference model shortens them.
-      max_completion_tokens: longer completions, EOS included, are dropped and counted.
-      overlong: "drop" (counted), "truncate" (keeps the first tokens) or "raise".
+      max_completion_tokens: longer completions, EOS included, are handled as `overlong` says.
+      overlong: "drop" (counted), "truncate" (keeps the first tokens, counted) or "raise". A preference model, which
+        reads text, cannot cut completions and refuses "truncate".
       on_bad_record: "raise", "skip" (counted) or "warn" (counted, one warning); `fastpref.data.read_records` says what
         is bad.
       max_shapes: at most so many padded shapes, each of which is compiled once.
@@ -315,35 +299,16 @@ class SupervisedConfig:
       ConfigError: a setting breaks its rule.
     """
 
-    steps: int = 1000
-    batch_size: int = 32
-    max_prompt_tokens: int = 512
     max_completion_tokens: int = 64
-    overlong: str = "drop"
-    on_bad_record: str = "raise"
     max_shapes: int = 2
-    optimizer: str = "adafactor"
     learning_rate: Value = 1e-3
-    max_grad_norm: float | None = None
-    seed: int = 0
     eval_every: int = 100
     checkpoint_every: int = 500
     keep_checkpoints: int = 1
 
     def __post_init__(self) -> None:
-        _check_positive(
-            self,
-            "steps",
-            "batch_size",
-            "max_prompt_tokens",
-            "max_shapes",
-            "max_completion_tokens",
-            "eval_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-        )
-        _check_policies(self)
-        _check_optimizer(self)
+        super().__post_init__()
+        require(self.eval_every >= 1, "eval_every must be at least 1", self.eval_every, "Leave held_out out for none.")
 
 
 Config = TypeVar("Config", TrainConfig, SupervisedConfig)
@@ -360,7 +325,9 @@ def from_mapping(kind: type[Config], settings: Mapping[str, Any]) -> Config:
     values = {}
     for key, value in settings.items():
         require(key in known, f"{kind.__name__} has no setting of that name", key, nearest(key, known))
-        values[key] = _parse(key, value, get_args(hints[key]) or (hints[key],), known[key])
+        hint = hints[key]
+        kinds = (str,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
+        values[key] = _parse(key, value, kinds, known[key])
     return kind(**values)
 
 

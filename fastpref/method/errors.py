@@ -57,7 +57,18 @@ class UnavailableError(FastprefError, RuntimeError):
 
 
 class DivergedError(FastprefError, RuntimeError):
-    """Several updates in a row were not finite."""
+    """Several updates in a row, or the logits of a model that writes, were not finite."""
+
+
+class StopSignal(SystemExit):
+    """A run ended after TERM or HUP; it exits with 128 and the signal's number, as a shell reports it."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(128 + number)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class CacheWarning(UserWarning):

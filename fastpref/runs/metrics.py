@@ -1,5 +1,6 @@
 """What every metric means, in one table, and the formulas of those that are computed from pairs and completions."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ class Metric(NamedTuple):
 
 USED = "pairs used"
 SAMPLED = "sampled completions"
+BY_POLICY = "completions that π wrote"
 HELD = "held-out prompts"
 
 METRICS: dict[str, Metric] = {
@@ -32,13 +34,15 @@ METRICS: dict[str, Metric] = {
         "the algorithm's loss; of supervised training, −log-likelihood", "", "pairs used; tokens or pairs", "lower"
     ),
     "grad_norm": Metric("Euclidean norm of the gradient before clipping", "", ""),
-    "learning_rate": Metric("step size that the schedule gives this step", "", ""),
+    "learning_rate": Metric(
+        "step size that the update was made with; left out where an optimiser was passed as an object", "", ""
+    ),
     "tau": Metric("τ, strength of the regularisation towards the reference", "", ""),
     "eta": Metric("η, strength of the regularisation towards π_t", "", ""),
     "round": Metric("number of the round, from 1: π_t is the policy at its beginning", "rounds", ""),
     "mixture_beta": Metric("β, weight of the reference in the mixture that completions are drawn from", "", ""),
     "updates/skipped": Metric(
-        "1 if the loss or gradient was not finite and nothing was changed, else 0", "", "", "lower"
+        "1 if loss, gradient or what they lead to was not finite and nothing was changed, else 0", "", "", "lower"
     ),
     "rewards/chosen": Metric("τ·(log π − log π_ref) of the preferred completion", "nats", USED, "higher"),
     "rewards/rejected": Metric("τ·(log π − log π_ref) of the other completion", "nats", USED, "lower"),
@@ -46,12 +50,30 @@ METRICS: dict[str, Metric] = {
     "rewards/accuracies": Metric(
         "1 if the preferred completion has the higher reward, ½ if they are equal, else 0", "", USED, "higher"
     ),
+    "anchor/chosen": Metric("η·(log π − anchor) of the preferred completion, the anchor with π_t in it", "nats", USED),
+    "anchor/rejected": Metric("η·(log π − anchor) of the other completion", "nats", USED),
+    "anchor/margins": Metric("anchor/chosen − anchor/rejected", "nats", USED, "higher"),
+    "anchor/accuracies": Metric(
+        "1 if the preferred completion is further above the anchor, ½ if they are equal, else 0", "", USED, "higher"
+    ),
     "logps/chosen": Metric("log π of the preferred completion, summed over its tokens", "nats", USED),
     "logps/rejected": Metric("log π of the other completion, summed over its tokens", "nats", USED),
-    "objective/kl": Metric("log π − log π_ref, summed over tokens", "nats/completion", SAMPLED, "lower"),
+    "objective/kl": Metric(
+        "log π − log π_ref, summed over tokens: an estimate of KL(π ‖ π_ref)", "nats/completion", BY_POLICY, "lower"
+    ),
+    "objective/writer_kl": Metric(
+        "log π − log π_ref, or log π_t − log π_ref in rounds, of what the mixture or π_t wrote; may be negative",
+        "nats/completion",
+        SAMPLED,
+    ),
     "objective/scores": Metric("reward of a completion", "reward", SAMPLED, "higher"),
     "objective/rlhf_reward": Metric("reward − τ·(log π − log π_ref)", "reward", SAMPLED, "higher"),
-    "objective/entropy": Metric("−log π of the token that was drawn", "nats/token", "sampled tokens"),
+    "objective/entropy": Metric(
+        "−log π of the token that was drawn: an estimate of π's entropy", "nats/token", "tokens that π wrote"
+    ),
+    "objective/writer_entropy": Metric(
+        "−log π, or −log π_t in rounds, of the token that the mixture or π_t drew", "nats/token", "sampled tokens"
+    ),
     "preference/mean": Metric("p(first ≻ second), ½ for identical completions", "", "all pairs"),
     "preference/confidence": Metric("|p(first ≻ second) − ½|", "", "all pairs"),
     "preference/comparisons": Metric(
@@ -94,8 +116,9 @@ METRICS: dict[str, Metric] = {
     "time/data": Metric("waiting for the next batch", "s", "", "lower"),
     "time/generate": Metric("sampling both completions", "s", "", "lower"),
     "time/judge": Metric("asking the judge", "s", "", "lower"),
+    "time/pair": Metric("packing pairs into rows, and their log-probs under frozen models", "s", "", "lower"),
     "time/learn": Metric("loss, gradient and update", "s", "", "lower"),
-    "time/step": Metric("the whole step", "s", "", "lower"),
+    "time/step": Metric("the whole step, without held-out evaluation", "s", "", "lower"),
 }
 """Every metric by name. Only those under `time/` differ between two runs of one configuration on one machine."""
 
@@ -156,32 +179,32 @@ def pair_metrics(
 
 
 def sampling_metrics(
-    completions: Completions, preference: Float[np.ndarray, " P"], different: Bool[np.ndarray, " P"], eos_id: int
+    completions: Completions, by_policy: Sequence[bool] | None, eos_id: int | None
 ) -> dict[str, float]:
-    """What is known of a step's completions before anything is learned from them.
+    """`objective/...` and `completions/...` of a step's completions, before anything is learned from them.
 
     Args:
       completions: P prompts with K completions each.
-      preference: p(first ≻ second), ½ for identical completions, shape [P].
-      different: False where the two completions are the same tokens, shape [P].
+      by_policy: K flags, True where π wrote: what is said of π is averaged over those. None where π wrote none: the
+        averages are then over all completions, and named after their writer.
       eos_id: token that ends a completion.
     """
     lengths = np.asarray(completions.lengths)
-    policy_logps, ref_logps = np.asarray(completions.policy_logps), np.asarray(completions.ref_logps)
+    kept = np.ones(lengths.shape[1], bool) if by_policy is None else np.asarray(by_policy)
+    writer = "writer_" if by_policy is None else ""
+    policy_logps, ref_logps = (
+        np.asarray(logps)[:, kept] for logps in (completions.policy_logps, completions.ref_logps)
+    )
     return {
-        "objective/kl": float((policy_logps - ref_logps).mean()),
-        "objective/entropy": float(-policy_logps.sum() / lengths.sum()),
-        "preference/mean": float(preference.mean()),
-        "preference/confidence": float(np.abs(preference - 0.5).mean()),
+        f"objective/{writer}kl": float((policy_logps - ref_logps).mean()),
+        f"objective/{writer}entropy": float(-policy_logps.sum() / lengths[:, kept].sum()),
         "completions/mean_length": float(lengths.mean()),
         "completions/eos_rate": float(ended(np.asarray(completions.tokens), lengths, eos_id).mean()),
-        "pairs/used": float(different.sum()),
-        "pairs/identical": float((~different).sum()),
         "tokens/generated": float(lengths.sum()),
     }
 
 
-def ended(tokens: np.ndarray, lengths: np.ndarray, eos_id: int) -> Bool[np.ndarray, "P K"]:
+def ended(tokens: np.ndarray, lengths: np.ndarray, eos_id: int | None) -> Bool[np.ndarray, "P K"]:
     """Which completions, tokens [P, K, T] of lengths [P, K], end with EOS."""
     last = np.take_along_axis(tokens, np.maximum(lengths[:, :, None] - 1, 0), axis=2)[:, :, 0]
     result: Bool[np.ndarray, "P K"] = (last == eos_id) & (lengths > 0)

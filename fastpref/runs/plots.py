@@ -72,6 +72,12 @@ RUN_PANELS = (
         (("objective/kl", "training prompts"), ("eval/kl", "held-out prompts"), ("eval/kl_exact", "held out, exact")),
     ),
     Panel(
+        "writer_kl",
+        r"What the mixture or π$_t$ wrote, by log(π / π$_\mathrm{ref}$)",
+        "nats per completion",
+        (("objective/writer_kl", "training prompts"),),
+    ),
+    Panel(
         "lengths",
         "Completion length",
         "mean length (tokens)",
@@ -91,10 +97,20 @@ RUN_PANELS = (
         (("rewards/chosen", "preferred"), ("rewards/rejected", "other"), ("rewards/margins", "margin")),
     ),
     Panel(
+        "anchor",
+        "Distance from the anchor, η·log(π / anchor)",
+        "nats",
+        (("anchor/chosen", "preferred"), ("anchor/rejected", "other"), ("anchor/margins", "margin")),
+    ),
+    Panel(
         "accuracy",
         "Pairs ranked as the judge ranks them",
         "share of pairs",
-        (("rewards/accuracies", "training pairs"), ("eval/agreement", "held-out pairs")),
+        (
+            ("rewards/accuracies", "training pairs"),
+            ("anchor/accuracies", "training pairs, above the anchor"),
+            ("eval/agreement", "held-out pairs"),
+        ),
         line=0.5,
         percent=True,
     ),
@@ -102,7 +118,11 @@ RUN_PANELS = (
         "entropy",
         "Entropy of the policy",
         "nats per token",
-        (("objective/entropy", "training prompts"), ("eval/entropy", "held-out prompts")),
+        (
+            ("objective/entropy", "training prompts"),
+            ("objective/writer_entropy", "training prompts, of what another wrote"),
+            ("eval/entropy", "held-out prompts"),
+        ),
     ),
     Panel("grad_norm", "Gradient norm", "norm", (("grad_norm", "before clipping"),)),
 )

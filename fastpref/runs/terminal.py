@@ -20,6 +20,7 @@ SHOWN: dict[str, Callable[[Mapping[str, float]], str]] = {
     "eval/accuracy": lambda metrics: f"held-out accuracy {metrics['eval/accuracy']:.1%}",
     "eval/win_rate": lambda metrics: f"win rate {metrics['eval/win_rate']:.1%}",
     "objective/kl": lambda metrics: f"KL {metrics['objective/kl']:.3g} nats",
+    "objective/writer_kl": lambda metrics: f"writer's log-ratio {metrics['objective/writer_kl']:.3g} nats",
     "tokens/generated": lambda metrics: f"{metrics['tokens/generated'] / metrics['time/step']:,.0f} tokens/s",
 }
 """The metrics that fit below a progress bar, and how they are written there."""

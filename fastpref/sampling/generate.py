@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from fastpref.data.batches import token_mask
 from fastpref.kernels import mixture_sample
+from fastpref.method.errors import DivergedError
 from fastpref.models import LanguageModel
 from fastpref.models.policy import Policy
 from fastpref.sampling.completions import Completions
@@ -206,6 +207,7 @@ def write(
 
     Raises:
       ValueError: a prompt without tokens.
+      DivergedError: a model's logits are not finite.
     """
     encoded = [tokens[:max_prompt_tokens] for tokens in model.tokenizer.encode_prompts(list(prompts))]
     empty = [index for index, tokens in enumerate(encoded) if not tokens]
@@ -242,6 +244,7 @@ def write(
             num_valid_tokens=num_valid_tokens(model),
             temperature=temperature,
         )
+        require_finite(batch)
         parts.append(
             Written(
                 decode(model, batch)[: len(part)],
@@ -255,6 +258,22 @@ def write(
         [texts for part in parts for texts in part.texts],
         *(np.concatenate([part[field] for part in parts]) for field in (1, 2, 3, 4, 5, 6)),
     )
+
+
+def require_finite(completions: Completions) -> None:
+    """Refuse completions that were drawn from logits that are not finite: their tokens mean nothing.
+
+    Raises:
+      DivergedError: a log-prob is NaN or infinite.
+    """
+    for name, logps in (("policy", completions.policy_logps), ("reference", completions.ref_logps)):
+        broken = ~np.isfinite(np.asarray(logps))
+        if broken.any():
+            raise DivergedError(
+                f"logits must be finite to be sampled from, but received NaN or infinity from the {name} for "
+                f"{broken.sum()} of {broken.size} completions. Check its weights, or lower learning_rate and go on "
+                "from an earlier checkpoint."
+            )
 
 
 def round_up(value: int, multiple: int) -> int:
