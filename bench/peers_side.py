@@ -141,7 +141,10 @@ def trl(method: str, folder: Path, prompts: list[str], settings: dict[str, Any])
     class NashMD(WaitingTrainer, NashMDTrainer):
         def _compute_rewards(self, first: Any, second: Any, start: int) -> Any:
             """The judge's answers; TRL would ask a reward model, and takes nothing else here."""
-            both = [tokenizer.batch_decode(data["input_ids"][:, start:], skip_special_tokens=True) for data in (first, second)]
+            both = [
+                tokenizer.batch_decode(data["input_ids"][:, start:], skip_special_tokens=True)
+                for data in (first, second)
+            ]
             self.tokens = sum(int(data["attention_mask"][:, start:].sum()) for data in (first, second))
             # TRL takes the sigmoid of the difference, which is 0 or 1 so far out.
             rewards = 1e4 * (2 * torch.tensor(prefers(first["raw"], *both)) - 1)

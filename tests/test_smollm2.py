@@ -1,9 +1,7 @@
 """The demo's model: what is read of its GGUF file, against `transformers`' own reading of it; and the conversion."""
 
 import json
-import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -11,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import xxhash
-from flax import nnx
 
 from fastpref.data.chat import ChatTemplate
 from fastpref.demo import smollm2
-from fastpref.method.errors import ModelError, UnavailableError
 from fastpref.models import LanguageModel, load
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -59,7 +55,10 @@ def test_the_chat_template_writes_the_golden_prompts(model: LanguageModel) -> No
         assert prompt == chat["prompt"]
         whole = template.completion(chat["messages"], [{"role": "assistant", "content": "It is."}])
         assert whole == "It is."
-    assert model.tokenizer.encode_prompts([prompt])[0] == EXPECTED["ids"][: len(model.tokenizer.encode_prompts([prompt])[0])]
+    assert (
+        model.tokenizer.encode_prompts([prompt])[0]
+        == EXPECTED["ids"][: len(model.tokenizer.encode_prompts([prompt])[0])]
+    )
 
 
 def test_logits_are_the_golden_ones(model: LanguageModel) -> None:
@@ -72,7 +71,9 @@ def test_logits_are_the_golden_ones(model: LanguageModel) -> None:
     @jax.jit
     def logits(tokens: Any) -> Any:
         prompt, completion = tokens[None, :1], tokens[None, None, 1:]
-        hidden = model.module.hidden_states(prompt, jnp.ones_like(prompt, bool), jnp.pad(completion, ((0, 0), (0, 0), (0, 1))))
+        hidden = model.module.hidden_states(
+            prompt, jnp.ones_like(prompt, bool), jnp.pad(completion, ((0, 0), (0, 0), (0, 1)))
+        )
         return model.module.head().logits(hidden[0, 0])
 
     ours = np.asarray(logits(ids), np.float64)
