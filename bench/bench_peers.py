@@ -1,4 +1,4 @@
-"""One step of online preference training by TRL and by fastpref: the same prompts, judge, lengths, weights and optimiser.
+"""A step of online preference training by TRL and by fastpref: same prompts, judge, lengths, weights and optimiser.
 
     python bench/bench_peers.py --write
 
@@ -267,7 +267,8 @@ def text(report: Mapping[str, Any]) -> str:
         "",
         f"In one run, step by step in turn, both sides with {THREADS} threads and in float32, from one checkpoint "
         f"directory. τ = {TAU} (TRL's `beta`), mixture weight of the reference {MIXTURE_BETA}, temperature 1, AdamW "
-        f"without weight decay, gradients clipped to norm {MAX_GRAD_NORM:g}. The end token of both sides is one that the "
+        f"without weight decay, gradients clipped to norm {MAX_GRAD_NORM:g}. The end token of both sides is one that "
+        f"the "
         "models have no logit for: no completion ends early. The judge is the same Python function, which counts "
         "different words and gives hard labels. Every side sees the same prompts in every step.",
         "",
@@ -275,7 +276,8 @@ def text(report: Mapping[str, Any]) -> str:
         "as well. Nash-MD of TRL takes a reward model for a judge; its `_compute_rewards` is replaced by one that asks "
         "the function.",
         "",
-        f"That both sides do the same work: the tokens of the prompts are equal, and an IPO loss at step 0 is (1/2τ)² = "
+        f"That both sides do the same work: the tokens of the prompts are equal, and an IPO loss at step 0 is "
+        f"(1/2τ)² = "
         f"{(0.5 / TAU) ** 2:g}; the run is refused otherwise. The policy gradient's loss at step 0 is the mean of "
         "−(p − ½)·log π(y), whose sign is the judge's; −log π of a token is that of what the policy itself wrote "
         "(`ipo-md`: of what the mixture wrote, which at step 0 is the policy), and differs between sides by their "
