@@ -34,7 +34,7 @@ REQUIREMENTS = (
 """TRL's next release has no Nash-MD. It imports requests without asking for it, and transformers asks gguf."""
 UNCACHED = (
     "TRL's Nash-MD runs without a key-value cache: with one, the forward of its mixture hands the same cache to the "
-    "policy and then to the reference, both append their keys to it, and the tokens are drawn from another distribution."
+    "policy and then to the reference, both append their keys to it, and tokens come from another distribution."
 )
 SIDE = Path(__file__).with_name("peers_side.py")
 COMPLETIONS = 2
@@ -236,8 +236,8 @@ def table(match: Mapping[str, Any]) -> list[str]:
         f"{COMPLETIONS} × {match['new_tokens']} new tokens each; AdamW at {match['learning_rate']:g}; "
         f"steps timed: {match['rounds']}, after {match['warmup']} that do not count",
         "",
-        "| side | who writes | s a step, median (least to most) | the peer's over it | first step | tokens/s | peak memory "
-        "| tokens a step | loss at step 0 | −log π a token at step 0 |",
+        "| side | who writes | s a step, median (least to most) | the peer's over it | first step | tokens/s "
+        "| peak memory | tokens a step | loss at step 0 | −log π a token at step 0 |",
         f"|{' --- |' * 10}",
     ]
     for side in match["sides"]:
