@@ -51,12 +51,12 @@ def sampler(what: str, case: str) -> Row:
     return Row(what, [(kernel(case, ours),), (kernel(case, products), ", ", kernel(case, ordinary))])
 
 
-def loss(what: str, case: str) -> Row:
+def loss(what: str, case: str, kernel_name: str = "preference_loss", *, later: bool = False) -> Row:
     def side(name: str) -> Callable[[Any], str]:
         return lambda entry: f"{seconds(entry['seconds'][name][1])}, {megabytes(entry['temporary_bytes'][name])}"
 
     ratio = kernel(case, lambda entry: f" ordinary JAX ({entry['ratio']['ordinary JAX'][1]:.2f})")
-    return Row(what, [(kernel(case, side("preference_loss")),), (kernel(case, side("ordinary JAX")), ratio)])
+    return Row(what, [(kernel(case, side(kernel_name)),), (kernel(case, side("ordinary JAX")), ratio)], later)
 
 
 # bench/results/batcher.json and packing_cpu.json
@@ -82,6 +82,27 @@ def forms(what: str, workload: str, best: str, others: Mapping[str, str]) -> Row
     return Row(what, [(Figure("packing_cpu", ("workloads", workload), of(best)),), tuple(cell[:-1])])
 
 
+# bench/results/peers_cpu.json
+
+
+def beside_peer(what: str, model: str, pair: str, method: str) -> Row:
+    """A step of ours and the peer's of the same match, the first of its sides, in turns with it."""
+    sides = ("matches", {"model": model, "pair": pair}, "sides")
+    ratio = (*sides, {"method": method, "program": "ours"}, "ratio", "median")
+    return Row(
+        what,
+        [
+            (Figure("peers_cpu", (*sides, {"method": method, "program": "ours"}, "seconds", "median"), seconds),),
+            (
+                Figure("peers_cpu", (*sides, 0, "seconds", "median"), seconds),
+                Figure("peers_cpu", (*sides, 0, "name"), " {}".format),
+                Figure("peers_cpu", ratio, lambda over: f" ({1 / over:.2f})"),
+            ),
+        ],
+        later=True,
+    )
+
+
 STEP = ("steps", "IPO-MD", "seconds", "step", "median")
 BOUNDS = {"padded to the bounds": "padded to the bounds"}
 LONGEST = BOUNDS | {"padded to the longest of the batch": "to the longest of each batch"}
@@ -96,6 +117,14 @@ MEASURED = Table(
                 (Figure("ipo_md_step_cpu", ("floor_s", "step"), seconds), " its matrix products at the machine's best"),
             ],
         ),
+        beside_peer(
+            "a step of `nash-md-pg` beside the peer's, the same model and judge", "random", "mixture", "nash-md-pg"
+        ),
+        beside_peer("the same, `ipo-md`: both completions from the mixture", "random", "mixture", "ipo-md"),
+        beside_peer("the same, `online-ipo`", "random", "policy", "online-ipo"),
+        beside_peer("a step of `nash-md-pg`, chat model of 135 M parameters", "chat", "mixture", "nash-md-pg"),
+        beside_peer("the same, `ipo-md`", "chat", "mixture", "ipo-md"),
+        beside_peer("the same, `online-ipo`", "chat", "policy", "online-ipo"),
         sampler("`mixture_sample`, B = 1, D = 512, V = 32128, two heads", "B = 1, float32, two heads [V, D]"),
         sampler("the same, B = 8", "B = 8, float32, two heads [V, D]"),
         sampler("the same, B = 64", "B = 64, float32, two heads [V, D]"),
@@ -107,6 +136,7 @@ MEASURED = Table(
         ),
         loss("the same, 4 pairs of 512 tokens", "N = 2048, 4 equal pairs, float32, trained head"),
         loss("16 pairs, frozen head", "N = 2048, 16 equal pairs, float32, frozen head"),
+        loss("`divergence`, N = 2048, two heads", "N = 2048, float32, two heads", "divergence", later=True),
         Row(
             "packed pair batches, one core, real tokens; plan included in ours",
             [
@@ -172,7 +202,7 @@ def by_xla(entry: Any) -> str:
     return "does not fit" + (f"; in chunks {duration(chunks['seconds'])}" if "error" not in chunks else "")
 
 
-def compiled(what: str, case: str, peer: str | None = None) -> Row:
+def compiled(what: str, case: str, peer: str | None = None, *, later: bool = False) -> Row:
     def at(chip: str, name: str, shown: Callable[[Any], str]) -> Figure:
         return Figure("tpu_compiled", ({"chip": chip, "case": name},), shown)
 
@@ -182,7 +212,7 @@ def compiled(what: str, case: str, peer: str | None = None) -> Row:
         if peer and chip == "v5e":
             call = at(chip, peer, lambda entry: duration(entry["sides"]["tokamax"]["seconds"]))
             cells[-1] = (*cells[-1], "; tokamax ", call)
-    return Row(what, cells)
+    return Row(what, cells, later)
 
 
 def slower(entries: Sequence[Any]) -> str:
@@ -244,6 +274,7 @@ COMPILED = Table(
             "tokamax, Llama-3-8B, N = 16384, forward + backward, [D, V]",
         ),
         compiled("frozen head", "token_logprobs, Llama-3-8B, N = 16384, frozen head"),
+        compiled("`divergence`, N = 16384, Llama-3-8B", "divergence, Llama-3-8B, N = 16384", later=True),
     ],
 )
 

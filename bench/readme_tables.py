@@ -25,9 +25,10 @@ TEXTS = {
     "kernels_cpu": "bench_kernels",
     "packing_cpu": "bench_packing",
     "pairs_cpu": "bench_pairs",
+    "peers_cpu": "bench_peers",
     "tpu_compiled": "tpu_report",
 }
-"""The module whose `text` writes the Markdown of each result."""
+"""The module whose `text` writes the Markdown of each result, recorded or not yet."""
 
 
 def rows(table: Table) -> Iterator[str]:
@@ -81,6 +82,8 @@ def documents() -> Iterator[tuple[Path, str]]:
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         yield path, filled(path.read_text(encoding="utf-8"))
     for result, module in TEXTS.items():
+        if not (RESULTS / f"{result}.json").exists():
+            continue
         yield RESULTS / f"{result}.md", import_module(module).text(read(result))
 
 

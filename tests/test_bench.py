@@ -24,7 +24,7 @@ def test_what_is_written_is_what_was_recorded(path: Path, text: str) -> None:
 
 def test_every_result_is_written_about() -> None:
     results = {path.stem for path in machine.RESULTS.glob("*.json")}
-    assert results == set(readme_tables.TEXTS)
+    assert results <= set(readme_tables.TEXTS)
     assert results == {path.stem for path in machine.RESULTS.glob("*.md")}
 
 
@@ -116,4 +116,4 @@ def test_whoever_records_asks_for_a_quiet_machine(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert "machine.record(" in text
     assert text.index("machine.require_quiet()") < text.index("machine.record(")
-    assert ".write_text(" not in text
+    assert "RESULTS" not in text
