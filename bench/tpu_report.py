@@ -168,11 +168,11 @@ the floor at least 92 % at Llama-3-8B and 85 % at T5-L and with a frozen head. N
 HBM at most 5 % of 4NV bytes, of each model, plus the gradients (of the hidden states in float32, of the head in
 bfloat16). Not slower than XLA by either estimate.
 
-**Not reached.** Spills: almost every kernel's elementwise part has some, since the compiler interleaves it with the
-products to keep the MXUs busy and so has more values alive than registers; loads and stores have free slots there, and what binds
-is the MXU or HBM as shown. One head for both models at B = 64 reads half the bytes for as many products: the MXU binds.
-Not slower than XLA, forward and backward, where XLA has room to keep the logits: it then needs three products, for the
-four that it takes to compute them again.
+**Not reached.** Spills: most elementwise parts have some, since the compiler interleaves them with the products to keep
+the MXUs busy and so has more values alive than registers; loads and stores have free slots there, and what binds is the
+MXU or HBM as shown. One head for both models at B = 64 reads half the bytes for as many products: the MXU binds. Not
+slower than XLA, forward and backward, where XLA has room to keep the logits: it then needs three products, for the four
+that it takes to compute them again.
 
 **Other chips.** Nothing is asked of them. On a v6e, whose matrix units are wider and faster beside the same vector
 units, the work on the logits takes more bundles than the products take cycles. On a v5p one of the two cores idles.

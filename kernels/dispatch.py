@@ -12,7 +12,7 @@ class Implementation:
     call: Callable[..., Any]
     """Takes what the public function takes, checked and complete."""
     obstacle: Callable[[], str | None] = lambda: None
-    """Why it cannot run here, or None where it can."""
+    """The rule and what breaks it here, as `must` goes on; None where it can run."""
 
 
 def choose(kernel: str, implementations: Mapping[str, Implementation], name: str | None) -> Callable[..., Any]:
@@ -31,9 +31,12 @@ def choose(kernel: str, implementations: Mapping[str, Implementation], name: str
         name = next(name for name, candidate in implementations.items() if candidate.obstacle() is None)
     elif name not in implementations:
         known = ", ".join(repr(known) for known in implementations)
-        raise ValueError(f"{kernel} has the implementations {known}, not {name!r}: pass one of them, or None")
+        raise ValueError(
+            f"the implementation of {kernel} must be one of {known} or None, but received {name!r}. "
+            "Pass None for the best here."
+        )
     if (reason := implementations[name].obstacle()) is not None:
         raise NotImplementedError(
-            f"{kernel} cannot run its {name!r} implementation: {reason}; pass None for the best here"
+            f"the implementation {name!r} of {kernel} must {reason}. Pass None for the best here."
         )
     return implementations[name].call

@@ -33,15 +33,25 @@ class Head:
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2:
-            raise ValueError(f"a head's weight has 2 axes, but its shape is {self.weight.shape}: pass [V, D] or [D, V]")
+            raise ValueError(
+                f"a head's weight must have 2 axes, but received shape {self.weight.shape}. Pass [V, D] or [D, V]."
+            )
         if not jnp.issubdtype(self.weight.dtype, jnp.floating):
-            raise ValueError(f"a head's weight is floating point, but its dtype is {self.weight.dtype}: convert it")
+            raise ValueError(
+                f"a head's weight must be floating point, but received {self.weight.dtype}. Convert it with astype."
+            )
         if self.vocab_axis not in (0, 1):
-            raise ValueError(f"vocab_axis is 0 for [V, D] or 1 for [D, V], not {self.vocab_axis!r}")
+            raise ValueError(
+                f"vocab_axis must be 0 or 1, but received {self.vocab_axis!r}. Pass 0 for [V, D] or 1 for [D, V]."
+            )
         if not (isinstance(self.scale, int | float) and math.isfinite(self.scale)):
-            raise ValueError(f"scale is a finite Python number, not {self.scale!r}: fold arrays into the weight")
+            raise ValueError(
+                f"scale must be a finite Python number, but received {self.scale!r}. Fold arrays into the weight."
+            )
         if self.soft_cap is not None and not (isinstance(self.soft_cap, int | float) and self.soft_cap > 0):
-            raise ValueError(f"soft_cap is a Python number above 0, not {self.soft_cap!r}: pass None for no cap")
+            raise ValueError(
+                f"soft_cap must be a Python number above 0, but received {self.soft_cap!r}. Pass None for no cap."
+            )
 
     def tree_flatten(self) -> tuple[tuple[Any], tuple[int, float, float | None, str | None]]:
         """The weight, and what is static."""

@@ -32,13 +32,17 @@ def key_words(key: Array) -> UInt32[Array, " 2"]:
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         name = str(jax.random.key_impl(key))
         if name != "threefry2x32":
-            raise ValueError(f"draws need a threefry2x32 key, not {name}: jax.random.key(seed, impl='threefry2x32')")
+            raise ValueError(
+                f"the key of a draw must be of threefry2x32, but received {name}. "
+                "Make it with jax.random.key(seed, impl='threefry2x32')."
+            )
         words = jax.random.key_data(key)
     else:
         words = key
     if words.dtype != jnp.uint32 or words.shape != (2,):
         raise ValueError(
-            f"draws need one threefry key, uint32[2], not {words.dtype}{list(words.shape)}: jax.random.key(seed)"
+            f"the key of a draw must be one of threefry, uint32[2], but received {words.dtype}{list(words.shape)}. "
+            "Make it with jax.random.key(seed)."
         )
     return words
 

@@ -37,9 +37,9 @@ _RESERVED_VMEM = 8 << 20
 
 
 def obstacle() -> str | None:
-    """Why the kernels cannot run in this process, or None where they can."""
+    """What keeps the kernels from running in this process, or None where they can."""
     backend = jax.default_backend()
-    return None if backend == "tpu" else f"it runs on TPUs, and this process uses {backend}"
+    return None if backend == "tpu" else f"run on a TPU, but received a process that uses {backend}"
 
 
 def vmem_limit() -> int:

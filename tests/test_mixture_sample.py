@@ -406,29 +406,38 @@ def test_errors_say_rule_value_and_remedy() -> None:
     case = SMALL[0]
     plain = partial(draw, sample=mixture_sample)
     with pytest.raises(
-        ValueError, match=r"mixture_beta lies in \[0, 1\], but is between 1\.5 and 1\.5: it is a weight"
+        ValueError, match=r"mixture_beta must lie in \[0, 1\], but received values between 1\.5 and 1\.5\. Pass a"
     ):
         plain(case, "xla", mixture_beta=1.5)
-    with pytest.raises(ValueError, match=r"mixture_beta lies in \[0, 1\], but is between nan and nan"):
+    with pytest.raises(ValueError, match=r"mixture_beta must lie in \[0, 1\], but received values between nan and nan"):
         plain(case, "xla", mixture_beta=jnp.full(case.rows, jnp.nan))
-    with pytest.raises(ValueError, match=r"temperature is a Python number of at least 0, not -0\.5: 0 is greedy"):
+    with pytest.raises(
+        ValueError, match=r"temperature must be a Python number of at least 0, but received -0\.5\. Pass 0"
+    ):
         plain(case, "xla", temperature=-0.5)
-    with pytest.raises(ValueError, match=r"num_valid_tokens lies in \[1, V = 17\], but is 18: pass None for all"):
+    with pytest.raises(
+        ValueError, match=r"num_valid_tokens must lie in \[1, V = 17\], but received 18\. Pass None for all"
+    ):
         plain(case, "xla", num_valid_tokens=18)
-    with pytest.raises(ValueError, match=r"need a threefry2x32 key, not rbg: jax\.random\.key"):
+    with pytest.raises(ValueError, match=r"must be of threefry2x32, but received rbg\. Make it with jax\.random\.key"):
         plain(case, "xla", key=jax.random.key(0, impl="rbg"))
-    with pytest.raises(ValueError, match=r"one threefry key, uint32\[2\], not uint32\[3, 2\]: jax\.random\.key"):
+    with pytest.raises(
+        ValueError, match=r"one of threefry, uint32\[2\], but received uint32\[3, 2\]\. Make it with jax\.random"
+    ):
         plain(case, "xla", key=jax.random.split(KEY, 3))
-    with pytest.raises(ValueError, match=r"uint32\[2\], not uint32\[4\]"):
+    with pytest.raises(ValueError, match=r"uint32\[2\], but received uint32\[4\]"):
         plain(case, "xla", key=jax.random.key_data(jax.random.key(0, impl="rbg")))
-    with pytest.raises(ValueError, match=r"mixture_sample has the implementations .*, not 'fast': pass one of them"):
+    with pytest.raises(
+        ValueError,
+        match=r"the implementation of mixture_sample must be one of .* or None, but received 'fast'\. Pass None",
+    ):
         plain(case, "fast")
     hidden = make_hidden(case)
     other = make_head(Case(18))
     keywords = {"mixture_beta": 0.5, "key": KEY, "row_ids": jnp.arange(24), "step": 0}
-    with pytest.raises(ValueError, match=r"one vocabulary, but V is 17 and 18: pad the smaller"):
+    with pytest.raises(ValueError, match=r"must have one vocabulary, but received V = 17 and 18\. Pad the smaller"):
         mixture_sample(hidden, make_head(case), hidden, other, **keywords)
     with pytest.raises(
-        ValueError, match=r"ref_hidden and its head's weight have one dtype, but are bfloat16 and float32"
+        ValueError, match=r"ref_hidden and its head's weight must have one dtype, but received bfloat16 and float32"
     ):
         mixture_sample(hidden, make_head(case), hidden.astype(jnp.bfloat16), make_head(case), **keywords)

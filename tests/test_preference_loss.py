@@ -362,9 +362,11 @@ def test_vmap_equals_a_loop() -> None:
 def test_errors_say_rule_value_and_remedy() -> None:
     hidden, head, targets, segment_ids, ref_logps, preference, where = make_problem(CASES[0])
     call = partial(preference_loss, loss=losses.bind(losses.ipo, tau=TAU), where=where)
-    with pytest.raises(ValueError, match=r"preference lies in \[0, 1\], but is between .* and 2\.0: it is a weight"):
+    with pytest.raises(
+        ValueError, match=r"preference must lie in \[0, 1\], but received values between .* and 2\.0\. Pass a weight"
+    ):
         call(hidden, head, targets, segment_ids, ref_logps, preference.at[1].set(2.0))
-    with pytest.raises(ValueError, match=r"hidden is as wide as its head, but has D = 4"):
+    with pytest.raises(ValueError, match=r"hidden must be as wide as its head, but received D = 4"):
         call(hidden[:, :4], head, targets, segment_ids, ref_logps, preference)
-    with pytest.raises(ValueError, match=r"preference_loss has the implementations .*'reference'.*, not 'gpu'"):
+    with pytest.raises(ValueError, match=r"preference_loss must be one of .*'reference'.* or None, but received 'gpu'"):
         call(hidden, head, targets, segment_ids, ref_logps, preference, implementation="gpu")

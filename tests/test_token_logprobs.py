@@ -198,25 +198,33 @@ def test_gradients_of_bfloat16_heads_are_summed_in_float32() -> None:
 
 def test_errors_say_rule_value_and_remedy() -> None:
     hidden, head, targets = make_hidden(CASE), make_head(CASE), make_targets(CASE)
-    with pytest.raises(ValueError, match=r"as wide as its head, but has D = 8 for a head of D = 16.*check vocab_axis"):
+    with pytest.raises(
+        ValueError, match=r"must be as wide as its head, but received D = 8 for a head of D = 16.*\. Check vocab_axis"
+    ):
         token_logprobs(hidden[:, :8], head, targets)
-    with pytest.raises(ValueError, match=r"one dtype, but are bfloat16 and float32: convert .* astype"):
+    with pytest.raises(ValueError, match=r"must have one dtype, but received bfloat16 and float32\. Convert .* astype"):
         token_logprobs(hidden.astype(jnp.bfloat16), head, targets)
-    with pytest.raises(ValueError, match=r"'xla', 'reference', 'tpu', not 'cuda'.*or None"):
+    with pytest.raises(
+        ValueError, match=r"must be one of 'xla', 'reference', 'tpu' or None, but received 'cuda'\. Pass None"
+    ):
         token_logprobs(hidden, head, targets, implementation="cuda")
 
 
 def test_a_head_says_what_it_cannot_be() -> None:
     weight = jnp.zeros((4, 3))
-    with pytest.raises(ValueError, match=r"2 axes, but its shape is \(4,\): pass \[V, D\]"):
+    with pytest.raises(ValueError, match=r"must have 2 axes, but received shape \(4,\)\. Pass \[V, D\]"):
         Head(weight[:, 0])
-    with pytest.raises(ValueError, match=r"floating point, but its dtype is int32: convert it"):
+    with pytest.raises(ValueError, match=r"must be floating point, but received int32\. Convert it"):
         Head(weight.astype(jnp.int32))
-    with pytest.raises(ValueError, match=r"0 for \[V, D\] or 1 for \[D, V\], not 2"):
+    with pytest.raises(
+        ValueError, match=r"vocab_axis must be 0 or 1, but received 2\. Pass 0 for \[V, D\] or 1 for \[D, V\]"
+    ):
         Head(weight, 2)
-    with pytest.raises(ValueError, match=r"scale is a finite Python number, not inf: fold arrays into the weight"):
+    with pytest.raises(
+        ValueError, match=r"scale must be a finite Python number, but received inf\. Fold arrays into the weight"
+    ):
         Head(weight, scale=float("inf"))
-    with pytest.raises(ValueError, match=r"soft_cap is a Python number above 0, not 0.0: pass None"):
+    with pytest.raises(ValueError, match=r"soft_cap must be a Python number above 0, but received 0\.0\. Pass None"):
         Head(weight, soft_cap=0.0)
 
 

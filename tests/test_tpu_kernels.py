@@ -224,16 +224,14 @@ def test_masking_is_dropping(masked_scores: Any, mask: list[bool]) -> None:
 
 def test_elsewhere_than_on_a_tpu_the_error_says_so() -> None:
     hidden, head, ids = jnp.ones((2, 4)), Head(jnp.ones((8, 4))), jnp.arange(2)
-    why = (
-        r"cannot run its 'tpu' implementation: it runs on TPUs, and this process uses cpu; pass None for the best here"
-    )
-    with pytest.raises(NotImplementedError, match="mixture_sample " + why):
+    why = r" must run on a TPU, but received a process that uses cpu\. Pass None for the best here\."
+    with pytest.raises(NotImplementedError, match="the implementation 'tpu' of mixture_sample" + why):
         mixture_sample(hidden, head, hidden, head, mixture_beta=0.5, key=KEY, row_ids=ids, step=0, implementation="tpu")
-    with pytest.raises(NotImplementedError, match="token_logprobs " + why):
+    with pytest.raises(NotImplementedError, match="the implementation 'tpu' of token_logprobs" + why):
         token_logprobs(hidden, head, ids, implementation="tpu")
-    with pytest.raises(NotImplementedError, match="divergence " + why):
+    with pytest.raises(NotImplementedError, match="the implementation 'tpu' of divergence" + why):
         divergence(hidden, head, hidden, head, implementation="tpu")
-    with pytest.raises(NotImplementedError, match="preference_loss " + why):
+    with pytest.raises(NotImplementedError, match="the implementation 'tpu' of preference_loss" + why):
         preference_loss(
             hidden, head, ids, ids, jnp.zeros((1, 2)), jnp.ones(1), loss=lambda ratio, _: ratio, implementation="tpu"
         )

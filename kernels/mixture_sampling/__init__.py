@@ -77,9 +77,13 @@ def mixture_sample(
     if beta.ndim:
         check_length("mixture_beta", beta, (rows,), "one weight per row or one for all")
     if not (isinstance(temperature, int | float) and temperature >= 0):
-        raise ValueError(f"temperature is a Python number of at least 0, not {temperature!r}: 0 is greedy")
+        raise ValueError(
+            f"temperature must be a Python number of at least 0, but received {temperature!r}. Pass 0 to be greedy."
+        )
     if num_valid_tokens is not None and not 1 <= num_valid_tokens <= vocab:
-        raise ValueError(f"num_valid_tokens lies in [1, V = {vocab}], but is {num_valid_tokens}: pass None for all")
+        raise ValueError(
+            f"num_valid_tokens must lie in [1, V = {vocab}], but received {num_valid_tokens}. Pass None for all."
+        )
     result: MixtureSample = choose("mixture_sample", IMPLEMENTATIONS, implementation)(
         policy_hidden,
         policy_head,

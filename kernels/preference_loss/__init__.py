@@ -40,9 +40,9 @@ def preference_loss(
     """Mean preference loss of P pairs of completions, from the hidden states of their N tokens.
 
     Rows of all sequences lie flat, in any order; `segment_ids` says whose they are. No logits outlive their chunk.
-    Where both completions of a pair fit a chunk (a few hundred tokens, depending on V), gradients are taken while
-    its logits are alive, so a step costs the three products of ordinary JAX; longer pairs cost a fourth. Without
-    differentiation it costs one.
+    With "xla", where both completions of a pair fit a chunk (a few hundred tokens, depending on V), gradients are taken
+    while its logits are alive, so a step costs the three products of ordinary JAX. Longer pairs cost a fourth, which
+    makes the logits again, and so does every step with "tpu". Without differentiation it costs one.
 
     Differentiable once (reverse mode), through the field `loss` alone, in `hidden` and, unless `frozen_head`, in
     `head.weight`. The other fields are reports: their gradient is zero, as is the one in `ref_logps`, `preference`
