@@ -219,6 +219,7 @@ def test_skipped_updates_are_counted_across_processes(tmp_path: Path) -> None:
         go(tmp_path, steps=9, optimizer=optimizer)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_a_run_that_diverged_goes_on_with_a_lower_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def start(rate: float) -> TrainResult:
         options = {"learning_rate": rate, "steps": 7}
