@@ -1,4 +1,4 @@
-"""A step of online preference training by TRL and by fastpref: same prompts, judge, lengths, weights and optimiser.
+"""One step of online preference training by TRL and by fastpref: same prompts, judge, lengths, weights, optimiser.
 
     python bench/bench_peers.py --write
 
@@ -19,7 +19,7 @@ from statistics import median
 from typing import IO, Any, NamedTuple
 
 import machine
-from peers_side import CHAT_MODEL, MAX_GRAD_NORM, MIXTURE_BETA, TAU, THREADS
+from peers_side import MAX_GRAD_NORM, MIXTURE_BETA, TAU, THREADS
 
 PEERS = Path(__file__).parent.parent / "build" / "peers"
 REQUIREMENTS = (
@@ -29,12 +29,11 @@ REQUIREMENTS = (
     "accelerate==1.15.0",
     "datasets==5.2.0",
     "requests==2.34.2",
-    "gguf==0.19.0",
 )
-"""TRL's next release has no Nash-MD. It imports requests without asking for it, and transformers asks gguf."""
+"""TRL's next release has no Nash-MD. It imports requests, and does not ask for it."""
 UNCACHED = (
     "TRL's Nash-MD runs without a key-value cache: with one, the forward of its mixture hands the same cache to the "
-    "policy and then to the reference, both append their keys to it, and tokens come from another distribution."
+    "policy and then to the reference, both append their keys to it, and the draw is from another distribution."
 )
 SIDE = Path(__file__).with_name("peers_side.py")
 COMPLETIONS = 2
@@ -88,20 +87,16 @@ MATCHES = (
 def environment() -> Path:
     """The interpreter that has TRL, in an environment that is made where it is not there or holds other versions."""
     python, note = PEERS / "venv" / "bin" / "python", PEERS / "installed.txt"
-    wanted = "\n".join((*REQUIREMENTS, CHAT_MODEL))
+    wanted = "\n".join(REQUIREMENTS)
     if note.exists() and note.read_text() == wanted:
         return python
-    commands = [
-        [sys.executable, "-m", "venv", "--clear", str(PEERS / "venv")],
-        [str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS],
-        # Only the file in it is read.
-        [str(python), "-m", "pip", "install", "--quiet", "--no-deps", CHAT_MODEL],
-    ]
-    for command in commands:
+    make = [sys.executable, "-m", "venv", "--clear", str(python.parent.parent)]
+    install = [str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS]
+    for command in (make, install):
         if subprocess.run(command).returncode:
             raise SystemExit(
-                f"The environment of the peers must hold {', '.join((*REQUIREMENTS, CHAT_MODEL))}, but received an "
-                f"error from `{' '.join(command[1:5])} ...`. Mend what it says above, and start the benchmark again."
+                f"The environment of the peers must hold {', '.join(REQUIREMENTS)}, but received an error from "
+                f"`{' '.join(command[:4])} ...`. Mend what it says above, and start the benchmark again."
             )
     note.write_text(wanted)
     return python
@@ -261,27 +256,24 @@ def table(match: Mapping[str, Any]) -> list[str]:
 def text(report: Mapping[str, Any]) -> str:
     peer = ", ".join(f"{package} {version}" for package, version in report["peer_versions"].items())
     lines = [
-        "# One step of online preference training: TRL and fastpref on a CPU",
+        "# One step of online preference training on a CPU: TRL and fastpref",
         "",
         f"`{report['command']}` on {report['machine']}; the peer: {peer}; {machine.described(report)}.",
         "",
-        f"In one run, step by step in turn, both sides with {THREADS} threads and in float32, from one checkpoint "
-        f"directory. τ = {TAU} (TRL's `beta`), mixture weight of the reference {MIXTURE_BETA}, temperature 1, AdamW "
-        f"without weight decay, gradients clipped to norm {MAX_GRAD_NORM:g}. The end token of both sides is one that "
-        f"the "
-        "models have no logit for: no completion ends early. The judge is the same Python function, which counts "
-        "different words and gives hard labels. Every side sees the same prompts in every step.",
+        f"One run, in which the sides make their steps in turn, with {THREADS} threads and in float32, from the same "
+        f"checkpoint directory. τ = {TAU} (TRL's `beta`), weight of the reference in the mixture {MIXTURE_BETA}, "
+        f"temperature 1, AdamW without weight decay, gradients clipped to norm {MAX_GRAD_NORM:g}. All prompts are in "
+        "every step. The end token of both sides is one that the models have no logit for, so that every completion is "
+        "full. The judge is one Python function: it counts different words, and its labels are hard.",
         "",
-        f"{UNCACHED} Its two calls of `generate` share their settings, so that the policy's own completion is uncached "
-        "as well. Nash-MD of TRL takes a reward model for a judge; its `_compute_rewards` is replaced by one that asks "
-        "the function.",
+        f"{UNCACHED} Both completions are drawn with the same settings, so that the policy's own is uncached as well. "
+        "This trainer asks a reward model and no function; here its `_compute_rewards` asks the judge.",
         "",
-        f"That both sides do the same work: the tokens of the prompts are equal, and an IPO loss at step 0 is "
-        f"(1/2τ)² = "
-        f"{(0.5 / TAU) ** 2:g}; the run is refused otherwise. The policy gradient's loss at step 0 is the mean of "
-        "−(p − ½)·log π(y), whose sign is the judge's; −log π of a token is that of what the policy itself wrote "
-        "(`ipo-md`: of what the mixture wrote, which at step 0 is the policy), and differs between sides by their "
-        "draws. The first step includes what a side compiles or allocates once. Peak memory is that of the process.",
+        "Both sides do the same work, or the run is refused: they read the same tokens, write the same number of them, "
+        f"and an IPO loss begins at (1/2τ)² = {(0.5 / TAU) ** 2:g}. A policy gradient's begins at the mean of "
+        "−(p − ½)·log π(y), whose sign is the judge's. −log π of a token is that of the tokens that were drawn, by the "
+        "policy where it writes: at step 0 it differs by the draw alone. A first step has what is compiled or "
+        "allocated once. Peak memory is that of the process.",
         "",
     ]
     for match in report["matches"]:
@@ -296,15 +288,15 @@ def main() -> int:
     choice.add_argument("--write", action="store_true", help="write bench/results/peers_cpu.json and .md")
     choice.add_argument("--smoke", action="store_true", help="one step of few tokens on each side, to see that it runs")
     options = parser.parse_args()
-    interpreters = {"ours": sys.executable, "trl": str(environment())}
     before = machine.require_quiet() if options.write else machine.use()
+    interpreters = {"ours": sys.executable, "trl": str(environment())}
     if hasattr(os, "sched_setaffinity"):
         # Neither JAX nor its compiler has a setting for it; the sides inherit this one.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
     matches: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        for program, model in (("ours", "random"), ("trl", "chat")):
-            subprocess.run([interpreters[program], str(SIDE), model, f"{temporary}/{model}"], check=True)
+        for model in MODELS:
+            subprocess.run([sys.executable, str(SIDE), model, f"{temporary}/{model}"], check=True)
         for match in MATCHES:
             if options.smoke:
                 match = match._replace(prompts=2, new_tokens=4, warmup=0, rounds=1)
@@ -312,7 +304,7 @@ def main() -> int:
             require_same_work(match, sides)
             matches.append(summary(match, sides))
     report = {
-        "command": f"python bench/bench_peers.py --{'write' if options.write else 'smoke' if options.smoke else ''}",
+        "command": " ".join(["python bench/bench_peers.py", *sys.argv[1:]]),
         "machine": machine.name("jax", "jaxlib", "flax", "optax", "numpy"),
         "peer_versions": matches[0]["sides"][0]["versions"],
         "before": before,

