@@ -39,7 +39,8 @@ def test_the_training_example_runs(tmp_path: Path) -> None:
     assert "steps=1000" in code
     assert "max_new_tokens=64" in code
     short = code.replace("steps=1000", "steps=1").replace("max_new_tokens=64", "max_new_tokens=4")
-    assert run(short, tmp_path).splitlines()[-1] == "0.0"
+    # One step: the policy is the reference still, but for the rounding of two forwards.
+    assert float(run(short, tmp_path).splitlines()[-1]) == pytest.approx(0, abs=1e-5)
     assert (tmp_path / "runs" / "shorter" / "policy" / "model.safetensors").exists()
 
 
