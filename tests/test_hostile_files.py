@@ -34,7 +34,7 @@ def checkpoint(saved: Path, tmp_path: Path) -> Path:
     target = tmp_path / "checkpoint"
     shutil.copytree(saved, target)
     # What was changed on purpose is no damage.
-    for manifest in target.glob("manifest*"):
+    for manifest in target.glob("*manifest*"):
         manifest.unlink()
     return target
 

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax import Array
 
 from fastpref.data import (
     ChatTemplate,
@@ -25,17 +23,15 @@ from fastpref.data import (
     tokenize_completions,
     tokenized,
 )
-from fastpref.data.batches import CompletionBatch, token_mask
+from fastpref.data.batches import CompletionBatch
 from fastpref.judging.identity import identity
-from fastpref.judging.models import SUMMARY_PROMPT, PreferenceModel, RewardModel, answer_margins, rewards
+from fastpref.judging.models import SUMMARY_PROMPT, PreferenceModel, RewardModel
 from fastpref.judging.protocol import agreement, columns_of
-from fastpref.kernels import token_logprobs
 from fastpref.learning import loop, update
+from fastpref.learning.objectives import Objective, answer_loss, learn, measure, reward_loss, token_loss
 from fastpref.method.config import SupervisedConfig
 from fastpref.method.errors import DataError, require
-from fastpref.method.losses import bradley_terry
 from fastpref.models import LanguageModel, as_model, save
-from fastpref.models.policy import hidden_states
 from fastpref.runs import metrics, plots
 from fastpref.runs.report import finish
 
@@ -44,64 +40,6 @@ PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 
 Data = str | Path | Iterable[Mapping[str, Any]]
 """A JSONL, Parquet or Arrow file, or records."""
-
-
-Batch = dict[str, Array]
-Objective = Callable[[Any, Batch], tuple[Array, Array]]
-"""A module and a batch to the sum of its losses and their number, two scalars."""
-
-
-def token_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
-    """Sum of −log π over completion tokens, and how many there are: maximum likelihood."""
-    tokens = batch["completion_tokens"]
-    real = token_mask(batch["completion_lengths"], tokens.shape[-1])
-    prompts = batch["prompt_tokens"]
-    hidden = hidden_states(module, prompts, token_mask(batch["prompt_lengths"], prompts.shape[1]), tokens)
-    logps = token_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]), module.head(), tokens.reshape(-1), where=real.reshape(-1)
-    )
-    return -logps.sum(), real.sum().astype(jnp.float32)
-
-
-def answer_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
-    """Sum of the cross-entropy of the answers with the recorded preferences, and the number of answers.
-
-    Completions 0 and 1 are the readings of a pair in its two orders. Where `symmetric` is true they give one answer.
-    """
-    margins = answer_margins(module, batch["answers"], *_readings(batch))
-    preference = batch["preference"]
-    apart = bradley_terry(margins[:, 0], preference) + bradley_terry(-margins[:, 1], preference)
-    together = 2 * bradley_terry((margins[:, 0] - margins[:, 1]) / 2, preference)
-    losses = jnp.where(batch["symmetric"], together, apart)
-    return losses.sum(), jnp.asarray(2 * losses.size, jnp.float32)
-
-
-def reward_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
-    """Sum of the Bradley-Terry cross-entropy of the reward difference, and the number of pairs."""
-    scores = rewards(module, *_readings(batch))
-    losses = bradley_terry(scores[:, 0] - scores[:, 1], batch["preference"])
-    return losses.sum(), jnp.asarray(losses.size, jnp.float32)
-
-
-def _readings(batch: Batch) -> tuple[Array, Array, Array, Array]:
-    return batch["prompt_tokens"], batch["prompt_lengths"], batch["completion_tokens"], batch["completion_lengths"]
-
-
-@partial(jax.jit, static_argnames=("definition", "objective", "optimizer"), donate_argnames=("params", "opt_state"))
-def _update(
-    definition: Any, params: Any, opt_state: Any, batch: Batch, *, objective: Objective, optimizer: Any
-) -> tuple[Any, Any, dict[str, Array]]:
-    def mean_loss(parameters: Any) -> Array:
-        total, count = objective(nnx.merge(definition, parameters), batch)
-        return total / jnp.maximum(count, 1.0)
-
-    loss, gradients = jax.value_and_grad(mean_loss)(params)
-    return update.apply_gated(optimizer, loss, gradients, opt_state, params)
-
-
-@partial(jax.jit, static_argnames=("definition", "objective"))
-def _measure(definition: Any, params: Any, batch: Batch, *, objective: Objective) -> tuple[Array, Array]:
-    return objective(nnx.merge(definition, params), batch)
 
 
 @dataclass(frozen=True)
@@ -148,7 +86,7 @@ def _fit(
     def advance(done: int, arrays: Any) -> loop.Outcome:
         params, opt_state, *best = arrays
         rate = {} if optimizer is not None else {"learning_rate": update.learning_rate(config, opt_state)}
-        params, opt_state, measured = _update(
+        params, opt_state, measured = learn(
             definition, params, opt_state, dict(read()), objective=objective, optimizer=chain
         )
         return loop.Outcome((params, opt_state, *best), {name: float(value) for name, value in measured.items()} | rate)
@@ -307,7 +245,7 @@ def sft(
         def validate(module: Any) -> float:
             definition, params = nnx.split(module)
             with batches(checks) as each:
-                sums = [_measure(definition, params, _arrays(batch), objective=token_loss) for batch in each.in_order()]
+                sums = [measure(definition, params, _arrays(batch), objective=token_loss) for batch in each.in_order()]
             total, count = (sum(float(part[which]) for part in sums) for which in (0, 1))
             return total / count
 
