@@ -61,7 +61,7 @@ def _readings(batch: Batch) -> tuple[Array, Array, Array, Array]:
 def learn(
     definition: Any, params: Any, opt_state: Any, batch: Batch, *, objective: Objective, optimizer: Any
 ) -> tuple[Any, Any, dict[str, Array]]:
-    """An optimiser step on the mean of an objective: new parameters, state and metrics; what is not finite is skipped."""
+    """An optimiser step on the mean of an objective: new parameters, state, metrics; what is not finite is skipped."""
 
     def mean_loss(parameters: Any) -> Array:
         total, count = objective(nnx.merge(definition, parameters), batch)
