@@ -138,7 +138,7 @@ def test_a_source_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"pairs.jsonl, line 8: a completion must hold more than white space"):
         cached(source, tmp_path / "cache", on_bad_record="raise")
     assert list((tmp_path / "cache").iterdir()) == []
-    with pytest.raises(DataError, match=r"must be the path of a file, got '.*absent.jsonl'"):
+    with pytest.raises(DataError, match=r"must be the path of a file, but received '.*absent.jsonl'"):
         cached(tmp_path / "absent.jsonl", tmp_path / "cache")
 
 
@@ -244,7 +244,9 @@ def test_a_source_that_changes_while_it_is_read_is_refused(change: str, tmp_path
                 source.unlink(missing_ok=True)
             return tokenizer().encode_prompts(texts)
 
-    with pytest.raises(DataError, match=r"pairs.jsonl must not change while it is read, got one that did. Read it aga"):
+    with pytest.raises(
+        DataError, match=r"pairs.jsonl must not change while it is read, but received one that did. Read it aga"
+    ):
         tokenized(source, Meddling(), cache=tmp_path / "cache", columns=PAIR, on_bad_record="skip", chunk=100, **LIMITS)
 
 
@@ -317,7 +319,7 @@ def test_a_tokenizer_without_a_fingerprint_is_refused(tmp_path: Path) -> None:
         vocab_size = 9
         encode_prompts = encode_completions = staticmethod(lambda texts: [[1] for _ in texts])
 
-    with pytest.raises(ValueError, match="a tokenizer must have a fingerprint to be cached by, got Nameless"):
+    with pytest.raises(ValueError, match="a tokenizer must have a fingerprint to be cached by, but received Nameless"):
         tokenized(["w1"], Nameless(), cache=tmp_path, max_prompt_tokens=9)
 
 

@@ -72,12 +72,12 @@ def test_prompts_and_examples_come_from_messages_too() -> None:
 
 LAYOUT = "bad conversation"
 BAD: list[tuple[dict[str, Any], str, str]] = [
-    ({"prompt": []}, LAYOUT, r"must be a list of messages, got \[\]"),
-    ({"chosen": []}, LAYOUT, r"must be a list of messages, got \[\]"),
-    ({"rejected": 3}, LAYOUT, "must be a list of messages, got 3"),
-    ({"prompt": ["q"]}, LAYOUT, "must map role and content to text, got 'q'"),
-    ({"prompt": [says("user", None)]}, LAYOUT, "must map role and content to text, got content None"),
-    ({"prompt": [{"content": "q"}]}, LAYOUT, "must map role and content to text, got role None"),
+    ({"prompt": []}, LAYOUT, r"must be a list of messages, but received \[\]"),
+    ({"chosen": []}, LAYOUT, r"must be a list of messages, but received \[\]"),
+    ({"rejected": 3}, LAYOUT, "must be a list of messages, but received 3"),
+    ({"prompt": ["q"]}, LAYOUT, "must map role and content to text, but received 'q'"),
+    ({"prompt": [says("user", None)]}, LAYOUT, "must map role and content to text, but received content None"),
+    ({"prompt": [{"content": "q"}]}, LAYOUT, "must map role and content to text, but received role None"),
     ({"prompt": [USER, YES]}, LAYOUT, "must end with a message that is not the assistant's"),
     ({"chosen": [USER, YES], "rejected": [says("user", "r"), NO]}, LAYOUT, "must share all but the assistant's last"),
     ({"chosen": [USER, YES], "rejected": [USER]}, LAYOUT, "must hold at least one message of the assistant"),
@@ -99,16 +99,18 @@ def test_a_bad_conversation_is_named_or_counted(change: dict[str, Any], reason: 
 
 
 def test_missing_messages_are_named() -> None:
-    for row, got in (
+    for row, received in (
         ({"prompt": [USER], "chosen": [YES]}, "prompt, chosen"),
         ({"messages": [USER, YES]}, "messages"),
     ):
-        with pytest.raises(DataError, match=rf"a conversational record must hold prompt, chosen, rejected, got {got}"):
+        with pytest.raises(
+            DataError, match=rf"a conversational record must hold prompt, chosen, rejected, but received {received}"
+        ):
             read_records([row], columns=PAIR, template=TEMPLATE)
 
 
 def test_messages_without_a_template_say_what_is_missing() -> None:
-    with pytest.raises(DataError, match=r"must hold text, got list; conversations need a chat template"):
+    with pytest.raises(DataError, match=r"must hold text, but received list; conversations need a chat template"):
         read_records(PAIRS[:1], columns=PAIR)
 
 

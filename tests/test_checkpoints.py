@@ -205,7 +205,7 @@ def test_another_model_is_refused_with_each_difference(tmp_path: Path) -> None:
     ("changed", "rule"),
     [
         ({"step": -1}, "step must be at least 0"),
-        ({"keep": 0}, "keep at least 1; got step=1, keep=0"),
+        ({"keep": 0}, "keep at least 1, but received step=1, keep=0"),
         ({"arrays": {"w": np.ones(3)}}, r"arrays\['w'\] is ndarray. Convert it with jnp.asarray"),
         ({"arrays": {"lr": 0.1}}, r"arrays\['lr'\] is float"),
         ({"arrays": {"key": jax.random.key(0)}}, "typed PRNG key, .* Save jax.random.key_data"),

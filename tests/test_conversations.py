@@ -120,7 +120,7 @@ def test_recorded_conversations_train_as_text_does() -> None:
 
 def test_without_a_template_conversations_are_refused() -> None:
     with pytest.raises(
-        DataError, match=r"column 'prompt' must hold text, got list; conversations need a chat template"
+        DataError, match=r"column 'prompt' must hold text, but received list; conversations need a chat template"
     ):
         train(model(bare=True), CHATS, prefers_w1, TrainConfig(**SETTINGS), quiet=True)
 

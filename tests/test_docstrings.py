@@ -271,7 +271,7 @@ def test_a_limit_keeps_the_order_and_grows(tmp_path: Path) -> None:
     assert set(five) < set(six) < set(whole)
     assert harvest(tmp_path, sources=[source], limit=100).examples == whole
     assert sum(bool(part) for part in splits(six)) > 1, "a limit must not favour one part"
-    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="limit must be at least 1, but received 0"):
         harvest(tmp_path, sources=[source], limit=0)
 
 
@@ -314,7 +314,7 @@ def test_a_summary_is_dealt_out_whatever_its_article(real: Harvest) -> None:
 
 def test_shares_decide_and_are_checked(real: Harvest) -> None:
     assert splits(real.examples, (0.0, 1.0, 0.0, 0.0)) == Splits([], real.examples, [], [])
-    with pytest.raises(ValueError, match=r"sum to 1, got \(0.5, 0.5, 0.5, 0.5\)"):
+    with pytest.raises(ValueError, match=r"sum to 1, but received \(0.5, 0.5, 0.5, 0.5\)"):
         splits(real.examples, (0.5, 0.5, 0.5, 0.5))
     with pytest.raises(ValueError, match="shares must be at least 0"):
         splits(real.examples, (1.5, -0.5, 0.0, 0.0))
@@ -356,5 +356,5 @@ def test_every_text_comes_back(text: str) -> None:
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
-    with pytest.raises(ValueError, match="vocab_size must be at least 259, one for each byte, got 258"):
+    with pytest.raises(ValueError, match="vocab_size must be at least 259, one for each byte, but received 258"):
         train_tokenizer(["text"], 258)

@@ -26,7 +26,7 @@ def pair(**columns: Any) -> dict[str, Any]:
 
 
 BAD_LINES: list[tuple[bytes, str, str]] = [
-    (GOOD[:-5], "broken JSON", r"a line must be one JSON object, got an error at character \d+: .*"),
+    (GOOD[:-5], "broken JSON", r"a line must be one JSON object, but received an error at character \d+: .*"),
     (GOOD + GOOD, "broken JSON", "a line must be one JSON object"),
     (b"\x00", "broken JSON", "a line must be one JSON object"),
     (b'{"prompt": "p", "chosen": "\\ud800", "rejected": "b"}', "broken JSON", "a line must be one JSON object"),
@@ -35,21 +35,25 @@ BAD_LINES: list[tuple[bytes, str, str]] = [
     (b'{"prompt": "p", "chosen": "a", "rejected": "b", "preference": -Infinity}', "broken JSON", "a line must be"),
     (b'{"prompt": ' * 3000 + b"1" + b"}" * 3000, "broken JSON", "a line must be one JSON object"),
     (b'{"prompt": "p\x00", "chosen": "a", "rejected": "b"}', "broken JSON", "a line must be one JSON object"),
-    (b'{"prompt": "\xff"}', "bad UTF-8", r"a line must be valid UTF-8, got invalid start byte at byte 12"),
+    (b'{"prompt": "\xff"}', "bad UTF-8", r"a line must be valid UTF-8, but received invalid start byte at byte 12"),
     (GOOD.decode().encode("utf-16"), "bad UTF-8", "a line must be valid UTF-8"),
     (b"   ", "blank line", "a line before the last record must not be blank"),
-    (b"[1, 2]", "not a record", "a record must map prompt, chosen, rejected to text, got list"),
-    (b'"p"', "not a record", "got str"),
-    (b"null", "not a record", "got NoneType"),
-    (b'{"prompt": "p", "chosen": "a"}', "missing column", "column 'rejected' must be there, got 'prompt', 'chosen'"),
-    (b"{}", "missing column", "column 'prompt' must be there, got none"),
-    (b'{"prompt": 3, "chosen": "a", "rejected": "b"}', "not a string", "column 'prompt' must hold text, got int"),
-    (b'{"prompt": "p", "chosen": null, "rejected": "b"}', "not a string", "column 'chosen' must hold text, got None"),
+    (b"[1, 2]", "not a record", "a record must map prompt, chosen, rejected to text, but received list"),
+    (b'"p"', "not a record", "but received str"),
+    (b"null", "not a record", "but received NoneType"),
+    (b'{"prompt": "p", "chosen": "a"}', "missing column",
+     "column 'rejected' must be there, but received 'prompt', 'chosen'"),
+    (b"{}", "missing column", "column 'prompt' must be there, but received none"),
+    (b'{"prompt": 3, "chosen": "a", "rejected": "b"}', "not a string",
+     "column 'prompt' must hold text, but received int"),
+    (b'{"prompt": "p", "chosen": null, "rejected": "b"}', "not a string",
+     "column 'chosen' must hold text, but received None"),
     (b'{"prompt": " \\n", "chosen": "a", "rejected": "b"}', "empty prompt", "must hold more than white space"),
     (b'{"prompt": "p", "chosen": "a", "rejected": ""}', "empty completion", "a completion must hold more than"),
     (b'{"prompt": "p", "chosen": "a", "rejected": "a"}', "identical completions", "chosen and rejected must differ"),
-    (GOOD[:-1] + b', "preference": 1.5}', "bad preference", r"preference must be a number in \[0, 1\], got 1.5"),
-    (GOOD[:-1] + b', "preference": -1e-9}', "bad preference", "got -1e-09"),
+    (GOOD[:-1] + b', "preference": 1.5}', "bad preference",
+     r"preference must be a number in \[0, 1\], but received 1.5"),
+    (GOOD[:-1] + b', "preference": -1e-9}', "bad preference", "but received -1e-09"),
     (GOOD[:-1] + b', "preference": 123456789012345678901234567890}', "bad preference", "got 1.23"),
     (GOOD[:-1] + b', "preference": "1"}', "bad preference", "got '1'"),
     (GOOD[:-1] + b', "preference": null}', "bad preference", "got None"),
@@ -158,7 +162,7 @@ def test_tables_are_read_like_lines(write: Any, name: str, kind: pa.DataType, tm
     with pytest.raises(DataError, match=rf"^{name}, record 1: chosen and rejected must differ"):
         read_records(tmp_path / name, columns=PAIR)
     with pytest.raises(
-        DataError, match=r"record 0: column 'completion' must be there, got 'prompt', 'chosen', 'rejected'"
+        DataError, match=r"record 0: column 'completion' must be there, but received 'prompt', 'chosen', 'rejected'"
     ):
         read_records(tmp_path / name, columns=("prompt", "completion"))
 
@@ -206,11 +210,14 @@ def test_a_cut_table_is_refused_as_a_whole(write: Any, name: str, keep: float, t
 def test_a_source_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("prompt\n")
     for source, message in (
-        (tmp_path / "absent.jsonl", r"must be the path of a file, got '.*absent.jsonl'. Put single prompts in a list"),
-        ("Write a poem.", "must be the path of a file, got 'Write a poem.'"),
+        (
+            tmp_path / "absent.jsonl",
+            r"must be the path of a file, but received '.*absent.jsonl'. Put single prompts in a list",
+        ),
+        ("Write a poem.", "must be the path of a file, but received 'Write a poem.'"),
         (tmp_path, "must be the path of a file"),
-        (tmp_path / "x.csv", r"must end in .jsonl, .* or .ipc, got 'x.csv'. Rename or convert it"),
-        ({"prompt": "p"}, "must be a path, a table or many records, got dict. Make it a list"),
+        (tmp_path / "x.csv", r"must end in .jsonl, .* or .ipc, but received 'x.csv'. Rename or convert it"),
+        ({"prompt": "p"}, "must be a path, a table or many records, but received dict. Make it a list"),
     ):
         with pytest.raises(DataError, match=message):
             read_records(source)
@@ -220,7 +227,7 @@ def test_a_source_that_is_none_is_named(tmp_path: Path) -> None:
 def test_wrong_settings_of_reading_are_named() -> None:
     with pytest.raises(ValueError, match=r"columns must be one of \[prompt; prompt, completion; .*got \('chosen',\)"):
         read_records([], columns=("chosen",))
-    with pytest.raises(ValueError, match="on_bad_record must be 'raise', 'skip' or 'warn', got 'ignore'"):
+    with pytest.raises(ValueError, match="on_bad_record must be 'raise', 'skip' or 'warn', but received 'ignore'"):
         read_records([], on_bad_record="ignore")
 
 
@@ -231,10 +238,12 @@ def test_the_report_reads_as_one_line_and_keeps_its_sum() -> None:
     assert str(whole) == "100 records read, 88 delivered, 12 dropped (9 prompt too long, 3 empty prompt), 5 truncated"
     assert str(DropReport(2, 2)) == "2 records read, 2 delivered, 0 dropped"
     with pytest.raises(
-        ValueError, match=r"delivered and dropped records must add up to those read, got 8 and .* of 10"
+        ValueError, match=r"delivered and dropped records must add up to those read, but received 8 and .* of 10"
     ):
         DropReport(10, 8, {"empty prompt": 1})
-    with pytest.raises(ValueError, match="a later stage must read the 90 records that this one delivered, got 91"):
+    with pytest.raises(
+        ValueError, match="a later stage must read the 90 records that this one delivered, but received 91"
+    ):
         report.then(DropReport(91, 91))
 
 
@@ -256,7 +265,9 @@ def test_a_huge_line_is_counted_and_not_held(tmp_path: Path, monkeypatch: pytest
         records, report = read_records(path, columns=PAIR, on_bad_record="skip")
         assert [record.id for record in records] == [0, 3]
         assert report == DropReport(5, 2, {"line too long": 3})
-    with pytest.raises(DataError, match=r"pairs.jsonl, line 2: a line must have at most 100 bytes, got 1001 \["):
+    with pytest.raises(
+        DataError, match=r"pairs.jsonl, line 2: a line must have at most 100 bytes, but received 1001 \["
+    ):
         read_records(path, columns=PAIR)
 
 
@@ -273,7 +284,7 @@ def test_shards_are_one_source_and_each_is_named(tmp_path: Path) -> None:
         read_records((second, third), columns=PAIR)
     with pytest.warns(UserWarning, match=r"^a.jsonl to c.arrow, 3 files: 7 records read, 4 delivered, 3 dropped"):
         read_records([first, second, third], columns=PAIR, on_bad_record="warn")
-    with pytest.raises(DataError, match=r"must be the path of a file, got '.*d.jsonl'"):
+    with pytest.raises(DataError, match=r"must be the path of a file, but received '.*d.jsonl'"):
         read_records([first, tmp_path / "d.jsonl"], columns=PAIR)
 
 
@@ -328,7 +339,9 @@ def test_a_file_that_changes_while_it_is_read_is_refused(name: str, change: str,
         other.replace(path)
     else:
         path.unlink()
-    with pytest.raises(DataError, match=rf"^{name} must not change while it is read, got one that did. Read it again"):
+    with pytest.raises(
+        DataError, match=rf"^{name} must not change while it is read, but received one that did. Read it again"
+    ):
         list(stream)
 
 

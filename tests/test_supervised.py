@@ -224,7 +224,7 @@ def test_agreement_counts_ties_as_half() -> None:
 def test_bad_records_are_refused_by_place_and_reason(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"records, record 8: column 'completion' must be there"):
         tune([*NEXT, {"prompt": "w1"}], steps=1)
-    with pytest.raises(DataError, match=r"records, record 0: column 'prompt' must hold text, got int"):
+    with pytest.raises(DataError, match=r"records, record 0: column 'prompt' must hold text, but received int"):
         tune(NEXT, [{"prompt": 1, "completion": "w1"}], steps=1)
     with pytest.raises(DataError, match=r"records, record 0: chosen and rejected must differ"):
         fit_preference([{"prompt": "w1", "chosen": "w2", "rejected": "w2"}], steps=1)
@@ -235,7 +235,7 @@ def test_bad_records_are_refused_by_place_and_reason(tmp_path: Path) -> None:
 
 
 def test_no_record_left_is_refused() -> None:
-    with pytest.raises(DataError, match=r"at least one record, got none"):
+    with pytest.raises(DataError, match=r"at least one record, but received none"):
         tune([{"prompt": "w1", "completion": "w1 w2 w3 w4 w5"}], steps=1)
-    with pytest.raises(DataError, match=r"at least one record, got none"):
+    with pytest.raises(DataError, match=r"at least one record, but received none"):
         fit_preference([], steps=1)

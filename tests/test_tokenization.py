@@ -60,7 +60,7 @@ def test_overlong_records_follow_their_policy(overlong: Any) -> None:
     limits: dict[str, Any] = {"max_prompt_tokens": 4, "max_completion_tokens": 3, "overlong": overlong}
     if overlong == "raise":
         with pytest.raises(
-            DataError, match=r"record 5: a prompt must have at most 4 tokens, got 5 \[prompt too long\]"
+            DataError, match=r"record 5: a prompt must have at most 4 tokens, but received 5 \[prompt too long\]"
         ):
             tokenize_completions(records, Characters(), **limits)
         return
@@ -99,10 +99,10 @@ def test_tokens_out_of_the_vocabulary_and_lost_prompts_are_bad_records() -> None
     assert tokens.ids.tolist() == [0]
     assert report == DropReport(4, 1, {"empty prompt": 1, "token outside the vocabulary": 2})
     for prompt, message in (
-        ("none", "a prompt must have at least one token, got none"),
+        ("none", "a prompt must have at least one token, but received none"),
         ("low", r"token ids must be in \[0, 128\), got -1 in a prompt"),
-        ("\x80", r"token ids must be in \[0, 128\), got 128 in a prompt"),
-        ("é", r"token ids must be in \[0, 128\), got 233 in a prompt \[token outside the vocabulary\]"),
+        ("\x80", r"token ids must be in \[0, 128\), but received 128 in a prompt"),
+        ("é", r"token ids must be in \[0, 128\), but received 233 in a prompt \[token outside the vocabulary\]"),
     ):
         with pytest.raises(DataError, match=f"record 0: {message}"):
             tokenize_prompts([prompt], Odd(), max_tokens=4)
@@ -122,11 +122,11 @@ def test_prompts_are_taken_from_any_record() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_wrong_settings_of_tokenization_are_named() -> None:
-    with pytest.raises(ValueError, match="max_prompt_tokens must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_prompt_tokens must be at least 1, but received 0"):
         tokenize_prompts(["a"], Characters(), max_tokens=0)
-    with pytest.raises(ValueError, match="overlong must be 'drop', 'raise' or 'truncate', got 'cut'"):
+    with pytest.raises(ValueError, match="overlong must be 'drop', 'raise' or 'truncate', but received 'cut'"):
         tokenize_prompts(["a"], Characters(), max_tokens=4, overlong="cut")
-    with pytest.raises(ValueError, match=r"records must have one number of completions, got \[0, 2\]"):
+    with pytest.raises(ValueError, match=r"records must have one number of completions, but received \[0, 2\]"):
         tokenize_completions(
             [Record(0, "a"), Record(1, "a", ("x", "y"))], Characters(), max_prompt_tokens=4, max_completion_tokens=4
         )
@@ -184,7 +184,7 @@ def test_rows_of_arrays_are_those_of_lists() -> None:
         assert (ragged.values.dtype, ragged.values.tolist()) == (np.int32, expected.values.tolist())
         assert ragged.offsets.tolist() == expected.offsets.tolist() == [0, 2, 2, 3, 6]
     for wrong, message in (
-        (np.array([0.5]), "must be whole numbers, got float64"),
+        (np.array([0.5]), "must be whole numbers, but received float64"),
         (np.array([2**31]), "into 32 bits"),
     ):
         with pytest.raises(DataError, match=message):

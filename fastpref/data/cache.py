@@ -136,19 +136,21 @@ def tokenized(
             _write(path, key, encoded, completions, read)
         except OSError as error:
             raise DataError(
-                f"{cache} must be a directory to write to, got: {error}. Free space, or choose another."
+                f"{cache} must be a directory to write to, but received: {error}. Free space, or choose another."
             ) from error
     written = _open(path, key)
     if written is None:
-        raise DataError(f"{path} must be there once it is written, got nothing. Let nobody else change {cache}.")
+        raise DataError(
+            f"{path} must be there once it is written, but received nothing. Let nobody else change {cache}."
+        )
     return written
 
 
 def _fingerprint(tokenizer: Encoder) -> bytes:
     if not isinstance(tokenizer, Fingerprinted):
         raise ValueError(
-            f"a tokenizer must have a fingerprint to be cached by, got {type(tokenizer).__name__}; "
-            "add the property, or use tokenize_completions"
+            f"a tokenizer must have a fingerprint to be cached by, but received {type(tokenizer).__name__}. "
+            "Add the property, or use tokenize_completions."
         )
     return tokenizer.fingerprint
 

@@ -56,7 +56,7 @@ class ChatTemplate:
         if found is None:
             raise ChatError(
                 "a tokenizer must bring a chat template (chat_template.jinja, or chat_template in "
-                "tokenizer_config.json), got one without. Make a ChatTemplate from text, or use plain text records."
+                "tokenizer_config.json), but received none. Make a ChatTemplate from text, or use plain text."
             )
         return found
 
@@ -86,7 +86,9 @@ class ChatTemplate:
           ChatError: the template refuses the conversation, or it ends with a message of the assistant.
         """
         if not messages or messages[-1]["role"] == "assistant":
-            raise ChatError("a prompt must end with a message that is not the assistant's")
+            raise ChatError(
+                "a prompt must end with a message that is not the assistant's, but received one that does. Take it out."
+            )
         return Rendered(self._render(messages, True))
 
     def completion(self, messages: Sequence[Message], reply: Sequence[Message]) -> Rendered:
@@ -96,11 +98,11 @@ class ChatTemplate:
           ChatError: the template refuses the conversation, or writes the prompt otherwise once it is answered.
         """
         if not reply:
-            raise ChatError("a completion must hold at least one message of the assistant, got none")
+            raise ChatError("a completion must hold at least one message of the assistant, but received none")
         prompt, whole = self.prompt(messages), self._render([*messages, *reply], False)
         if not whole.startswith(prompt):
             raise ChatError(
-                "a chat template must write a prompt alike with and without its answer, got one that does not"
+                "a chat template must write a prompt alike with and without its answer, but received one that does not"
             )
         text = whole.removeprefix(prompt)
         eos = self.tokens.get("eos_token")
@@ -138,7 +140,9 @@ class ChatTemplate:
             prompt, reply = _divided(_messages(row["messages"], "user"))
             replies = [reply] * len(names)
         else:
-            raise ChatError(f"a conversational record must hold {', '.join(columns)}, got {', '.join(row) or 'none'}")
+            raise ChatError(
+                f"a conversational record must hold {', '.join(columns)}, but received {', '.join(row) or 'none'}"
+            )
         written: dict[str, str] = {"prompt": self.prompt(prompt)}
         return written | {name: self.completion(prompt, reply) for name, reply in zip(names, replies, strict=True)}
 
@@ -163,15 +167,17 @@ def _messages(value: object, speaker: str) -> list[Message]:
     if isinstance(value, str | bytes):
         value = [{"role": speaker, "content": value}]
     if not isinstance(value, list | tuple) or not value:
-        raise ChatError(f"a conversation must be a list of messages, got {value!r:.50}")
+        raise ChatError(f"a conversation must be a list of messages, but received {value!r:.50}")
     messages: list[Message] = []
     for message in value:
         if not isinstance(message, Mapping):
-            raise ChatError(f"a message must map role and content to text, got {message!r:.50}")
+            raise ChatError(f"a message must map role and content to text, but received {message!r:.50}")
         known = {name: _decoded(entry) for name, entry in message.items() if entry is not None}
         for name in ("role", "content"):
             if not isinstance(known.get(name), str):
-                raise ChatError(f"a message must map role and content to text, got {name} {message.get(name)!r:.50}")
+                raise ChatError(
+                    f"a message must map role and content to text, but received {name} {message.get(name)!r:.50}"
+                )
         messages.append(known)
     return messages
 

@@ -98,9 +98,13 @@ class RecordStream:
         self._columns = tuple(columns)
         if self._columns not in COLUMNS:
             known = "; ".join(", ".join(names) for names in COLUMNS)
-            raise ValueError(f"columns must be one of [{known}], got {self._columns!r}; choose what the records hold")
+            raise ValueError(
+                f"columns must be one of [{known}], but received {self._columns!r}. Choose what the records hold."
+            )
         if start < 0:
-            raise ValueError(f"start must be at least 0, got {start}; give the number of records to pass over")
+            raise ValueError(
+                f"start must be at least 0, but received {start}. Give the number of records to pass over."
+            )
         name, rows = open_rows(source)
         self._ledger = Ledger(name, on_bad_record)
         self._template = template
@@ -135,14 +139,16 @@ def _record(index: int, row: object, columns: tuple[str, ...], template: ChatTem
     if isinstance(row, str) and columns == ("prompt",):
         row = {"prompt": row}
     if not isinstance(row, Mapping):
-        raise BadRecord("not a record", f"a record must map {', '.join(columns)} to text, got {type(row).__name__}")
+        raise BadRecord(
+            "not a record", f"a record must map {', '.join(columns)} to text, but received {type(row).__name__}"
+        )
     if template is not None and is_conversation(row, columns):
         try:
             row = {**row, **template.texts(row, columns)}
         except ChatError as error:
             raise BadRecord("bad conversation", str(error)) from None
         except UnicodeError as error:
-            raise BadRecord("bad UTF-8", f"messages must hold valid UTF-8, got {error}") from None
+            raise BadRecord("bad UTF-8", f"messages must hold valid UTF-8, but received {error}") from None
     prompt = _text(row, "prompt")
     if not prompt.strip():
         raise BadRecord("empty prompt", "the prompt must hold more than white space")
@@ -167,7 +173,7 @@ def _record(index: int, row: object, columns: tuple[str, ...], template: ChatTem
         or not isinstance(preference, int | float | np.integer | np.floating)
         or not 0 <= preference <= 1
     ):
-        raise BadRecord("bad preference", f"preference must be a number in [0, 1], got {preference!r}")
+        raise BadRecord("bad preference", f"preference must be a number in [0, 1], but received {preference!r}")
     return Record(index, prompt, completions, float(preference))
 
 
@@ -183,12 +189,14 @@ def _text(row: Mapping[str, Any], column: str) -> str:
             value.encode()
             return value
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        raise BadRecord("bad UTF-8", f"column {column!r} must hold valid UTF-8, got {error.reason}") from None
-    detail = f"column {column!r} must hold text, got {type(value).__name__}"
+        raise BadRecord("bad UTF-8", f"column {column!r} must hold valid UTF-8, but received {error.reason}") from None
+    detail = f"column {column!r} must hold text, but received {type(value).__name__}"
     if isinstance(value, list | tuple):
         detail += "; conversations need a chat template"
     raise BadRecord("not a string", detail)
 
 
 def _missing(row: Mapping[str, Any], column: str) -> BadRecord:
-    return BadRecord("missing column", f"column {column!r} must be there, got {', '.join(map(repr, row)) or 'none'}")
+    return BadRecord(
+        "missing column", f"column {column!r} must be there, but received {', '.join(map(repr, row)) or 'none'}"
+    )

@@ -54,8 +54,8 @@ class DropReport:
     def __post_init__(self) -> None:
         if self.delivered + sum(self.dropped.values()) != self.read:
             raise ValueError(
-                f"delivered and dropped records must add up to those read, got {self.delivered} and "
-                f"{dict(self.dropped)} of {self.read}; count each record once"
+                f"delivered and dropped records must add up to those read, but received {self.delivered} and "
+                f"{dict(self.dropped)} of {self.read}. Count each record once."
             )
 
     def __str__(self) -> str:
@@ -73,8 +73,8 @@ class DropReport:
         """
         if later.read != self.delivered:
             raise ValueError(
-                f"a later stage must read the {self.delivered} records that this one delivered, got {later.read}; "
-                "join reports in the order of their stages"
+                f"a later stage must read the {self.delivered} records that this one delivered, but received "
+                f"{later.read}. Join reports in the order of their stages."
             )
         dropped = dict(Counter(self.dropped) + Counter(later.dropped))
         return DropReport(self.read, later.delivered, dropped, self.truncated + later.truncated)
@@ -86,7 +86,7 @@ class Ledger:
     def __init__(self, source: str, on_bad_record: OnBadRecord) -> None:
         if on_bad_record not in ("raise", "skip", "warn"):
             raise ValueError(
-                f"on_bad_record must be 'raise', 'skip' or 'warn', got {on_bad_record!r}; choose one of them"
+                f"on_bad_record must be 'raise', 'skip' or 'warn', but received {on_bad_record!r}. Choose one of them."
             )
         self.source = source
         self.on_bad_record = on_bad_record

@@ -44,7 +44,7 @@ def open_rows(source: object) -> tuple[str, Iterator[Row]]:
         return "table", _whole("table", "Arrow table", iter(source.to_batches()))
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise DataError(
-            f"a source must be a path, a table or many records, got {type(source).__name__}. Make it a list."
+            f"a source must be a path, a table or many records, but received {type(source).__name__}. Make it a list."
         )
     if isinstance(source, list | tuple) and source and all(isinstance(item, Path) for item in source):
         paths = [_existing(path) for path in source]
@@ -56,12 +56,13 @@ def open_rows(source: object) -> tuple[str, Iterator[Row]]:
 def _existing(path: Path) -> Path:
     if not path.is_file():
         raise DataError(
-            f"a source given as text must be the path of a file, got {str(path)!r}. Put single prompts in a list."
+            f"a source given as text must be the path of a file, but received {str(path)!r}. Put single prompts in a "
+            f"list."
         )
     if path.suffix not in (*_LINES, *_ARROW, ".parquet"):
         raise DataError(
             "a file must end in .jsonl, .ndjson, .json, .parquet, .arrow, .feather or .ipc, "
-            f"got {path.name!r}. Rename or convert it."
+            f"but received {path.name!r}. Rename or convert it."
         )
     return path
 
@@ -94,7 +95,7 @@ def unchanged(path: Path) -> Iterator[None]:
     before = state()
     yield
     if state() != before:
-        raise DataError(f"{path.name} must not change while it is read, got one that did. Read it again.")
+        raise DataError(f"{path.name} must not change while it is read, but received one that did. Read it again.")
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
@@ -117,19 +118,20 @@ def _skip_line(file: BinaryIO, line: bytes) -> BadRecord:
     while line and not line.endswith(b"\n"):
         line = file.readline(LINE_BYTES)
         size += len(line)
-    return BadRecord("line too long", f"a line must have at most {LINE_BYTES} bytes, got {size}")
+    return BadRecord("line too long", f"a line must have at most {LINE_BYTES} bytes, but received {size}")
 
 
 def _json(line: bytes) -> object:
     try:
         line.decode()
     except UnicodeDecodeError as error:
-        return BadRecord("bad UTF-8", f"a line must be valid UTF-8, got {error.reason} at byte {error.start}")
+        return BadRecord("bad UTF-8", f"a line must be valid UTF-8, but received {error.reason} at byte {error.start}")
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError as error:
         return BadRecord(
-            "broken JSON", f"a line must be one JSON object, got an error at character {error.pos}: {error.msg}"
+            "broken JSON",
+            f"a line must be one JSON object, but received an error at character {error.pos}: {error.msg}",
         )
 
 

@@ -207,9 +207,13 @@ class TokenStream:
         sizes = {"max_prompt_tokens": max_prompt_tokens, "max_completion_tokens": max_completion_tokens, "chunk": chunk}
         for name, limit in sizes.items():
             if limit < 1:
-                raise ValueError(f"{name} must be at least 1, got {limit}; give the number of tokens that fit")
+                raise ValueError(
+                    f"{name} must be at least 1, but received {limit}. Give the number of tokens that fit."
+                )
         if overlong not in ("drop", "raise", "truncate"):
-            raise ValueError(f"overlong must be 'drop', 'raise' or 'truncate', got {overlong!r}; choose one of them")
+            raise ValueError(
+                f"overlong must be 'drop', 'raise' or 'truncate', but received {overlong!r}. Choose one of them."
+            )
         self._limits = (max_prompt_tokens, max_completion_tokens)
         self._tokenizer = tokenizer
         self._vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
@@ -234,7 +238,8 @@ class TokenStream:
             counts |= {len(record.completions) for record in part}
             if len(counts) > 1:
                 raise ValueError(
-                    f"records must have one number of completions, got {sorted(counts)}; tokenize each kind apart"
+                    f"records must have one number of completions, but received {sorted(counts)}. Tokenize each kind "
+                    f"apart."
                 )
             yield self._part(part, max(counts))
         self._ledger.close()
@@ -278,7 +283,9 @@ def _overlong(row: list[list[int]], limits: Sequence[int]) -> BadRecord | None:
     for column, (tokens, limit) in enumerate(zip(row, limits, strict=True)):
         if len(tokens) > limit:
             side = "completion" if column else "prompt"
-            return BadRecord(f"{side} too long", f"a {side} must have at most {limit} tokens, got {len(tokens)}")
+            return BadRecord(
+                f"{side} too long", f"a {side} must have at most {limit} tokens, but received {len(tokens)}"
+            )
     return None
 
 
@@ -286,12 +293,12 @@ def _check(row: list[list[int]], vocab_size: int) -> None:
     for column, tokens in enumerate(row):
         side = "completion" if column else "prompt"
         if not tokens:
-            raise BadRecord(f"empty {side}", f"a {side} must have at least one token, got none")
+            raise BadRecord(f"empty {side}", f"a {side} must have at least one token, but received none")
         low, high = min(tokens), max(tokens)
         if low < 0 or high >= vocab_size:
             raise BadRecord(
                 "token outside the vocabulary",
-                f"token ids must be in [0, {vocab_size}), got {low if low < 0 else high} in a {side}",
+                f"token ids must be in [0, {vocab_size}), but received {low if low < 0 else high} in a {side}",
             )
     if len(row) == 3 and row[1] == row[2]:
         raise BadRecord(IDENTICAL, "chosen and rejected must differ in their tokens")

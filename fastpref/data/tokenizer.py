@@ -72,7 +72,8 @@ class Tokenizer:
             token = backend.id_to_token(value) if 0 <= value < self.vocab_size else None
             if token is None:
                 raise ModelError(
-                    f"{key} is in the vocabulary, ids 0 to {self.vocab_size - 1}, but id {value} is not: add it first"
+                    f"{key} must be in the vocabulary, ids 0 to {self.vocab_size - 1}, but received id {value}. Add "
+                    f"it first."
                 )
             names[key] = token
         # As Hugging Face does on loading: else text would keep the markers, and decoding would show them.
@@ -140,7 +141,8 @@ class Tokenizer:
         source = Path(directory)
         if not (source / "tokenizer.json").is_file():
             raise FileNotFoundError(
-                f"a checkpoint holds tokenizer.json, but {source} has none: save its tokenizer in the fast format"
+                f"a checkpoint must hold tokenizer.json, but received {source} without. Save its tokenizer in the "
+                f"fast format."
             )
         check_manifest(source, lambda name: name in FILES)
         files = {name: (source / name).read_bytes() for name in FILES if (source / name).is_file()}
@@ -152,8 +154,8 @@ class Tokenizer:
             eos_id, pad_id = special_ids(files | config, backend)
             if eos_id is None:
                 raise ModelError(
-                    f"a tokenizer names its end-of-sequence token, but no file of {source} does: "
-                    "set eos_token in tokenizer_config.json or eos_token_id in config.json"
+                    f"a tokenizer must name its end-of-sequence token, but received {source}, where no file does. "
+                    "Set eos_token in tokenizer_config.json or eos_token_id in config.json."
                 )
             tokenizer = Tokenizer(backend, eos_id=eos_id, pad_id=pad_id, files=files, special_text=special_text)
             tokenizer.probe()
@@ -204,7 +206,9 @@ def read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     try:
         content = orjson.loads(files.get(name, b"{}"))
     except orjson.JSONDecodeError as error:
-        raise ModelError(f"{name} is JSON, but this one cannot be read ({error}): copy it again") from error
+        raise ModelError(
+            f"{name} must be JSON, but received one that cannot be read ({error}). Copy it again."
+        ) from error
     if not isinstance(content, dict):
-        raise ModelError(f"{name} is a JSON object, not {type(content).__name__}: copy it again")
+        raise ModelError(f"{name} must be a JSON object, but received {type(content).__name__}. Copy it again.")
     return content

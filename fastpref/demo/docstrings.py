@@ -179,7 +179,7 @@ def harvest(
       ValueError: `limit` below 1, or no source gave an example.
     """
     if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}; leave it out to keep every example")
+        raise ValueError(f"limit must be at least 1, but received {limit}. Leave it out to keep every example.")
     sources = installed_sources() if sources is None else sources
     key = repr((_FORMAT, sorted((source.name, source.version) for source in sources)))
     folder = cache_folder() if cache_dir is None else Path(cache_dir)
@@ -190,7 +190,9 @@ def harvest(
             found = _read(sources, progress)
         if not found.examples:
             names = ", ".join(str(source.root) for source in sources) or "no folder"
-            raise ValueError(f"a harvest needs at least one docstring with a body, found none in {names}; add sources")
+            raise ValueError(
+                f"a harvest must have at least one docstring with a body, but received none from {names}. Add sources."
+            )
         _store(file, found)
     if limit is None or limit >= len(found.examples):
         return found
@@ -213,7 +215,7 @@ def splits(examples: Iterable[Example], shares: tuple[float, float, float, float
       ValueError: negative shares, or shares that do not sum to 1.
     """
     if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(f"shares must be at least 0 and sum to 1, got {shares}; give four fractions")
+        raise ValueError(f"shares must be at least 0 and sum to 1, but received {shares}. Give four fractions.")
     ends = [sum(shares[: i + 1]) for i in range(3)]
     parts = Splits([], [], [], [])
     for example in examples:
@@ -241,8 +243,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 3072) -> Tokenizer:
     special = ["<pad>", "</s>", "<unk>"]
     if vocab_size < len(alphabet) + len(special):
         raise ValueError(
-            f"vocab_size must be at least {len(alphabet) + len(special)}, one for each byte, got {vocab_size}; "
-            "2048 to 4096 suits docstrings"
+            f"vocab_size must be at least {len(alphabet) + len(special)}, one for each byte, but received "
+            f"{vocab_size}. "
+            "2048 to 4096 suits docstrings."
         )
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -102,8 +102,9 @@ class GoldJudge:
         """
         if not len(prompts) == len(first) == len(second):
             raise ValueError(
-                "a judge takes one first and one second summary a prompt, "
-                f"got {len(prompts)} prompts, {len(first)} first and {len(second)} second; pass lists of equal length"
+                "a judge must be given one first and one second summary a prompt, "
+                f"but received {len(prompts)} prompts, {len(first)} first and {len(second)} second. Pass lists of "
+                f"equal length."
             )
         leads = (
             self.score(prompt, one) - self.score(prompt, other)

@@ -71,7 +71,10 @@ class Jury:
     def rewards(self) -> Float[np.ndarray, "P K"]:
         """r(x, y) of every completion, asked for once."""
         if not isinstance(self.judge.judge, Rewarder):
-            raise TypeError(f"rewards need a judge with scores(prompts, completions), got {self.judge.judge!r}")
+            raise TypeError(
+                f"rewards must come from a judge with scores(prompts, completions), but received "
+                f"{self.judge.judge!r}. Pass a RewardModel."
+            )
         if self._rewards is None:
             prompts, completions = self.classes.shape
             flat = self.judge.rate(

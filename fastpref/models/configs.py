@@ -141,7 +141,9 @@ def read_config(raw: Mapping[str, Any], *, tied: bool) -> T5Config | DecoderConf
     """
     kind = raw.get("model_type")
     if kind not in SUPPORTED:
-        raise ModelError(f"model_type is one of {', '.join(SUPPORTED)}, not {kind!r}: convert or choose another model")
+        raise ModelError(
+            f"model_type must be one of {', '.join(SUPPORTED)}, but received {kind!r}. Convert or choose another model."
+        )
     for option, neutral in UNUSED.items():
         value = raw.get(option)
         full = option == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value)
@@ -270,8 +272,9 @@ def write_t5(config: T5Config) -> dict[str, Any]:
     if (config.activation, config.gated) not in projections:
         gate = "a gate" if config.gated else "no gate"
         raise ModelError(
-            f"the projection of a T5 checkpoint is {' or '.join(PROJECTIONS)}, not {config.activation} with {gate}: "
-            "change activation or gated"
+            f"the projection of a T5 checkpoint must be {' or '.join(PROJECTIONS)}, but received {config.activation} "
+            f"with {gate}. "
+            "Change activation or gated."
         )
     return {
         "architectures": ["T5ForConditionalGeneration"],
@@ -297,7 +300,7 @@ def write_t5(config: T5Config) -> dict[str, Any]:
 def write_decoder(config: DecoderConfig) -> dict[str, Any]:
     """The entries that only the Llama family has."""
     if config.output_bias and not config.attention_bias:
-        raise ModelError("output_bias without attention_bias is in no kind of checkpoint: set both, or neither")
+        raise ModelError("output_bias must come with attention_bias, but received it alone. Set both, or neither.")
     qwen = config.attention_bias and not config.output_bias
     scaling = config.rope_scaling
     rope: dict[str, Any] = {}
@@ -336,11 +339,13 @@ def _or(raw: Mapping[str, Any], name: str, default: Any) -> Any:
 def entry(raw: Mapping[str, Any], name: str) -> Any:
     """An entry that must be there."""
     if raw.get(name) is None:
-        raise ModelError(f"config.json holds {name}, but this one does not: copy it again")
+        raise ModelError(f"config.json must hold {name}, but received one without. Copy it again.")
     return raw[name]
 
 
 def unsupported(kind: object, option: str, value: object, allowed: tuple[Any, ...]) -> ModelError:
     """The error for an option that changes the model in a way not written here."""
     choices = " or ".join(repr(choice) for choice in allowed) if allowed else "left out"
-    return ModelError(f"{option} of a {kind} is {choices} here, not {value!r}: convert or choose another checkpoint")
+    return ModelError(
+        f"{option} of a {kind} must be {choices}, but received {value!r}. Convert or choose another checkpoint."
+    )

@@ -34,7 +34,9 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "llama3"):
-            raise ValueError(f"rope scaling is 'linear' or 'llama3', not {self.kind!r}: use a checkpoint with either")
+            raise ValueError(
+                f"rope scaling must be 'linear' or 'llama3', but received {self.kind!r}. Use a checkpoint with either."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +64,15 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "hidden", "layers", "heads", "kv_heads", "head_dim"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, not {getattr(self, name)}: give the size of the model")
+                raise ValueError(
+                    f"{name} must be at least 1, but received {getattr(self, name)}. Give the size of the model."
+                )
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"heads is a multiple of kv_heads, but {self.heads} is none of {self.kv_heads}: change either"
+                f"heads must be a multiple of kv_heads, but received {self.heads} and {self.kv_heads}. Change either."
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is even for rotary positions, not {self.head_dim}: change it")
+            raise ValueError(f"head_dim must be even for rotary positions, but received {self.head_dim}. Change it.")
 
 
 def inverse_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
@@ -198,8 +202,8 @@ class Decoder(nnx.Module):
         """
         if batch.prompt_tokens.shape[1]:
             raise ValueError(
-                "a decoder-only model reads rows without an encoder stream, but this one has "
-                f"{batch.prompt_tokens.shape[1]} places: pack the pairs for a decoder-only model"
+                "rows of a decoder-only model must have no encoder stream, but received "
+                f"{batch.prompt_tokens.shape[1]} places of it. Pack the pairs for a decoder-only model."
             )
         tokens, positions = (jnp.asarray(x)[:, None] for x in (batch.tokens, batch.positions))
         return self.forward(tokens, positions, Masks(packed_mask(batch)))[0][:, 0]

@@ -116,9 +116,9 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = Tru
     if not source.is_dir():
         files.tidy(source.absolute().parent, source.name)
     if not source.is_dir():
-        raise FileNotFoundError(f"a checkpoint is a directory, but {source} is none: check the path")
+        raise FileNotFoundError(f"a checkpoint must be a directory, but received {source}. Check the path.")
     if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"a checkpoint holds config.json, but {source} has none: check the path")
+        raise FileNotFoundError(f"a checkpoint must hold config.json, but received {source} without. Check the path.")
     files.check_manifest(source)
     raw = read_json({"config.json": (source / "config.json").read_bytes()}, "config.json")
     config = read_config(raw, tied=False)
@@ -131,13 +131,15 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = Tru
         places = named_leaves(config, state)
         if missing := sorted(places.keys() - tensors.keys()):
             raise ModelError(
-                f"{source} lacks {len(missing)} tensors that its config.json asks for, first {missing[0]}: "
-                "copy it again"
+                f"{source} must hold the tensors that its config.json asks for, but received it without "
+                f"{len(missing)}, first {missing[0]}. "
+                "Copy it again."
             )
         if unexpected := sorted(tensors.keys() - places.keys()):
             raise ModelError(
-                f"{source} holds {len(unexpected)} tensors that its config.json has no place for, first "
-                f"{unexpected[0]}: use the config.json that belongs to these weights"
+                f"{source} must hold only tensors that its config.json has a place for, but received "
+                f"{len(unexpected)} others, first "
+                f"{unexpected[0]}. Use the config.json that belongs to these weights."
             )
         leaves = {}
         for name, (path_in_module, variable) in places.items():
@@ -146,8 +148,8 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = Tru
             wanted, received = shape[::-1] if kernel else shape, shapes[name]
             if received != wanted:
                 raise ModelError(
-                    f"{name} has shape {wanted} by config.json, but {source} holds {received}: "
-                    "use the config.json that belongs to these weights"
+                    f"{name} must have shape {wanted} by config.json, but received {received} in {source}. "
+                    "Use the config.json that belongs to these weights."
                 )
             if (stored := tensors[name].get_slice(name).get_dtype()) not in FLOATS:
                 raise ModelError(
@@ -167,8 +169,9 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = Tru
     tokenizer = Tokenizer.load(source)
     if tokenizer.vocab_size > module.vocab_size:
         raise ModelError(
-            f"a tokenizer's ids fit the model's vocabulary of {module.vocab_size}, but that of {source} has "
-            f"{tokenizer.vocab_size}: use the tokenizer that belongs to these weights"
+            f"a tokenizer's ids must fit the model's vocabulary of {module.vocab_size}, but received that of "
+            f"{source} with "
+            f"{tokenizer.vocab_size}. Use the tokenizer that belongs to these weights."
         )
     return LanguageModel(module, tokenizer, raw)
 
@@ -201,15 +204,15 @@ def save(
     target, module = Path(path).absolute(), model.module
     if not isinstance(module, T5 | Decoder):
         raise TypeError(
-            f"a checkpoint is written of a T5 or a Decoder, not of a {type(module).__name__}: save it yourself"
+            f"a module must be a T5 or a Decoder to be saved, but received a {type(module).__name__}. Save it yourself."
         )
     config = module.config
     eos_id, pad_id = model.tokenizer.eos_id, model.tokenizer.pad_id
     raw = dict(model.config) or write_config(config, eos_id=eos_id, pad_id=pad_id)
     if (described := read_config(raw, tied=config.tied)) != config:
         raise ModelError(
-            f"the config of a LanguageModel describes its module, but it says {described} and the module is {config}: "
-            "leave config empty to have it written"
+            f"the config of a LanguageModel must describe its module, {config}, but received {described}. "
+            "Leave config empty to have it written."
         )
     for key in {"dtype", "torch_dtype"} & raw.keys():
         raw[key] = str(module.embedding[...].dtype)
@@ -218,7 +221,8 @@ def save(
         present = target.iterdir() if target.is_dir() else [target]
         if foreign := sorted(x.name for x in present if not OURS.fullmatch(x.name) and x.name not in further):
             raise FileExistsError(
-                f"a checkpoint is saved to a directory of its own, but {target} holds {foreign[0]}: choose another path"
+                f"a checkpoint must have a directory of its own, but received {target} with {foreign[0]}. Choose "
+                f"another path."
             )
     with files.replacing(target) as new:
         new.mkdir()
@@ -276,10 +280,13 @@ def open_tensors(source: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
                 {str(shard) for shard in orjson.loads((source / INDEX).read_bytes())["weight_map"].values()}
             )
         except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{INDEX} maps tensors to files, but that of {source} does not: copy it again") from error
+            raise ModelError(
+                f"{INDEX} must map tensors to files, but received one in {source} that does not. Copy it again."
+            ) from error
     elif not (source / WEIGHTS).is_file():
         raise FileNotFoundError(
-            f"a checkpoint holds {WEIGHTS} or {INDEX}, but {source} has neither: save its weights as safetensors"
+            f"a checkpoint must hold {WEIGHTS} or {INDEX}, but received {source} with neither. Save its weights as "
+            f"safetensors."
         )
     tensors: dict[str, Any] = {}
     for shard in shards:
@@ -288,11 +295,16 @@ def open_tensors(source: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
                 f"{INDEX} must name files of its own directory, but received {shard!r} in {source}. Copy it again."
             )
         if not (source / shard).is_file():
-            raise FileNotFoundError(f"{INDEX} names {shard}, but {source} has no such file: copy it again")
+            raise FileNotFoundError(
+                f"{INDEX} must name files that are there, but received {shard} in {source}. Copy it again."
+            )
         try:
             file = stack.enter_context(safe_open(source / shard, framework="np"))
         except SafetensorError as error:
-            raise ModelError(f"{source / shard} is not a whole safetensors file ({error}): copy it again") from error
+            raise ModelError(
+                f"{source / shard} must be a whole safetensors file, but received one that is not "
+                f"({error}). Copy it again."
+            ) from error
         tensors |= dict.fromkeys(file.keys(), file)
     return {name: file for name, file in tensors.items() if not IGNORED.search(name)}
 

@@ -50,17 +50,23 @@ class T5Config:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "hidden", "encoder_layers", "decoder_layers", "heads", "head_dim"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, not {getattr(self, name)}: give the size of the model")
+                raise ValueError(
+                    f"{name} must be at least 1, but received {getattr(self, name)}. Give the size of the model."
+                )
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation is one of {sorted(ACTIVATIONS)}, not {self.activation!r}: choose one of them")
+            raise ValueError(
+                f"activation must be one of {sorted(ACTIVATIONS)}, but received {self.activation!r}. "
+                f"Choose one of them."
+            )
         if self.buckets < 4 or self.buckets % 4 or self.max_distance <= self.buckets // 2:
             raise ValueError(
-                "buckets is a multiple of 4 and max_distance above half of it, "
-                f"not {self.buckets} and {self.max_distance}: use those of the checkpoint"
+                "buckets must be a multiple of 4 and max_distance above half of it, "
+                f"but received {self.buckets} and {self.max_distance}. Use those of the checkpoint."
             )
         if not 0 <= self.start_id < self.vocab_size:
             raise ValueError(
-                f"start_id lies in the vocabulary, 0 to {self.vocab_size - 1}, not {self.start_id}: choose another"
+                f"start_id must lie in the vocabulary, 0 to {self.vocab_size - 1}, but received {self.start_id}. "
+                f"Choose another."
             )
 
 
@@ -243,8 +249,8 @@ class T5(nnx.Module):
         """
         if not batch.prompt_tokens.shape[1]:
             raise ValueError(
-                "an encoder-decoder reads prompts from the encoder stream, but these rows have none: "
-                "pack the pairs for an encoder-decoder"
+                "rows of an encoder-decoder must have an encoder stream, but received some without. "
+                "Pack the pairs for an encoder-decoder."
             )
         prompts = self.encode(jnp.asarray(batch.prompt_tokens), prompt_mask(batch))
         masks = Masks(packed_mask(batch), cross_mask(batch))

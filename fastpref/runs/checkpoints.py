@@ -81,7 +81,9 @@ def save(
       CheckpointError: the files could not be written, or `directory` holds an intact later step of another run.
     """
     if step < 0 or keep < 1:
-        raise ValueError(f"step must be at least 0 and keep at least 1; got step={step}, keep={keep}")
+        raise ValueError(
+            f"step must be at least 0 and keep at least 1, but received step={step}, keep={keep}. Raise them."
+        )
     _one_process()
     leaves = _leaves(arrays, "arrays", jax.Array)
     extra_json = _encode_extra(extra)
@@ -265,7 +267,7 @@ def _encode_extra(extra: Mapping[str, Any]) -> bytes:
         if not same:
             raise ValueError(
                 f"extra must be bytes or JSON that comes back equal (lists, not tuples; finite numbers); "
-                f"got {name}={value!r}. Convert it to a list or to bytes."
+                f"but received {name}={value!r}. Convert it to a list or to bytes."
             )
     encoded = {name: base64.b64encode(value).decode() for name, value in binary.items()}
     return orjson.dumps({"json": plain, "base64": encoded}, option=orjson.OPT_INDENT_2)

@@ -77,7 +77,10 @@ class Run:
           ValueError: a metric is not a number or is called "step", or the run is closed.
         """
         if "step" in metrics:
-            raise ValueError(f"a metric cannot be called 'step'; got {metrics['step']!r}. Pass it as the argument.")
+            raise ValueError(
+                f"a metric must have another name than 'step', but received {metrics['step']!r}. Pass "
+                f"it as the argument."
+            )
         plain = {name: _number(name, value) for name, value in metrics.items()}
         self._history.add(self._append(METRICS, [{"step": step, **plain}]))
         if self._tensorboard:
@@ -303,5 +306,5 @@ def _warn(message: str) -> None:
 def _number(name: str, value: Any) -> int | float:
     number = value.item() if getattr(value, "shape", None) == () else value
     if not isinstance(number, int | float):
-        raise ValueError(f"a metric must be one number; got {name}={value!r}. Average it first.")
+        raise ValueError(f"a metric must be one number, but received {name}={value!r}. Average it first.")
     return number

@@ -165,7 +165,10 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     rows = [[value.item() if isinstance(value, np.generic) else value for value in row] for row in rows]
     for row in rows:
         if len(row) != len(columns):
-            raise ValueError(f"a row needs {len(columns)} cells, for {list(columns)}; got {len(row)}: {row}")
+            raise ValueError(
+                f"a line must have {len(columns)} cells, for {list(columns)}, but received {len(row)}: "
+                f"{row}. Add or remove some."
+            )
     shown = Table()
     for index, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int | float | None) for row in rows)
