@@ -54,10 +54,10 @@ BAD_LINES: list[tuple[bytes, str, str]] = [
     (GOOD[:-1] + b', "preference": 1.5}', "bad preference",
      r"preference must be a number in \[0, 1\], but received 1.5"),
     (GOOD[:-1] + b', "preference": -1e-9}', "bad preference", "but received -1e-09"),
-    (GOOD[:-1] + b', "preference": 123456789012345678901234567890}', "bad preference", "got 1.23"),
-    (GOOD[:-1] + b', "preference": "1"}', "bad preference", "got '1'"),
-    (GOOD[:-1] + b', "preference": null}', "bad preference", "got None"),
-    (GOOD[:-1] + b', "preference": true}', "bad preference", "got True"),
+    (GOOD[:-1] + b', "preference": 123456789012345678901234567890}', "bad preference", "but received 1.23"),
+    (GOOD[:-1] + b', "preference": "1"}', "bad preference", "but received '1'"),
+    (GOOD[:-1] + b', "preference": null}', "bad preference", "but received None"),
+    (GOOD[:-1] + b', "preference": true}', "bad preference", "but received True"),
 ]  # fmt: skip
 
 
