@@ -5,6 +5,7 @@ All but the first and the last take a TOML file with overrides.
 
 import argparse
 import importlib
+import inspect
 import json
 import signal
 import sys
@@ -30,31 +31,35 @@ from fastpref.runs.read_model import locate, read_tokenizer
 USER_ERRORS = (FastprefError, ValueError, OSError)
 """What ends a command with one line instead of a traceback."""
 
-KEYS: dict[str, tuple[str, ...]] = {
-    "train": (
-        "policy",
-        "prompts",
-        "judge",
-        "run_dir",
-        "cache",
-        "ref",
-        "behaviour",
-        "eval_prompts",
-        "eval_judge",
-        "settings",
-    ),
-    "sft": ("policy", "data", "run_dir", "cache", "held_out", "settings"),
-    "preference": ("policy", "data", "run_dir", "held_out", "kind", "settings"),
-    "evaluate": ("policy", "baseline", "policies", "prompts", "judge", "output", "settings"),
-    "sweep": (
-        *("policy", "prompts", "judge", "run_dir", "ref", "behaviour", "eval_prompts", "eval_judge"),
-        *("grid", "metric", "baseline", "settings"),
-    ),
-}
-"""Keys of each command's TOML file."""
+PYTHON_ONLY = ("config", "optimizer", "callbacks", "quiet", "model")
+"""Parameters that a TOML file cannot hold, or that have a table of their own: `settings` makes the config."""
 
-TABLES = ("settings", "policies", "grid")
-"""Keys whose values are tables; the others are text."""
+FITS: dict[str, Callable[..., FitResult]] = {"preference": fit_preference_model, "reward": fit_reward_model}
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Parameters of a function that a TOML file may give, by name."""
+    parameters = inspect.signature(function).parameters
+    return {name: parameter for name, parameter in parameters.items() if name not in PYTHON_ONLY}
+
+
+KEYS: dict[str, tuple[str, ...]] = {
+    "train": (*_parameters(train), "settings"),
+    "sft": (*_parameters(sft), "settings"),
+    "preference": ("policy", "kind", *(_parameters(fit_preference_model) | _parameters(fit_reward_model)), "settings"),
+    "evaluate": ("policy", "baseline", "policies", "prompts", "judge", "output", "settings"),
+    "sweep": (*_parameters(train), "grid", "metric", "baseline", "settings"),
+}
+"""Keys of each command's TOML file: what its function takes, and its own."""
+
+KINDS: dict[str, tuple[type, str]] = {
+    "settings": (dict, "a table"),
+    "policies": (dict, "a table"),
+    "grid": (dict, "a table"),
+    "answers": (list, "a list of two texts"),
+    "symmetric": (bool, "true or false"),
+}
+"""Types of values; those of other keys are text."""
 
 REQUIRED: dict[str, tuple[str, ...]] = {
     "train": ("policy", "prompts", "run_dir"),
@@ -123,13 +128,14 @@ def read_file(command: str, path: Path, overrides: Sequence[str]) -> dict[str, A
             f"Known: {', '.join(KEYS[command])}; algorithm settings stand in the table [settings]."
         )
     for key, value in values.items():
-        kind = dict if key in TABLES else str
+        kind, form = KINDS.get(key, (str, "text, such as a path or a name"))
         if not isinstance(value, kind):
-            form = "a table" if kind is dict else "text, such as a path or a name"
             raise ConfigError(f"{key} must be {form}, but received {value!r}. Mind the quotes and the table headers.")
     missing = [key for key in REQUIRED[command] if key not in values]
     if missing:
-        raise ConfigError(f"{command} needs {missing[0]!r}, but {path} does not have it. Add {missing[0]} = ... to it.")
+        raise ConfigError(
+            f"{command} must have the key {missing[0]}, but received {path} without. Add {missing[0]} = ... to it."
+        )
     return values
 
 
@@ -140,47 +146,35 @@ def _toml_value(text: str) -> Any:
         return text
 
 
+def _given(function: Callable[..., Any], values: Mapping[str, Any], **others: Any) -> Any:
+    """Call a function with what the file says of its parameters, judges loaded."""
+    named = {name: values[name] for name in _parameters(function) if name in values}
+    judges = {name: load_judge(named[name]) for name in ("judge", "eval_judge") if name in named}
+    return function(**named | judges | others)
+
+
 def _train(values: Mapping[str, Any]) -> None:
-    judge, eval_judge = (None if name not in values else load_judge(values[name]) for name in ("judge", "eval_judge"))
-    result = train(
-        values["policy"],
-        values["prompts"],
-        judge,
-        from_mapping(TrainConfig, values.get("settings", {})),
-        ref=values.get("ref"),
-        behaviour=values.get("behaviour"),
-        run_dir=values["run_dir"],
-        cache=values.get("cache"),
-        eval_prompts=values.get("eval_prompts", ()),
-        eval_judge=eval_judge,
-    )
+    result = _given(train, values, config=from_mapping(TrainConfig, values.get("settings", {})))
     print(f"{result.report}\nThe aligned policy is in {Path(values['run_dir']) / 'policy'}.")
 
 
 def _sft(values: Mapping[str, Any]) -> None:
-    result = sft(
-        values["policy"],
-        values["data"],
-        from_mapping(SupervisedConfig, values.get("settings", {})),
-        held_out=values.get("held_out", ()),
-        run_dir=values["run_dir"],
-        cache=values.get("cache"),
-    )
+    result = _given(sft, values, config=from_mapping(SupervisedConfig, values.get("settings", {})))
     print(f"{result.report}\nThe fine-tuned model is in {Path(values['run_dir']) / 'model'}.")
 
 
 def _preference(values: Mapping[str, Any]) -> None:
-    kinds: dict[str, Callable[..., FitResult]] = {"preference": fit_preference_model, "reward": fit_reward_model}
     kind = values.get("kind", "preference")
-    if kind not in kinds:
+    if kind not in FITS:
         raise ConfigError(f"kind must be 'preference' or 'reward', but received {kind!r}. Choose one of them.")
-    result = kinds[kind](
-        values["policy"],
-        values["data"],
-        from_mapping(SupervisedConfig, values.get("settings", {})),
-        held_out=values.get("held_out", ()),
-        run_dir=values["run_dir"],
-    )
+    known = {"policy", "kind", "settings", *_parameters(FITS[kind])}
+    if foreign := sorted(set(values) - known):
+        raise ConfigError(
+            f"keys of a {kind} model must be {', '.join(sorted(known))}, but received {foreign[0]}. Take it out."
+        )
+    given = {"answers": tuple(values["answers"])} if "answers" in values else {}
+    config = from_mapping(SupervisedConfig, values.get("settings", {}))
+    result = _given(FITS[kind], values, model=values["policy"], config=config, **given)
     agreement = "" if result.held_out is None else f" Held-out agreement: {result.held_out:.3f}."
     print(f"{result.report}\nThe {kind} model is in {Path(values['run_dir']) / 'model'}.{agreement}")
 
@@ -194,7 +188,7 @@ def _evaluate(values: Mapping[str, Any]) -> None:
     pair = [key for key in ("policy", "baseline") if key in values]
     if bool(pair) == ("policies" in values) or len(pair) == 1:
         raise ConfigError(
-            f"evaluate needs either policy and baseline or a table [policies], but received "
+            f"evaluate must have either policy and baseline or a table [policies], but received "
             f"{', '.join([*pair, *(['policies'] if 'policies' in values else [])]) or 'neither'}. "
             'Write name = "directory" in [policies] for each of them.'
         )
@@ -214,7 +208,7 @@ def _evaluate(values: Mapping[str, Any]) -> None:
     for name, models in named.items():
         if not models or not all(isinstance(one, str) for one in (models if isinstance(models, list) else [models])):
             raise ConfigError(
-                f"a policy must be a directory or a list of directories, but {name} is {models!r}. Mind the quotes."
+                f"a policy must be a directory or a list of them, but received {name} = {models!r}. Mind the quotes."
             )
     first = next(iter(named.values()), None)
     prompts = _prompts(values["prompts"], first[0] if isinstance(first, list) else first)
@@ -248,21 +242,13 @@ def _sweep(values: Mapping[str, Any]) -> None:
     judge = load_judge(values["judge"])
     eval_judge = load_judge(values["eval_judge"]) if "eval_judge" in values else judge
     held_out = values.get("eval_prompts", ())
+    of_train = {name: value for name, value in values.items() if name not in ("judge", "eval_judge")}
     metric: str | Callable[[TrainConfig, Path], float] = values.get("metric", "eval/win_rate")
 
     def run(config: TrainConfig, folder: Path) -> None:
-        train(
-            values["policy"],
-            values["prompts"],
-            # Offline points of a grid read labels; the judge then judges held-out comparisons alone.
-            None if config.method.offline else judge,
-            config,
-            ref=values.get("ref"),
-            behaviour=values.get("behaviour"),
-            run_dir=folder,
-            eval_prompts=held_out,
-            eval_judge=eval_judge,
-        )
+        # Offline points of a grid read labels; the judge then judges held-out comparisons alone.
+        online = None if config.method.offline else judge
+        _given(train, of_train, config=config, judge=online, eval_judge=eval_judge, run_dir=folder)
 
     def win_rate(config: TrainConfig, folder: Path) -> float:
         return compare(

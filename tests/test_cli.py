@@ -1,5 +1,6 @@
 """The command line: its files, its errors, and each command end to end on tiny models."""
 
+import inspect
 import signal
 import sys
 from collections.abc import Iterator
@@ -10,8 +11,10 @@ import orjson
 import pytest
 from small import PROMPTS, language_model
 
-from fastpref.cli import load_judge, main, parser, read_file
+from fastpref.cli import KEYS, load_judge, main, parser, read_file
 from fastpref.judging.models import PreferenceModel, RewardModel
+from fastpref.learning.supervised import fit_preference_model, sft
+from fastpref.learning.train import train
 from fastpref.method.errors import ConfigError
 from fastpref.models import load, save
 
@@ -137,6 +140,21 @@ def test_a_reward_model_is_fitted_by_name(folder: Path) -> None:
     text = f'policy = "sft"\ndata = "pairs.jsonl"\nrun_dir = "judge"\nkind = "reward"\n[settings]\n{SETTINGS}'
     assert main(["preference", str(toml(folder / "reward.toml", text))]) == 0
     assert isinstance(load_judge("judge/model"), RewardModel)
+
+
+def test_every_text_parameter_of_a_function_is_a_key() -> None:
+    for command, function in (("train", train), ("sft", sft), ("preference", fit_preference_model)):
+        names = set(inspect.signature(function).parameters) - {"config", "optimizer", "callbacks", "quiet", "model"}
+        assert names | {"settings"} <= set(KEYS[command]), command
+
+
+def test_a_preference_model_takes_its_own_answers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f'policy = "sft"\ndata = "pairs.jsonl"\nrun_dir = "judge"\nanswers = ["w1", "w2"]\n[settings]\n{SETTINGS}'
+    file = toml(folder / "preference.toml", text)
+    assert main(["preference", str(file)]) == 0
+    assert orjson.loads((folder / "judge" / "model" / "preference_model.json").read_bytes())["answers"] == ["w1", "w2"]
+    assert main(["preference", str(file), "kind=reward"]) == 1
+    assert "but received answers. Take it out" in capsys.readouterr().err
 
 
 def test_help_lists_every_command() -> None:

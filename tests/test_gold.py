@@ -199,5 +199,5 @@ def test_any_text_has_a_preference_and_its_exact_complement(prompt: str, first: 
 
 
 def test_lists_of_different_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="but received 2 prompts, 1 first and 1 second. Pass lists of equal length"):
+    with pytest.raises(ValueError, match=r"but received 2 prompts, 1 first and 1 second. Pass lists of equal length"):
         GoldJudge()([ARTICLE, ARTICLE], [GOOD], [GOOD])
