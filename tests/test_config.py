@@ -59,7 +59,9 @@ def test_the_defaults_are_the_papers() -> None:
         ),
     ],
 )
-def test_a_broken_rule_is_refused_with_rule_value_and_remedy(settings: dict[str, Any], text: str) -> None:
+def test_a_broken_rule_is_refused_with_rule_value_and_remedy(
+    settings: dict[str, Any], text: str, unchecked: None
+) -> None:
     with pytest.raises(ConfigError, match=text):
         TrainConfig(**settings)
 
@@ -127,7 +129,7 @@ def test_eta_is_three_tau_unless_set() -> None:
     assert config.round_steps == 334
 
 
-def test_supervised_settings_keep_the_same_rules() -> None:
+def test_supervised_settings_keep_the_same_rules(unchecked: None) -> None:
     for settings, text in (
         ({"eval_every": 0}, r"eval_every must be at least 1, but received 0"),
         ({"max_completion_tokens": 0}, r"max_completion_tokens must be a whole number of at least 1, but received 0"),

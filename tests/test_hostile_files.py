@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
 from small import language_model, tokenizer
 
@@ -160,7 +161,9 @@ def test_a_post_processor_keeps_the_text(checkpoint: Path) -> None:
 
 
 def test_special_tokens_in_a_text_are_text_unless_asked() -> None:
-    ours = tokenizer()
+    shared = tokenizer()
+    backend = tokenizers.Tokenizer.from_str(shared.backend.to_str())
+    ours = Tokenizer(backend, eos_id=shared.eos_id, pad_id=shared.pad_id)
     eos = ours.backend.id_to_token(ours.eos_id)
     text = f"w1 {eos} w2"
     assert ours.eos_id not in ours.encode_prompts([text])[0][:-1]

@@ -133,7 +133,7 @@ def test_a_judge_that_hangs_ends_the_run_with_its_state_saved(tmp_path: Path) ->
     woken.set()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000001"]
     # The time that a judge may take is no part of what the run computes.
-    assert len(go(None).metrics) == 1
+    assert len(go(None).metrics) == 2
 
 
 def test_a_judge_that_ends_the_process_is_an_error_with_the_state_saved(tmp_path: Path) -> None:

@@ -65,13 +65,19 @@ def chosen(judge: Any, rows: list[list[int]], pairs: str, **options: Any) -> Any
 
 
 class Both(Rewards):
-    """A judge of a user's own that scores, and can be called with pairs."""
+    """A judge of a user's own that says that its preferences of pairs are those of its scores."""
+
+    bradley_terry = True
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
         raise AssertionError("K completions are scored, not their pairs compared")
 
 
-@pytest.mark.parametrize("judge", [Prefers, Rewards, Both])
+class Other(Prefers, Rewards):
+    """A judge of a user's own that scores, and has other preferences of pairs."""
+
+
+@pytest.mark.parametrize("judge", [Prefers, Rewards, Both, Other])
 @pytest.mark.parametrize("pairs", ["tournament", "win rates"])
 def test_best_and_worst_are_those_of_the_taste(pairs: str, judge: Any) -> None:
     rows, asked = shuffled(), judge()
@@ -80,7 +86,7 @@ def test_best_and_worst_are_those_of_the_taste(pairs: str, judge: Any) -> None:
     assert found.where.all()
     assert (found.preference == 1).all() == (pairs == "tournament")
     # Rewards are asked for once, whatever is compared: σ(r − r') of the same numbers.
-    if issubclass(judge, Rewards):
+    if issubclass(judge, Rewards) and judge is not Other:
         assert asked.calls == [4 * PROMPTS]
         assert found.judged == pytest.approx(1 / (1 + np.exp(0.1 - 0.9)))
     else:

@@ -120,7 +120,7 @@ def test_a_run_directory_holds_everything_and_goes_on_bit_for_bit(
     settings: dict[str, Any] = {"steps": 5, "eval_every": 1, "checkpoint_every": 2, "held_out": SAME}
     whole = tune(run_dir=tmp_path / "whole", **settings)
 
-    updates = supervised._update
+    updates = supervised.learn
     made = []
 
     def stop(*arguments: Any, **options: Any) -> Any:
@@ -131,7 +131,7 @@ def test_a_run_directory_holds_everything_and_goes_on_bit_for_bit(
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(supervised, "_update", stop)
+        patch.setattr(supervised, "learn", stop)
         with pytest.raises(KeyboardInterrupt):
             tune(run_dir=tmp_path / "broken", **settings)
     assert len(metrics_of(tmp_path / "broken")) == 3
@@ -235,7 +235,7 @@ def test_bad_records_are_refused_by_place_and_reason(tmp_path: Path) -> None:
 
 
 def test_no_record_left_is_refused() -> None:
-    with pytest.raises(DataError, match=r"at least one record, but received none"):
+    with pytest.raises(DataError, match=r"at least one record to learn from, but received none"):
         tune([{"prompt": "w1", "completion": "w1 w2 w3 w4 w5"}], steps=1)
-    with pytest.raises(DataError, match=r"at least one record, but received none"):
+    with pytest.raises(DataError, match=r"at least one record to learn from, but received none"):
         fit_preference([], steps=1)

@@ -59,8 +59,13 @@ class Identity:
     def fingerprint(self) -> dict[str, Any]:
         """JSON object for the fingerprint of a run; of an unknown judge only its name and the reason."""
         if self.unknown is None:
-            return {"name": self.name, **self.parts}
+            # One that says who it is may be moved and renamed.
+            return self.parts if OWN in self.parts else {"name": self.name, **self.parts}
         return {"name": self.name, "unknown": self.unknown}
+
+
+OWN = "identity"
+"""Attribute by which a judge says itself who it is."""
 
 
 class _Unknown(Exception):
@@ -74,7 +79,7 @@ def identity(judge: Any) -> Identity:
         parts = _parts(judge)
     except _Unknown as error:
         return Identity(name, {}, str(error), f"unknown {uuid.uuid4().hex}")
-    content = orjson.dumps([name, parts], option=orjson.OPT_SORT_KEYS)
+    content = orjson.dumps(parts if OWN in parts else [name, parts], option=orjson.OPT_SORT_KEYS)
     return Identity(name, parts, None, xxhash.xxh3_128_hexdigest(content))
 
 
@@ -91,10 +96,10 @@ def digest(value: Any) -> str:
 
 
 def _parts(judge: Any) -> dict[str, Any]:
-    own = getattr(judge, "identity", None)
+    own = getattr(judge, OWN, None)
     if own is not None and not callable(own):
         try:
-            return {"identity": orjson.loads(orjson.dumps(own))}
+            return {OWN: orjson.loads(orjson.dumps(own))}
         except TypeError as error:
             raise _Unknown(f"its attribute `identity` is not JSON: {error}") from error
     if isinstance(judge, functools.partial):

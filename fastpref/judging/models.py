@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -280,6 +280,7 @@ class RewardModel:
     module: ScoredPolicy
     max_prompt_tokens: int = 512
     batch_size: int = 64
+    bradley_terry: ClassVar[bool] = True
 
     @property
     def identity(self) -> dict[str, Any]:

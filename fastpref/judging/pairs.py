@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from fastpref.judging import tournament
-from fastpref.judging.protocol import Rewarder, probability
+from fastpref.judging.protocol import Rewarder, by_scores, probability
 from fastpref.judging.recorded import RecordedJudge
 
 PURPOSE = "training"
@@ -36,8 +36,7 @@ class Selection(NamedTuple):
 class Jury:
     """Answers comparisons: ½ where two completions are the same tokens, else as the judge says.
 
-    A judge with `scores` is read by them: p(y ≻ y') = σ(r(y) − r(y')), and every completion is scored once. Any other
-    is asked about pairs.
+    Where `by_scores` holds, p(y ≻ y') = σ(r(y) − r(y')), and every completion is scored once.
 
     Args:
       judge: the judge; answers that its log holds for this step are used again.
@@ -96,7 +95,7 @@ class Jury:
         self.asked += len(prompt)
         if not len(prompt):
             return preference
-        if isinstance(self.judge.judge, Rewarder):
+        if by_scores(self.judge.judge):
             rewards = self.rewards()
             preference[different] = probability(rewards[prompt, first] - rewards[prompt, second])
         else:

@@ -34,9 +34,9 @@ class Judge(Protocol):
 class Rewarder(Protocol):
     """Anything that scores single completions, such as `fastpref.RewardModel`.
 
-    Training reads the `scores` of a judge that has them, whatever else it can be called with: each of K completions is
-    scored once, and p(y ≻ y') = σ(r(y) − r(y')) (IPO-MD, eq. 2), where a judge of pairs makes up to K(K − 1)/2
-    comparisons.
+    Where pairs are judged, one that cannot be called answers p(y ≻ y') = σ(r(y) − r(y')) (IPO-MD, eq. 2): each of K
+    completions is scored once, where a judge of pairs makes up to K(K − 1)/2 comparisons. One that can be called is
+    asked about pairs, since its preferences may be any, unless its attribute `bradley_terry` says that they are these.
     """
 
     def scores(
@@ -44,6 +44,11 @@ class Rewarder(Protocol):
     ) -> Sequence[float] | Float[np.ndarray, " P"]:
         """r(prompt, completion) of each of the P prompts, any finite number."""
         ...
+
+
+def by_scores(judge: object) -> bool:
+    """Preferences of the judge are σ(r − r') of its scores; see `Rewarder`."""
+    return isinstance(judge, Rewarder) and bool(getattr(judge, "bradley_terry", not callable(judge)))
 
 
 def ask(
