@@ -210,7 +210,7 @@ def test_another_model_is_refused_with_each_difference(tmp_path: Path) -> None:
         ({"arrays": {"lr": 0.1}}, r"arrays\['lr'\] is float"),
         ({"arrays": {"key": jax.random.key(0)}}, "typed PRNG key, .* Save jax.random.key_data"),
         ({"arrays": {"none": None, "w": jnp.zeros(0)}}, "at least one number; it has 1 leaves, all empty"),
-        ({"extra": {"pair": (1, 2)}}, r"comes back equal .* got pair=\(1, 2\)"),
+        ({"extra": {"pair": (1, 2)}}, r"comes back equal .*, but received pair=\(1, 2\)"),
         ({"extra": {"loss": float("nan")}}, "but received loss=nan"),
         ({"extra": {"thing": object()}}, "but received thing=<object"),
         ({"fingerprint": {"dtype": np.dtype("float32")}}, "fingerprint must be JSON"),

@@ -55,7 +55,7 @@ def toml(path: Path, text: str) -> Path:
     [
         ("policy = ", [], r"must be a TOML file, but reading it failed.*Mend that line"),
         ('policy = "a"\npolice = "b"', [], r"train has no setting of that name, but received 'police'. Known: policy"),
-        ('policy = "a"', [], r"train needs 'prompts', but .* does not have it. Add prompts = "),
+        ('policy = "a"', [], r"train must have the key prompts, but received .* without. Add prompts = "),
         ('policy = "a"', ["tau"], r"an override must be key=value, but received 'tau'"),
         ('policy = "a"', ["settings.tau=1", "settings.tau.end=2"], r"tau must be a table to hold end, but received 1"),
         ("policy = 3", [], r"policy must be text, such as a path or a name, but received 3"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from small import PROMPTS, language_model, prefers_w1, tokenizer
 from test_training import SMALL, metrics_of
+from tokenizers import Tokenizer as Backend
 
 from fastpref.data.tokenizer import Tokenizer
 from fastpref.judging.judgements import FILE, read
@@ -19,7 +20,9 @@ from fastpref.learning.train import TrainResult, train
 from fastpref.method.config import TrainConfig
 from fastpref.method.errors import CheckpointError, JudgeError
 
-OTHER_PAD = replace(language_model(), tokenizer=Tokenizer(tokenizer().backend, eos_id=1, pad_id=2))
+# Of its own: the names of the ids become special tokens of the backend.
+OTHER_BACKEND = Backend.from_str(tokenizer().backend.to_str())
+OTHER_PAD = replace(language_model(), tokenizer=Tokenizer(OTHER_BACKEND, eos_id=1, pad_id=2))
 
 
 def says(value: float) -> Any:

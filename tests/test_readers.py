@@ -225,7 +225,7 @@ def test_a_source_that_is_none_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_wrong_settings_of_reading_are_named() -> None:
-    with pytest.raises(ValueError, match=r"columns must be one of \[prompt; prompt, completion; .*got \('chosen',\)"):
+    with pytest.raises(ValueError, match=r"columns must be one of \[prompt; prompt, completion; .*but received \('chosen',\)"):
         read_records([], columns=("chosen",))
     with pytest.raises(ValueError, match="on_bad_record must be 'raise', 'skip' or 'warn', but received 'ignore'"):
         read_records([], on_bad_record="ignore")
@@ -316,7 +316,7 @@ def test_a_stream_goes_on_where_another_stopped(kind: str, tmp_path: Path) -> No
     assert stream.report == DropReport(12, 9, {"empty prompt": 3})
     rest = RecordStream(source(), columns=PAIR, on_bad_record="skip", start=stream.report.read)
     assert [*head, *rest] == whole
-    with pytest.raises(ValueError, match="start must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="start must be at least 0, but received -1"):
         RecordStream(source(), start=-1)
 
 

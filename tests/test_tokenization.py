@@ -100,7 +100,7 @@ def test_tokens_out_of_the_vocabulary_and_lost_prompts_are_bad_records() -> None
     assert report == DropReport(4, 1, {"empty prompt": 1, "token outside the vocabulary": 2})
     for prompt, message in (
         ("none", "a prompt must have at least one token, but received none"),
-        ("low", r"token ids must be in \[0, 128\), got -1 in a prompt"),
+        ("low", r"token ids must be in \[0, 128\), but received -1 in a prompt"),
         ("\x80", r"token ids must be in \[0, 128\), but received 128 in a prompt"),
         ("é", r"token ids must be in \[0, 128\), but received 233 in a prompt \[token outside the vocabulary\]"),
     ):

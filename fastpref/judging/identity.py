@@ -60,7 +60,7 @@ class Identity:
         """JSON object for the fingerprint of a run; of an unknown judge only its name and the reason."""
         if self.unknown is None:
             # One that says who it is may be moved and renamed.
-            return self.parts if OWN in self.parts else {"name": self.name, **self.parts}
+            return dict(self.parts) if OWN in self.parts else {"name": self.name, **self.parts}
         return {"name": self.name, "unknown": self.unknown}
 
 
