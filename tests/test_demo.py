@@ -5,7 +5,7 @@ from pathlib import Path
 import orjson
 import pytest
 
-from fastpref.demo import run as demo
+from fastpref.demo import small as demo
 
 
 @pytest.mark.demo
