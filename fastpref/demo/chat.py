@@ -3,8 +3,8 @@
 1. Have the model (`smollm2.py`) and docstrings (`docstrings.py`): the body is the article, the first line is left out.
 2. The model, as it came, writes several summaries of each article of one part; the gold judge (`gold.py`) labels the
    pairs of them.
-3. Fit a reward model to those labels: the first layers of the same model and a scalar head. From here on the gold
-   judge is not consulted until the end.
+3. Fit a reward model to those labels (`scalar_head.py`): the first layers of the same model, as they came, and a scalar
+   head. From here on the gold judge is not consulted until the end.
 4. Align the chat model with IPO-MD against the reward model, on articles of another part.
 5. On held-out articles, which nobody has seen, let the gold judge compare the aligned model with the one that came.
 
@@ -24,11 +24,12 @@ from fastpref.data import files
 from fastpref.data.chat import ChatTemplate
 from fastpref.demo import docstrings, smollm2
 from fastpref.demo.gold import GoldJudge
+from fastpref.demo.scalar_head import fit_head
 from fastpref.demo.stages import DemoResult, Stages, harvest, learned_and_held_out, summarise
 from fastpref.evaluation.win_rates import win_rate
-from fastpref.learning.supervised import fit_reward_model
+from fastpref.judging.models import RewardModel
 from fastpref.learning.train import train
-from fastpref.method.config import SupervisedConfig, TrainConfig
+from fastpref.method.config import TrainConfig
 from fastpref.models import LanguageModel, load
 from fastpref.runs import owner, terminal
 from fastpref.sampling.generate import write
@@ -47,35 +48,22 @@ class Plan:
       article_tokens: longer articles are left out; the chat template and the request come on top.
       labelled: articles whose summaries the gold judge labels.
       completions: summaries of each of them, every two of which are a pair.
-      reward_layers: of the model, that the reward model begins with.
-      reward: how the reward model is fitted.
+      reward_layers: of the model, that are the body of the reward model.
+      ridge: of its scalar head.
       align: how the chat model is aligned.
       held_out: articles of the comparison at the end.
       shown: articles among them whose summaries are shown.
     """
 
     article_tokens: int = 56
-    labelled: int = 128
+    labelled: int = 160
     completions: int = 4
     reward_layers: int = 6
-    reward: SupervisedConfig = field(
-        default_factory=lambda: SupervisedConfig(
-            steps=72,
-            batch_size=16,
-            max_prompt_tokens=MAX_PROMPT_TOKENS,
-            max_completion_tokens=MAX_NEW_TOKENS + 1,
-            overlong="truncate",
-            optimizer="adamw",
-            learning_rate=1e-4,
-            max_grad_norm=1.0,
-            max_shapes=1,
-            eval_every=18,
-        )
-    )
+    ridge: float = 300.0
     align: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             algorithm="ipo-md",
-            tau=0.05,
+            tau=0.03,
             mixture_beta=0.125,
             steps=24,
             batch_size=8,
@@ -83,7 +71,7 @@ class Plan:
             max_shapes=1,
             max_new_tokens=MAX_NEW_TOKENS,
             optimizer="adamw",
-            learning_rate=2e-5,
+            learning_rate=3e-5,
             max_grad_norm=1.0,
             sample_every=4,
             checkpoint_every=8,
@@ -140,22 +128,14 @@ def _run(start: Path, folder: Path, seed: int, plan: Plan, quiet: bool) -> DemoR
         pairs = [orjson.loads(line) for line in kept.read_bytes().splitlines()]
 
     with stages("3. Reward model"):
-        learned, checks = learned_and_held_out(pairs)
-        fitted = fit_reward_model(
-            smollm2.first_layers(start, plan.reward_layers),
-            learned,
-            dataclasses.replace(plan.reward, seed=seed),
-            held_out=checks,
-            run_dir=folder / "reward",
-            quiet=quiet,
-        )
-        stages.console.print(f"held-out agreement with the gold judge: {fitted.held_out or 0:.3f}")
+        judge, agreement = _reward(start, folder / "reward", pairs, template, stages, plan)
+        stages.console.print(f"held-out agreement with the gold judge: {agreement:.3f}")
 
     with stages("4. IPO-MD"):
         aligned = train(
             reference,
             [{"prompt": conversation(article)} for article in online],
-            fitted.model,
+            judge,
             dataclasses.replace(plan.align, seed=seed),
             run_dir=folder / "ipo-md",
             quiet=quiet,
@@ -191,7 +171,7 @@ def _run(start: Path, folder: Path, seed: int, plan: Plan, quiet: bool) -> DemoR
     )
     return summarise(
         compared,
-        fitted.held_out,
+        agreement,
         stages,
         folder,
         title="Aligned by IPO-MD against the chat model as it came, by the gold judge",
@@ -253,6 +233,36 @@ def _label(
         {"prompt": conversation(labelled[i]), "chosen": first, "rejected": second, "preference": preference}
         for (i, first, second), preference in zip(pairs, preferences, strict=True)
     ]
+
+
+def _reward(
+    start: Path,
+    folder: Path,
+    pairs: list[dict[str, Any]],
+    template: ChatTemplate,
+    stages: Stages,
+    plan: Plan,
+) -> tuple[RewardModel, float]:
+    """The reward model of the labelled pairs, or the one that was fitted before, and its held-out agreement."""
+    record = folder / "held_out.json"
+    if not record.exists():
+        written = [pair | {"prompt": template.prompt(pair["prompt"])} for pair in pairs]
+        learned, checks = learned_and_held_out(written)
+        body = smollm2.first_layers(start, plan.reward_layers)
+        with stages.progress(len({pair["prompt"] for pair in written}), "reading the pairs") as bar:
+            fitted = fit_head(
+                body,
+                learned,
+                checks,
+                ridge=plan.ridge,
+                max_prompt_tokens=MAX_PROMPT_TOKENS,
+                batch_size=2 * plan.align.batch_size,
+                progress=bar.update,
+            )
+        fitted.judge.save(folder / "model")
+        files.write_json(record, {"agreement": fitted.held_out})
+    judge = dataclasses.replace(RewardModel.load(folder / "model"), batch_size=2 * plan.align.batch_size)
+    return judge, orjson.loads(record.read_bytes())["agreement"]
 
 
 def _write(

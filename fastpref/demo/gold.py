@@ -99,7 +99,7 @@ class GoldJudge:
     weights: Features = _WEIGHTS
     scale: float = 2.0
     grounding: float = 0.6
-    around: tuple[str, str] = (PREFIX, "")
+    around: tuple[str, str] = ("", "")
 
     @classmethod
     def of_chat(cls, around: tuple[str, str]) -> "GoldJudge":
@@ -144,11 +144,12 @@ class GoldJudge:
         return [_sigmoid(self.scale * lead) for lead in leads]
 
 
-def features(article: str, summary: str, grounding: float = 0.6) -> Features:
-    """What the judge sees in `summary` as a summary of `article`; all zero where there is no word."""
+def features(prompt: str, summary: str, grounding: float = 0.6) -> Features:
+    """What the judge sees in `summary` as a summary of `prompt`; all zero where there is no word."""
     words = _words(summary)
     if not words:
         return Features(0, 0, 0, 0, 0, 0, 0, 0)
+    article = prompt.removeprefix(PREFIX)
     content = _stems(summary)
     stems = set(content)
 
