@@ -12,6 +12,7 @@ Every stage writes to the run directory and goes on from there when the demo is 
 """
 
 import dataclasses
+import random
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -36,8 +37,6 @@ from fastpref.sampling.generate import write
 
 SYSTEM = "You write one-line summaries."
 REQUEST = "Summarize in one short sentence: "
-MAX_PROMPT_TOKENS = 88
-MAX_NEW_TOKENS = 28
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,9 @@ class Plan:
             mixture_beta=0.125,
             steps=24,
             batch_size=8,
-            max_prompt_tokens=MAX_PROMPT_TOKENS,
+            max_prompt_tokens=88,
             max_shapes=1,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=28,
             optimizer="adamw",
             learning_rate=3e-5,
             max_grad_norm=1.0,
@@ -80,6 +79,11 @@ class Plan:
     )
     held_out: int = 64
     shown: int = 8
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Longest prompt and summary."""
+        return {"max_prompt_tokens": self.align.max_prompt_tokens, "max_new_tokens": self.align.max_new_tokens}
 
 
 def conversation(article: str) -> list[dict[str, str]]:
@@ -144,13 +148,13 @@ def _run(start: Path, folder: Path, seed: int, plan: Plan, quiet: bool) -> DemoR
     with stages("5. Side by side, by the gold judge"):
         prompts = [template.prompt(conversation(article)) for article in held_out]
         # The two draw with different noise.
-        after = _write(aligned, prompts, "after", stages, seed=2 * seed)
-        before = _write(reference, prompts, "before", stages, seed=2 * seed + 1)
+        after = _write(aligned, prompts, "after", stages, plan, seed=2 * seed)
+        before = _write(reference, prompts, "before", stages, plan, seed=2 * seed + 1)
         compared = win_rate(prompts, after, before, gold)
         files.write_jsonl(folder / "side_by_side.jsonl", compared.records())
-        shown = range(0, len(held_out), max(1, len(held_out) // plan.shown))[: plan.shown]
+        shown = range(min(plan.shown, len(held_out)))
         greedy = {
-            name: _write(model, [prompts[i] for i in shown], f"{name}, greedy", stages, temperature=0.0)
+            name: _write(model, [prompts[i] for i in shown], f"{name}, greedy", stages, plan, temperature=0.0)
             for name, model in (("before", reference), ("after", aligned))
         }
         samples = [
@@ -182,7 +186,7 @@ def _run(start: Path, folder: Path, seed: int, plan: Plan, quiet: bool) -> DemoR
 def articles(
     model: LanguageModel, examples: list[docstrings.Example], plan: Plan
 ) -> tuple[list[str], list[str], list[str]]:
-    """Articles to label, to align on and to compare on, which share no docstring."""
+    """Articles to label, to align on and to compare on, which share no docstring; the same for every seed."""
     texts = [example.prompt.removeprefix(docstrings.PREFIX) for example in examples]
     lengths = [len(tokens) for tokens in model.tokenizer.encode_prompts(texts)]
     short = [example for example, length in zip(examples, lengths, strict=True) if length <= plan.article_tokens]
@@ -191,12 +195,13 @@ def articles(
         [example.prompt.removeprefix(docstrings.PREFIX) for example in part]
         for part in (parts.preference, parts.online, parts.held_out)
     )
-    return _spread(labelled, plan.labelled), online, _spread(held_out, plan.held_out)
-
-
-def _spread(texts: list[str], count: int) -> list[str]:
-    """So many texts at even distances: the list is in the order of libraries."""
-    return texts[:: max(1, len(texts) // count)][:count]
+    # Examples come in the order of libraries.
+    drawn = random.Random(0)
+    labelled, held_out = (
+        drawn.sample(part, min(count, len(part)))
+        for part, count in ((labelled, plan.labelled), (held_out, plan.held_out))
+    )
+    return labelled, online, held_out
 
 
 def _label(
@@ -217,8 +222,7 @@ def _label(
             prompts,
             seed=seed,
             completions=plan.completions,
-            max_new_tokens=MAX_NEW_TOKENS,
-            max_prompt_tokens=MAX_PROMPT_TOKENS,
+            **plan.limits,
             batch_size=16,
             progress=bar.update,
         ).texts
@@ -255,7 +259,7 @@ def _reward(
                 learned,
                 checks,
                 ridge=plan.ridge,
-                max_prompt_tokens=MAX_PROMPT_TOKENS,
+                max_prompt_tokens=plan.align.max_prompt_tokens,
                 batch_size=2 * plan.align.batch_size,
                 progress=bar.update,
             )
@@ -266,7 +270,14 @@ def _reward(
 
 
 def _write(
-    model: LanguageModel, prompts: list[str], name: str, stages: Stages, *, seed: int = 0, temperature: float = 1.0
+    model: LanguageModel,
+    prompts: list[str],
+    name: str,
+    stages: Stages,
+    plan: Plan,
+    *,
+    seed: int = 0,
+    temperature: float = 1.0,
 ) -> list[str]:
     """One summary of each prompt."""
     with stages.progress(len(prompts), name) as bar:
@@ -274,8 +285,7 @@ def _write(
             model,
             prompts,
             seed=seed,
-            max_new_tokens=MAX_NEW_TOKENS,
-            max_prompt_tokens=MAX_PROMPT_TOKENS,
+            **plan.limits,
             temperature=temperature,
             batch_size=min(32, len(prompts)),
             progress=bar.update,

@@ -229,4 +229,4 @@ def first_layers(directory: Path, layers: int) -> LanguageModel:
 
 
 if __name__ == "__main__":
-    print(checkpoint())
+    print(package(cache_folder()))
