@@ -13,6 +13,7 @@ Every stage writes to the run directory and goes on from there when the demo is 
 
 import dataclasses
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -57,7 +58,7 @@ class Plan:
     article_tokens: int = 56
     labelled: int = 160
     completions: int = 4
-    reward_layers: int = 6
+    reward_layers: int = 9
     ridge: float = 300.0
     align: TrainConfig = field(
         default_factory=lambda: TrainConfig(
@@ -81,7 +82,7 @@ class Plan:
     shown: int = 8
 
     @property
-    def limits(self) -> dict[str, int]:
+    def limits(self) -> dict[str, Any]:
         """Longest prompt and summary."""
         return {"max_prompt_tokens": self.align.max_prompt_tokens, "max_new_tokens": self.align.max_new_tokens}
 
@@ -232,7 +233,9 @@ def _label(
         for first, second in combinations(texts, 2)
         if first != second and first.strip() and second.strip()
     ]
-    preferences = gold([prompts[i] for i, _, _ in pairs], *([pair[which] for pair in pairs] for which in (1, 2)))
+    preferences = gold(
+        [prompts[i] for i, _, _ in pairs], [first for _, first, _ in pairs], [second for _, _, second in pairs]
+    )
     return [
         {"prompt": conversation(labelled[i]), "chosen": first, "rejected": second, "preference": preference}
         for (i, first, second), preference in zip(pairs, preferences, strict=True)
@@ -271,7 +274,7 @@ def _reward(
 
 def _write(
     model: LanguageModel,
-    prompts: list[str],
+    prompts: Sequence[str],
     name: str,
     stages: Stages,
     plan: Plan,

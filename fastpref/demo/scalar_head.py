@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
-from fastpref.judging.models import RewardModel, last_states, probability
+from fastpref.judging.models import RewardModel, last_states
 from fastpref.models import LanguageModel
 
 NEWTON_STEPS = 50
@@ -76,7 +76,7 @@ def ridge_logistic(
     """The w that minimises Σ −p·log σ(x·w) − (1 − p)·log σ(−x·w) + ridge·|w|²/2."""
     weight = np.zeros(x.shape[1])
     for _ in range(NEWTON_STEPS):
-        p = probability((x @ weight).astype(np.float32)).astype(np.float64)
+        p = 0.5 + 0.5 * np.tanh(x @ weight / 2)
         gradient = x.T @ (p - preference) + ridge * weight
         curvature = (x.T * (p * (1 - p))) @ x + ridge * np.eye(len(weight))
         step = np.linalg.solve(curvature, gradient)

@@ -124,11 +124,11 @@ def convert(file: Path, target: Path) -> None:
     heads, kv_heads = fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]
     tensors = {}
     for tensor in reader.tensors:
-        layer, name = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name).groups()
+        *layer, name, _ = tensor.name.removeprefix("blk.").split(".")
         weight = gguf.dequantize(tensor.data, tensor.tensor_type)
         if name in ("attn_q", "attn_k"):
             weight = unpermuted(weight, heads if name == "attn_q" else kv_heads)
-        prefix = "" if layer is None else f"model.layers.{layer}."
+        prefix = "".join(f"model.layers.{number}." for number in layer)
         tensors[f"{prefix}{TENSORS[name]}.weight"] = np.ascontiguousarray(weight, np.float32)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
