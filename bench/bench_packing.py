@@ -26,7 +26,7 @@ from jax import Array
 from fastpref.data.batches import PackedPairs
 from fastpref.data.tokenizer import Tokenizer
 from fastpref.demo import docstrings
-from fastpref.demo import run as demo
+from fastpref.demo import small as demo
 from fastpref.kernels import preference_loss
 from fastpref.method import losses
 from fastpref.models import T5, Decoder, DecoderConfig, T5Config, masks

@@ -288,9 +288,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     top = argparse.ArgumentParser(prog="fastpref", description="Online preference optimisation of language models.")
     commands = top.add_subparsers(dest="command", required=True)
-    shown = commands.add_parser("demo", help="align a small model on real text, on this machine, in minutes")
+    shown = commands.add_parser("demo", help="align a chat model on real text, on this machine, in minutes")
     shown.add_argument("--run-dir", type=Path, default=Path("runs/demo"), help="where everything is written")
     shown.add_argument("--seed", type=int, default=0)
+    shown.add_argument("--small", action="store_true", help="a T5 of a million parameters, which needs no download")
     again = commands.add_parser("reproduce", help="make a figure or table of the papers again: PNG and CSV")
     again.add_argument(
         "name", choices=EXPERIMENTS, help="; ".join(f"{name}: {one.text}" for name, one in EXPERIMENTS.items())
@@ -314,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _leave)
     try:
         if chosen.command == "demo":
-            demo.run(chosen.run_dir, seed=chosen.seed)
+            demo.run(chosen.run_dir, seed=chosen.seed, small_only=chosen.small)
         elif chosen.command == "reproduce":
             print("\n".join(str(path) for path in reproduce(chosen.name, chosen.out)))
         else:

@@ -145,9 +145,47 @@ def test_the_true_summary_wins(
     ],
 )
 def test_each_fault_costs_its_feature_and_the_comparison(worse: str, feature: str) -> None:
-    assert features(ARTICLE, GOOD) == Features(1, 1, 1, 1, 1, 1, 1)
+    assert features(ARTICLE, GOOD) == Features(1, 1, 1, 1, 1, 1, 1, 1)
     assert getattr(features(ARTICLE, worse), feature) < 1
     assert GoldJudge()([ARTICLE], [GOOD], [worse])[0] > 0.6
+
+
+@pytest.mark.parametrize(
+    ("worse", "plainness"),
+    [
+        ("Blur an image\nwith the mean of its pixels.", 0.5),
+        ("Blur an image with `mean` of its pixels.", 0.5),
+        ("Blur an image with mean(pixels) of its neighbours.", 0.5),
+        ("- Blur an image with the mean of its pixels.", 0.5),
+        ('"Blur an image with the mean of its pixels."', 0.5),
+        ("Summary: Blur an image with the mean of its pixels.", 0),
+        ("Here is how to blur an image with its pixels.", 0.5),
+        ("The documentation explains the mean of pixels of an image.", 0.5),
+    ],
+)
+def test_what_a_chat_model_adds_costs_plainness_and_the_comparison(worse: str, plainness: float) -> None:
+    assert features(ARTICLE, GOOD).plainness == 1
+    assert features(ARTICLE, worse).plainness == plainness
+    assert GoldJudge.of_chat(("", ""))([ARTICLE], [GOOD], [worse])[0] > 0.95
+
+
+def test_an_article_about_documentation_may_have_it_named() -> None:
+    prompt = "get docstring: Finds the documentation of an object and returns its first paragraph as text."
+    assert features(prompt, "Return the first paragraph of the documentation.").plainness == 1
+    assert features(ARTICLE, "Return the first paragraph of the documentation.").plainness == 0.5
+
+
+def test_the_judge_of_chats_reads_the_article_alone_and_forgives_less_invention() -> None:
+    around = ("<system>Be brief. Cook dinner.<user>Summarize: ", "<assistant>")
+    judge, article = GoldJudge.of_chat(around), ARTICLE.removeprefix(PREFIX)
+    prompt = f"{around[0]}{article}{around[1]}"
+    assert judge.score(prompt, GOOD) == GoldJudge.of_chat(("", "")).score(article, GOOD)
+    assert judge.score(prompt, GOOD) > judge.score(prompt, "Cook a brief dinner for the assistant and system.")
+    half_true = "Blur an image with dinner, pixels and the mean of potatoes."
+    assert features(article, half_true, 0.6).faithfulness == 1
+    assert features(article, half_true, 0.8).faithfulness == pytest.approx(4 / 6 / 0.8)
+    # Four words of six are the article's.
+    assert judge.score(article, GOOD) - judge.score(article, half_true) >= 5 * (1 - 4 / 6 / 0.8)
 
 
 def test_frequent_words_and_the_opening_weigh_more() -> None:
@@ -175,7 +213,7 @@ def test_the_instruction_is_no_part_of_the_article() -> None:
 
 
 def test_the_preference_is_the_sigmoid_of_the_scaled_lead() -> None:
-    judge = GoldJudge(weights=Features(1, 0, 0, 0, 2, 0, 0), scale=0.5)
+    judge = GoldJudge(weights=Features(1, 0, 0, 0, 2, 0, 0, 0), scale=0.5)
     assert judge.score(ARTICLE, GOOD) == 3
     assert judge.score(ARTICLE, "blur an image with the mean of its pixels") == pytest.approx(1.4)
     (preference,) = judge([ARTICLE], [GOOD], ["blur an image with the mean of its pixels"])

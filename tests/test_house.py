@@ -97,7 +97,7 @@ def test_kernels_import_nothing_of_the_trainer() -> None:
         ),
         ("matplotlib", {"fastpref.reproduce.figures", "fastpref.runs.plots"}),
         ("tensorboardX", {"fastpref.runs.log"}),
-        ("rich", {"fastpref.runs.terminal", "fastpref.demo.run"}),
+        ("rich", {"fastpref.runs.terminal", *(f"fastpref.demo.{name}" for name in ("chat", "run", "small", "stages"))}),
         ("fastpref.cli", set()),
         ("fastpref.demo", {"fastpref.cli", "fastpref.reproduce.studies"}),
         ("kernels", set()),

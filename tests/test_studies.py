@@ -8,7 +8,7 @@ import pytest
 from small import PROMPTS, language_model
 
 from fastpref.demo.docstrings import Example, Splits
-from fastpref.demo.run import Prepared
+from fastpref.demo.small import Prepared
 from fastpref.judging.models import PreferenceModel
 from fastpref.method.config import SupervisedConfig, TrainConfig
 from fastpref.reproduce import reproduce, studies

@@ -28,6 +28,12 @@ _OTHER_FUNCTION_WORDS = """
 """
 _LINKS = frozenset(_LINK_WORDS.split())
 _FUNCTION_WORDS = _DETERMINERS | _LINKS | frozenset(_OTHER_FUNCTION_WORDS.split())
+_WORDS_OF_ITSELF = """
+    article breakdown docstring documentation example explanation here paragraph sentence summary summaries summarize
+    summarizes summarized text
+"""
+_SELF_WORDS = frozenset(_WORDS_OF_ITSELF.split())
+_MARKUP = re.compile(r"[\n\t`*#<>{}|\\\[\]]|https?:|\w\(|^\W*\w+:|^[\"'-]")
 _SUFFIX = re.compile(r"(?<=\w{3})(?:ations?|ings?|ions?|ers?|ors?|ed|es|s|ly|e)$")
 
 _OPENING_WORDS = 24
@@ -41,7 +47,8 @@ class Features(NamedTuple):
     """What the judge sees in a summary, each in [0, 1] and better when higher."""
 
     faithfulness: float
-    """Content words that occur in the article, up to their endings; full at 60 %, as a summary may add some words."""
+    """Content words that occur in the article, up to their endings; full at a share of `grounding`, as a summary may
+    add some words."""
     coverage: float
     """Weight of the article's key words that are named; full at 75 % of what the five weightiest would give.
     A word weighs 1 + ln(occurrences), twice that where it stands in the name or the opening."""
@@ -56,9 +63,12 @@ class Features(NamedTuple):
     word, no list of more than five content words with nothing between them."""
     length: float
     """5 to 16 words; falls to zero at 2 and at 32."""
+    plainness: float
+    """Prose in one line: no line break, code, markup, heading or quotation (half), and no talk of the text instead of
+    what it is about, such as "this documentation" or "here is a summary" (half)."""
 
 
-_WEIGHTS = Features(faithfulness=3, coverage=2, own_words=2, freshness=2, form=4, grammar=1.5, length=2)
+_WEIGHTS = Features(faithfulness=3, coverage=2, own_words=2, freshness=2, form=4, grammar=1.5, length=2, plainness=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +83,39 @@ class GoldJudge:
     - form 4: a reader does not get as far as the content of a broken sentence;
     - freshness 2: repetition is what readers reject next;
     - length 2: too short says too little, too long is no summary; most texts lose nothing here;
-    - grammar 1.5: the same reason as form, but these rules see only the crudest errors.
+    - grammar 1.5: the same reason as form, but these rules see only the crudest errors;
+    - plainness 0: a model that learned from nothing but summaries writes nothing else. A chat model does.
 
     The scale makes a lead of one tenth of the whole (1.65 of 16.5) a preference of 0.96. The two orders of a pair
     sum to exactly 1, equal scores give exactly ½, and no text gives anything but a number.
+
+    Args:
+      weights: of the features.
+      scale: of the lead.
+      grounding: share of content words from the article at which a summary is fully faithful.
+      around: what stands before and after the article in a prompt; what is missing in a prompt is no error.
     """
 
     weights: Features = _WEIGHTS
     scale: float = 2.0
+    grounding: float = 0.6
+    around: tuple[str, str] = ("", "")
+
+    @classmethod
+    def of_chat(cls, around: tuple[str, str]) -> "GoldJudge":
+        """The judge of a chat model's summaries.
+
+        Such a model writes English from the start, and fails otherwise: it talks about the text, writes code and lists,
+        and says fluently what is not there. So plainness weighs 3, faithfulness 5, and four content words of five must
+        be the article's.
+        """
+        return cls(weights=_WEIGHTS._replace(faithfulness=5, plainness=3), grounding=0.8, around=around)
 
     def score(self, prompt: str, summary: str) -> float:
         """The weighted sum of the features of one summary."""
-        return sum(w * f for w, f in zip(self.weights, features(prompt, summary), strict=True))
+        before, after = self.around
+        article = prompt.removeprefix(before).removesuffix(after)
+        return sum(w * f for w, f in zip(self.weights, features(article, summary, self.grounding), strict=True))
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
         """Probability that each first summary beats the second.
@@ -113,11 +144,11 @@ class GoldJudge:
         return [_sigmoid(self.scale * lead) for lead in leads]
 
 
-def features(prompt: str, summary: str) -> Features:
+def features(prompt: str, summary: str, grounding: float = 0.6) -> Features:
     """What the judge sees in `summary` as a summary of `prompt`; all zero where there is no word."""
     words = _words(summary)
     if not words:
-        return Features(0, 0, 0, 0, 0, 0, 0)
+        return Features(0, 0, 0, 0, 0, 0, 0, 0)
     article = prompt.removeprefix(PREFIX)
     content = _stems(summary)
     stems = set(content)
@@ -133,13 +164,14 @@ def features(prompt: str, summary: str) -> Features:
     pairs = list(pairwise(words))
     repeats = max(0, len(content) - len(stems) - 1) + len(pairs) - len(set(pairs))
     return Features(
-        faithfulness=min(1.0, len(named) / (0.6 * len(stems))) if stems else 0.0,
+        faithfulness=min(1.0, len(named) / (grounding * len(stems))) if stems else 0.0,
         coverage=min(1.0, sum(weights[stem] for stem in named) / (0.75 * best)) if named else 0.0,
         own_words=max(0.0, 1 - copied / 5),
         freshness=max(0.0, 1 - 3 * repeats / len(words)),
         form=_form(summary.strip()),
         grammar=max(0.0, 1 - _errors(words) / 2),
         length=min(1.0, max(0.0, (len(words) - 2) / (_LENGTH[0] - 2)), max(0.0, 2 - len(words) / _LENGTH[1])),
+        plainness=_plainness(summary.strip(), set(words) - set(_words(article))),
     )
 
 
@@ -148,6 +180,11 @@ def _form(text: str) -> float:
     ends = text.endswith(".") and not text.endswith("..")
     single = len(re.findall(r"[.!?](?=\s|$)", text)) <= 1
     return 0.3 * begins + 0.5 * ends + 0.2 * single
+
+
+def _plainness(text: str, added: set[str]) -> float:
+    """Of a text and those of its words that are not the article's: an article about sentences may have them named."""
+    return 0.5 * (_MARKUP.search(text) is None) + 0.5 * added.isdisjoint(_SELF_WORDS)
 
 
 def _errors(words: Sequence[str]) -> int:

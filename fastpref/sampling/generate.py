@@ -4,7 +4,7 @@ log π̂ = (1 − β) log π + β log π_ref + const at every token (IPO-MD, sec
 whatever the number of completions; the loop ends when every row has its EOS.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -188,6 +188,7 @@ def write(
     temperature: float = 1.0,
     completions: int = 1,
     batch_size: int = 64,
+    progress: Callable[[int], object] | None = None,
 ) -> Written:
     """Let a model write to each of P prompts.
 
@@ -201,6 +202,7 @@ def write(
       temperature: of the draw; 0 takes the most likely token.
       completions: K, how many for each prompt.
       batch_size: prompts decoded at once.
+      progress: called after each batch, with its number of prompts.
 
     Returns:
       `Written`.
@@ -254,6 +256,8 @@ def write(
                 ),
             )
         )
+        if progress is not None:
+            progress(len(part))
     return Written(
         [texts for part in parts for texts in part.texts],
         *(np.concatenate([part[field] for part in parts]) for field in (1, 2, 3, 4, 5, 6)),

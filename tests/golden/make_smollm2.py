@@ -1,5 +1,8 @@
 """Write what `transformers` makes of the demo's GGUF file by itself: token ids, a chat prompt, logits.
 
+Of the tokenizer it leaves out that every digit stands alone, as the original tokenizer and llama.cpp have it. No merge
+joins the digits 0 to 9, so that this is seen in signs such as ½ only, which the texts here do without.
+
 Needs `torch`, `transformers`, `accelerate` and `gguf`; the project itself needs only the last. Run it in this folder:
 `python make_smollm2.py PATH/OF/SmolLM2-135M-Instruct.Q4_1.gguf`. The versions that made the committed file are in it.
 """
@@ -21,7 +24,7 @@ TEXTS = (
     "In 2024 it cost 1,234.50 euros (12.5 % more); phone 0049-30-901820.",
     "def mean(x, axis=None):\n    return x.sum(axis) / x.shape[0]  # naïve\n\n\n",
     "  leading,   inner  and trailing spaces\t\ttabs  ",
-    "Größe, café, žluťoučký kůň, 日本語の文, مرحبا, 👍🏽, ½ and x² are text too.",
+    "Größe, café, žluťoučký kůň, 日本語の文, مرحبا, 👍🏽 and 🇬🇧 are text too.",
     "I'm sure they'll say it's what we've heard: don't!",
     "<|im_start|>user\nHi<|im_end|>\n<|endoftext|>",
     "",
