@@ -293,7 +293,11 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: py
 
     source = write(tmp_path / "pairs.jsonl")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match=r"cache must be a directory to write to, but received: .*No space left.*Free space"):
+    with pytest.raises(
+        DataError,
+        match=r"cache must be a directory to write to, but received: .*No space left.*Free "
+        r"space",
+    ):
         cached(source, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
     monkeypatch.undo()

@@ -225,7 +225,11 @@ def test_a_source_that_is_none_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_wrong_settings_of_reading_are_named() -> None:
-    with pytest.raises(ValueError, match=r"columns must be one of \[prompt; prompt, completion; .*but received \('chosen',\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"columns must be one of \[prompt; prompt, completion; .*but received "
+        r"\('chosen',\)",
+    ):
         read_records([], columns=("chosen",))
     with pytest.raises(ValueError, match="on_bad_record must be 'raise', 'skip' or 'warn', but received 'ignore'"):
         read_records([], on_bad_record="ignore")

@@ -266,7 +266,7 @@ def _encode_extra(extra: Mapping[str, Any]) -> bytes:
             same = False
         if not same:
             raise ValueError(
-                f"extra must be bytes or JSON that comes back equal (lists, not tuples; finite numbers); "
+                f"extra must be bytes or JSON that comes back equal (lists, not tuples; finite numbers), "
                 f"but received {name}={value!r}. Convert it to a list or to bytes."
             )
     encoded = {name: base64.b64encode(value).decode() for name, value in binary.items()}
