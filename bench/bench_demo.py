@@ -63,10 +63,11 @@ def table(runs: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for result in runs:
         seconds = f"{result['total_seconds']:.0f}" if "total_seconds" in result else "not timed"
+        cores = f"{result['total_cpu_seconds']:.0f}" if "total_cpu_seconds" in result else "not timed"
         lines.append(
             f"| {result['seed']} | {result['win_rate']:.3f} | {result['win_rate_low']:.3f} to "
             f"{result['win_rate_high']:.3f} | {result['prompts']} | {result['preference_model_agreement']:.3f} | "
-            f"{seconds} | {result['total_cpu_seconds']:.0f} |"
+            f"{seconds} | {cores} |"
         )
     return lines
 
@@ -84,7 +85,8 @@ def samples(runs: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def text(report: dict[str, Any], small: bool) -> str:
+def text(report: dict[str, Any]) -> str:
+    small = report["small"]
     lines = [
         "# The demo on a CPU",
         "",
@@ -114,12 +116,13 @@ def main() -> int:
         "command": f"python bench/bench_demo.py{' --small' if options.small else ''} --write",
         "machine": machine.name("jax", "jaxlib", "flax", "optax"),
         "before": machine.require_quiet() if options.write else machine.use(),
+        "small": options.small,
         "runs": [run(seed, options.small) for seed in SEEDS],
         "after": machine.use(),
     }
-    print(text(report, options.small))
+    print(text(report))
     if options.write:
-        machine.record("demo_small_cpu" if options.small else "demo_cpu", report, text(report, options.small))
+        machine.record("demo_small_cpu" if options.small else "demo_cpu", report, text(report))
     return 0
 
 

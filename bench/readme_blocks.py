@@ -283,7 +283,7 @@ COMPILED = Table(
 
 
 def demo(*path: Any, shown: Callable[[Any], str]) -> Figure:
-    return Figure("demo_cpu", ("runs", "*", *path), shown)
+    return Figure("demo_small_cpu", ("runs", "*", *path), shown)
 
 
 def win_rate(study: str, **which: str) -> Figure:
@@ -311,8 +311,7 @@ Block = Table | Prose | Callable[[], str]
 BLOCKS: dict[str, Block] = {
     "demo": Prose(
         (
-            "The demo ends with plots, samples before and after, and the win rate of the aligned model over the one it "
-            "started from: ",
+            "The small demo ends with the win rate of the aligned model over the one it started from: ",
             demo("win_rate", shown=listed(decimals(2))),
             " for seeds ",
             demo("seed", shown=listed(str)),
@@ -323,7 +322,7 @@ BLOCKS: dict[str, Block] = {
             demo("total_seconds", shown=spread(decimals(0))),
             " seconds (timed for ",
             Figure(
-                "demo_cpu",
+                "demo_small_cpu",
                 ("runs",),
                 lambda runs: f"{sum('total_seconds' in run for run in runs)} of {len(runs)} seeds",
             ),

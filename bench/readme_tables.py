@@ -21,6 +21,7 @@ from readme_blocks import BLOCKS
 TEXTS = {
     "batcher": "bench_batcher",
     "demo_cpu": "bench_demo",
+    "demo_small_cpu": "bench_demo",
     "ipo_md_step_cpu": "bench_train",
     "kernels_cpu": "bench_kernels",
     "packing_cpu": "bench_packing",
