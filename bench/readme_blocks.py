@@ -354,7 +354,6 @@ BLOCKS: dict[str, Block] = {
             ".",
         )
     ),
-    "state": Prose((Figure("batcher", ("resuming", "bytes"), str),)),
     "online-wins": Prose(
         (
             Figure(

@@ -36,6 +36,8 @@ def test_every_block_is_shown_and_known() -> None:
 
 def test_another_result_makes_another_document(monkeypatch: pytest.MonkeyPatch) -> None:
     known = "It takes <!-- figures: state -->1<!-- end --> bytes.\n"
+    state = figures.Prose((figures.Figure("batcher", ("resuming", "bytes"), str),))
+    monkeypatch.setattr(readme_tables, "BLOCKS", {"state": state})
     monkeypatch.setattr(figures, "read", lambda _: {"resuming": {"bytes": 77}})
     assert readme_tables.filled(known) == "It takes <!-- figures: state -->77<!-- end --> bytes.\n"
 
