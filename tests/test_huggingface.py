@@ -217,34 +217,50 @@ def grow_vocabulary(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("break_it", "error", "message"),
     [
-        (shutil.rmtree, FileNotFoundError, "a checkpoint is a directory, but .* is none"),
-        (lambda folder: (folder / "config.json").unlink(), FileNotFoundError, "holds config.json, but .* has none"),
-        (lambda folder: (folder / "config.json").write_text("{"), ValueError, "config.json is JSON"),
+        (shutil.rmtree, FileNotFoundError, "a checkpoint must be a directory, but received"),
+        (
+            lambda folder: (folder / "config.json").unlink(),
+            FileNotFoundError,
+            "must hold config.json, but received .* without",
+        ),
+        (lambda folder: (folder / "config.json").write_text("{"), ValueError, "config.json must be JSON"),
         (
             lambda folder: (folder / "config.json").write_text("[]"),
             ValueError,
-            "config.json is a JSON object, not list",
+            "config.json must be a JSON object, but received list",
         ),
         (
             lambda folder: (folder / "model.safetensors").unlink(),
             FileNotFoundError,
-            "holds model.safetensors or model.safetensors.index.json, but .* has neither",
+            "must hold model.safetensors or model.safetensors.index.json, but received .* with neither",
         ),
         (
             lambda folder: (folder / "tokenizer.json").unlink(),
             FileNotFoundError,
-            "holds tokenizer.json, but .* has none",
+            "must hold tokenizer.json, but received .* without",
         ),
         (
             lambda folder: (folder / "tokenizer.json").write_text("{}"),
             ValueError,
             "tokenizer.json must be a tokenizer, but received one in",
         ),
-        (truncate, ValueError, "model.safetensors is not a whole safetensors file"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 50), ValueError, "not a whole safetensors"),
-        (rename_tensor, ValueError, "lacks 1 tensors that its config.json asks for, first model.norm.weight"),
-        (add_tensor, ValueError, "holds 1 tensors that its config.json has no place for, first value_head.weight"),
-        (grow_vocabulary, ValueError, "fit the model's vocabulary of 97, but that of .* has 105"),
+        (truncate, ValueError, "model.safetensors must be a whole safetensors file, but received"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 50),
+            ValueError,
+            "must be a whole safetensors file",
+        ),
+        (
+            rename_tensor,
+            ValueError,
+            "must hold the tensors that its config.json asks for, but received it without 1, first model.norm.weight",
+        ),
+        (
+            add_tensor,
+            ValueError,
+            "only tensors that its config.json has a place for, but received 1 others, first value_head.weight",
+        ),
+        (grow_vocabulary, ValueError, "must fit the model's vocabulary of 97, but received that of .* with 105"),
     ],
 )
 def test_broken_directories_are_named(
@@ -259,19 +275,31 @@ def test_broken_directories_are_named(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is one of llama, mistral, mt5, qwen2, t5, not 'gpt2'"),
-        ({"model_type": "umt5"}, "model_type is one of .*, not 'umt5'"),
+        ({"model_type": "gpt2"}, "model_type must be one of llama, mistral, mt5, qwen2, t5, but received 'gpt2'"),
+        ({"model_type": "umt5"}, "model_type must be one of .*, but received 'umt5'"),
         ({"hidden_size": None}, "hidden_size of config.json must be a whole number"),
-        ({"hidden_act": "gelu"}, "hidden_act of a llama is 'silu' here, not 'gelu'"),
-        ({"mlp_bias": True}, "mlp_bias of a llama is False here, not True"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type of a llama is .*, not 'yarn'"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "config.json holds factor"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor of a llama is 1 here, not 0.5"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config of a llama is left out here"),
-        ({"model_type": "mistral", "sliding_window": 64}, "sliding_window of a mistral is None here, not 64"),
-        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window of a qwen2 is False here, not True"),
-        ({"layer_types": ["sliding_attention"]}, "layer_types of a llama is left out here"),
-        ({"intermediate_size": 50}, r"mlp.down_proj.weight has shape \(48, 50\) by config.json, .* holds \(48, 52\)"),
+        ({"hidden_act": "gelu"}, "hidden_act of a llama must be 'silu', but received 'gelu'"),
+        ({"mlp_bias": True}, "mlp_bias of a llama must be False, but received True"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+            "rope_type of a llama must be .*, but received 'yarn'",
+        ),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "config.json must hold factor"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor of a llama must be 1, but received 0.5",
+        ),
+        ({"quantization_config": {"bits": 4}}, "quantization_config of a llama must be left out"),
+        ({"model_type": "mistral", "sliding_window": 64}, "sliding_window of a mistral must be None, but received 64"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True},
+            "use_sliding_window of a qwen2 must be False, but received True",
+        ),
+        ({"layer_types": ["sliding_attention"]}, "layer_types of a llama must be left out"),
+        (
+            {"intermediate_size": 50},
+            r"mlp.down_proj.weight must have shape \(48, 50\) by config.json, but received \(48, 52\)",
+        ),
     ],
 )
 def test_unsupported_configurations_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -284,7 +312,10 @@ def test_unsupported_configurations_are_named(changes: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"feed_forward_proj": "gated-tanh"}, "feed_forward_proj of a t5 is 'relu' or .*, not 'gated-tanh'"),
+        (
+            {"feed_forward_proj": "gated-tanh"},
+            "feed_forward_proj of a t5 must be 'relu' or .*, but received 'gated-tanh'",
+        ),
         (
             {"decoder_start_token_id": None, "pad_token_id": None},
             "decoder_start_token_id must be an id below \\d+, but received None",
@@ -302,11 +333,12 @@ def test_a_missing_shard_and_a_broken_index_are_named(tmp_path: Path) -> None:
     folder = copied("llama_sharded", tmp_path)
     (folder / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"index.json names model-00002-of-00003.safetensors, but .* no such file"
+        FileNotFoundError,
+        match=r"index.json must name files that are there, but received model-00002-of-00003.safetensors",
     ):
         load(folder)
     (folder / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"index.json maps tensors to files, but that of .* does not"):
+    with pytest.raises(ValueError, match=r"index.json must map tensors to files, but received one in .* that does not"):
         load(folder)
 
 
@@ -380,23 +412,23 @@ def test_a_full_disk_while_saving_is_one_error_with_the_path(tmp_path: Path) -> 
 
 def test_a_directory_with_other_files_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(FileExistsError, match=r"a directory of its own, but .* holds metrics.jsonl"):
+    with pytest.raises(FileExistsError, match=r"a directory of its own, but received .* with metrics.jsonl"):
         save(make(SMALL), tmp_path)
-    with pytest.raises(FileExistsError, match=r"holds metrics.jsonl: choose another path"):
+    with pytest.raises(FileExistsError, match=r"with metrics.jsonl. Choose another path"):
         save(make(SMALL), tmp_path / "metrics.jsonl")
 
 
 def test_only_what_a_checkpoint_can_hold_is_saved(tmp_path: Path) -> None:
     model = make(SMALL)
-    with pytest.raises(ValueError, match="the config of a LanguageModel describes its module"):
+    with pytest.raises(ValueError, match="the config of a LanguageModel must describe its module"):
         save(replace(model, config=load(GOLDEN / "llama_sharded").config), tmp_path / "a")
     with pytest.raises(ValueError, match="output_bias without attention_bias is in no kind of checkpoint"):
         write_config(replace(SMALL, output_bias=True), eos_id=1, pad_id=0)
-    with pytest.raises(ValueError, match=r"projection of a T5 checkpoint is .*, not silu with no gate"):
+    with pytest.raises(ValueError, match=r"projection of a T5 checkpoint must be .*, but received silu with no gate"):
         write_config(replace(SMALL_T5, activation="silu", gated=False), eos_id=1, pad_id=0)
 
     names = ("vocab_size", "decoder_start", "prefill", "decode", "packed_hidden_states", "head")
     other: Any = type("Other", (), dict.fromkeys(names, len))()
-    with pytest.raises(TypeError, match="written of a T5 or a Decoder, not of a Other"):
+    with pytest.raises(TypeError, match="must be a T5 or a Decoder to be saved, but received a Other"):
         save(replace(model, module=other), tmp_path / "a")
     assert not (tmp_path / "a").exists()

@@ -377,13 +377,13 @@ def test_rope_scaling_keeps_high_and_stretches_low_frequencies() -> None:
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        (DECODER, {"layers": 0}, "layers is at least 1, not 0"),
-        (DECODER, {"kv_heads": 4}, "heads is a multiple of kv_heads, but 6 is none of 4"),
-        (DECODER, {"head_dim": 5}, "head_dim is even for rotary positions, not 5"),
-        (ENCODER_DECODER, {"decoder_layers": 0}, "decoder_layers is at least 1, not 0"),
-        (ENCODER_DECODER, {"activation": "tanh"}, "activation is one of .*, not 'tanh'"),
-        (ENCODER_DECODER, {"buckets": 6}, "buckets is a multiple of 4 .* not 6 and 9"),
-        (ENCODER_DECODER, {"start_id": 61}, "start_id lies in the vocabulary, 0 to 60, not 61"),
+        (DECODER, {"layers": 0}, "layers must be at least 1, but received 0"),
+        (DECODER, {"kv_heads": 4}, "heads must be a multiple of kv_heads, but received 6 and 4"),
+        (DECODER, {"head_dim": 5}, "head_dim must be even for rotary positions, but received 5"),
+        (ENCODER_DECODER, {"decoder_layers": 0}, "decoder_layers must be at least 1, but received 0"),
+        (ENCODER_DECODER, {"activation": "tanh"}, "activation must be one of .*, but received 'tanh'"),
+        (ENCODER_DECODER, {"buckets": 6}, "buckets must be a multiple of 4 .* but received 6 and 9"),
+        (ENCODER_DECODER, {"start_id": 61}, "start_id must lie in the vocabulary, 0 to 60, but received 61"),
     ],
 )
 def test_impossible_configurations_are_refused(config: Any, change: dict[str, Any], message: str) -> None:
@@ -392,5 +392,5 @@ def test_impossible_configurations_are_refused(config: Any, change: dict[str, An
 
 
 def test_an_unknown_rope_scaling_is_refused() -> None:
-    with pytest.raises(ValueError, match="rope scaling is 'linear' or 'llama3', not 'yarn'"):
+    with pytest.raises(ValueError, match="rope scaling must be 'linear' or 'llama3', but received 'yarn'"):
         RopeScaling("yarn", 2.0)

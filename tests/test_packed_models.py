@@ -354,7 +354,11 @@ def test_where_policy_is_reference_the_loss_is_the_closed_form(name: str, layout
 
 
 def test_each_family_refuses_rows_for_the_other() -> None:
-    with pytest.raises(ValueError, match=r"a decoder-only model reads rows without an encoder stream, .* 16 places"):
+    with pytest.raises(
+        ValueError, match=r"rows of a decoder-only model must have no encoder stream, but received 16 places"
+    ):
         make("decoder").packed_hidden_states(packed_pairs("encoder-decoder"))
-    with pytest.raises(ValueError, match="reads prompts from the encoder stream, but these rows have none"):
+    with pytest.raises(
+        ValueError, match="rows of an encoder-decoder must have an encoder stream, but received some without"
+    ):
         make("t5-v1.1").packed_hidden_states(packed_pairs("shared"))

@@ -110,7 +110,7 @@ def test_no_samples_write_no_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metrics", "rule"),
     [
-        ({"step": 3}, "a metric cannot be called 'step', but received 3"),
+        ({"step": 3}, "a metric must have another name than 'step', but received 3"),
         ({"loss": np.ones(2)}, r"must be one number, but received loss=array\(\[1., 1.\]\). Average it first"),
         ({"loss": "low"}, "must be one number, but received loss='low'"),
     ],
@@ -378,7 +378,7 @@ def test_a_table_aligns_numbers_and_shows_text_as_it_is() -> None:
     assert body == [["[bold]ipo-md[/bold]", "0.6123", "12,000", "–"], ["sft�[31m", "0.5", "7", "3"]]
     numbers = [line.split("│")[2] for line in lines if line.startswith("│")]
     assert [cell.rstrip()[-1] == cell[-2] for cell in numbers] == [True, True]
-    with pytest.raises(ValueError, match=r"a row needs 2 cells, for \['a', 'b'\], but received 1: \[1\]"):
+    with pytest.raises(ValueError, match=r"a line must have 2 cells, for \['a', 'b'\], but received 1: \[1\]"):
         table("t", ["a", "b"], [[1]], console=console)
 
 
