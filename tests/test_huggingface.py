@@ -422,7 +422,7 @@ def test_only_what_a_checkpoint_can_hold_is_saved(tmp_path: Path) -> None:
     model = make(SMALL)
     with pytest.raises(ValueError, match="the config of a LanguageModel must describe its module"):
         save(replace(model, config=load(GOLDEN / "llama_sharded").config), tmp_path / "a")
-    with pytest.raises(ValueError, match="output_bias without attention_bias is in no kind of checkpoint"):
+    with pytest.raises(ValueError, match="output_bias must come with attention_bias, but received it alone"):
         write_config(replace(SMALL, output_bias=True), eos_id=1, pad_id=0)
     with pytest.raises(ValueError, match=r"projection of a T5 checkpoint must be .*, but received silu with no gate"):
         write_config(replace(SMALL_T5, activation="silu", gated=False), eos_id=1, pad_id=0)
