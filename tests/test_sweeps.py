@@ -270,7 +270,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         ("policy=sft", "either policy and baseline or a table [policies], but received policy, policies"),
         ("settings.seed=1", "no setting of that name, but received 'seed'"),
         ("settings.seeds=1", "seeds must be of type list, but received 1"),
-        ("policies.sft=1", "a policy must be a directory or a list of directories, but sft is 1"),
+        ("policies.sft=1", "a policy must be a directory or a list of them, but received sft = 1"),
         ("policies.other=none", "but none is not there"),
     ):
         assert main(["evaluate", "evaluate.toml", override]) == 1

@@ -89,18 +89,20 @@ def test_markers_are_special_even_where_the_backend_does_not_say_so(tmp_path: Pa
 
 
 def test_a_directory_without_an_end_token_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"names its end-of-sequence token, but no file of .* does"):
+    with pytest.raises(ValueError, match=r"must name its end-of-sequence token, but received .*, where no file does"):
         Tokenizer.load(write(tmp_path))
 
 
 def test_broken_json_is_named(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer_config.json is JSON, but this one cannot be read"):
+    with pytest.raises(ValueError, match=r"tokenizer_config.json must be JSON, but received one that cannot be read"):
         Tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize(("eos_id", "pad_id", "name"), [(6, 0, "eos_token"), (-1, 0, "eos_token"), (1, 9, "pad_token")])
 def test_ids_outside_the_vocabulary_are_refused(eos_id: int, pad_id: int, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name} is in the vocabulary, ids 0 to 5, but id -?\d is not: add it first"):
+    with pytest.raises(
+        ValueError, match=rf"{name} must be in the vocabulary, ids 0 to 5, but received id -?\d. Add it first"
+    ):
         Tokenizer(words(), eos_id=eos_id, pad_id=pad_id)
