@@ -226,4 +226,4 @@ def test_the_command_line_reads_conversations(
     )
     assert main(["evaluate", "several.toml"]) == 0, capsys.readouterr().err
     assert main(["evaluate", "several.toml", "policies.none=[]"]) == 1
-    assert "a policy must be a directory or a list of directories, but none is []" in capsys.readouterr().err
+    assert "a policy must be a directory or a list of them, but received none = []" in capsys.readouterr().err
