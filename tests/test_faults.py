@@ -259,6 +259,18 @@ def test_the_rate_that_is_logged_is_that_of_the_optimisers_own_count() -> None:
     assert update.learning_rate(config, state) == pytest.approx(0.1)
 
 
+def test_the_compiled_update_grows_with_the_parameters_and_not_with_their_square() -> None:
+    chain = update.build(TrainConfig(**SMALL))
+
+    def size(leaves: int) -> int:
+        params = {str(leaf): jax.numpy.ones((3, 4)) for leaf in range(leaves)}
+        state = update.initial_state(chain, params)
+        apply = jax.jit(lambda *of: update.apply_gated(chain, jax.numpy.float32(1), *of))
+        return len(apply.lower(params, state, params).compile().as_text())
+
+    assert size(32) < 5 * size(8)
+
+
 def test_logits_that_are_not_finite_are_refused_in_words() -> None:
     model = language_model()
     definition, params = nnx.split(model.module)
