@@ -1,6 +1,7 @@
 """Text to token ids and back, by the tokenizer of a checkpoint."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ import orjson
 import tokenizers
 import xxhash
 
+from fastpref.data.chat import FOLDER, ChatTemplate, templates_of
+from fastpref.data.controls import Controls
 from fastpref.data.files import check_manifest
+from fastpref.data.rendered import Rendered, Span, alike, unended
 from fastpref.method.errors import ModelError
 
 FILES = (
@@ -23,28 +27,32 @@ FILES = (
     "vocab.json",
     "merges.txt",
 )
-"""Files of a checkpoint that a tokenizer reads or keeps, byte for byte."""
+"""Files of a checkpoint that a tokenizer reads or keeps, byte for byte, besides the templates in `chat.FOLDER`."""
 
+BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
+"""SentencePiece's blank."""
 
-class Rendered(str):
-    """A prompt as a chat template wrote it: it holds its special tokens already, and is encoded without adding any."""
-
-    __slots__ = ()
+ENCODER_DECODERS = ("t5", "mt5", "umt5")
+"""Values of `model_type` of models whose prompts an encoder reads, where `is_encoder_decoder` is left out."""
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` that knows its end-of-sequence and padding tokens.
+    """A `tokenizers.Tokenizer` that knows which tokens end a completion, and its chat template.
 
-    Prompts get the special tokens of the checkpoint's own post-processor; completions get none, and end with EOS.
-    Nothing is padded or truncated here. Special tokens that a text names are text, unless it is `Rendered` or
-    `special_text` says otherwise.
+    Prompts get the special tokens of the checkpoint's own post-processor, a decoder's no EOS; completions get none, and
+    end with EOS. A prompt and its completions are cut out of the tokens of the whole text. Nothing is padded or
+    truncated here. Special tokens that a text names are text, unless a template wrote them (the text is `Rendered`, or
+    is recognised as what the template of `files` writes) or `special_text` says otherwise.
 
     Args:
       backend: the tokenizer; its padding and truncation are switched off.
-      eos_id: ends every completion.
+      eos_id: ends a completion of plain text.
       pad_id: fills rows; `eos_id` if None. Lengths say what is real, so it needs no id of its own.
       files: contents by name of the files of `FILES` that it came from. None writes them from `backend`.
-      special_text: read special tokens that a plain text names as the control tokens themselves.
+      special_text: read special tokens that a plain text or a message names as the control tokens themselves.
+      stop_ids: tokens that end a completion besides `eos_id` and those that `files` list.
+      encoder_decoder: whether an encoder reads prompts apart from completions. None where nobody knows: it does where
+        texts end with EOS and begin with nothing, as T5's do.
 
     Raises:
       ModelError: an id lies outside the vocabulary.
@@ -58,6 +66,8 @@ class Tokenizer:
         pad_id: int | None = None,
         files: Mapping[str, bytes] | None = None,
         special_text: bool = False,
+        stop_ids: Sequence[int] = (),
+        encoder_decoder: bool | None = None,
     ) -> None:
         backend.no_padding()
         backend.no_truncation()
@@ -76,56 +86,247 @@ class Tokenizer:
                     f"it first."
                 )
             names[key] = token
+        listed = [*stop_ids, *listed_ids(files or {})]
+        known = dict.fromkeys([eos_id, *(number for number in listed if backend.id_to_token(number) is not None)])
+        self.stop_ids: tuple[int, ...] = tuple(known)
+        """Tokens that end a completion, `eos_id` first."""
+        self._ends = {str(backend.id_to_token(number)): number for number in self.stop_ids}
         # As Hugging Face does on loading: else text would keep the markers, and decoding would show them.
-        backend.add_special_tokens(list(dict.fromkeys(names.values())))
+        backend.add_special_tokens(list(dict.fromkeys([*names.values(), *self._ends])))
         self.files = dict(files) if files is not None else {"tokenizer.json": backend.to_str(pretty=True).encode()}
+        if files is None and len(self.stop_ids) > 1:
+            self.files["generation_config.json"] = _json({"eos_token_id": list(self.stop_ids)})
         if special_ids(self.files, backend) != (self.eos_id, self.pad_id):
             config = {"tokenizer_class": "PreTrainedTokenizerFast", **read_json(self.files, "tokenizer_config.json")}
-            self.files["tokenizer_config.json"] = orjson.dumps(
-                config | names, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE
-            )
+            self.files["tokenizer_config.json"] = _json(config | names)
+        self._encoder_decoder = encoder_decoder
+        self._found: dict[bool, ChatTemplate | None] = {}
+
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The chat template of the directory, or None."""
+        if self.special_text not in self._found:
+            config = read_json(self.files, "special_tokens_map.json")
+            config |= read_json(self.files, "tokenizer_config.json")
+            # Some checkpoints number their end of sequence and do not name it.
+            tokens = {"eos_token": self.backend.id_to_token(self.eos_id) or ""}
+            for name, value in config.items():
+                if name.endswith("_token") and (content := _content(value)) is not None:
+                    tokens[name] = content
+            named = templates_of(self.files, config)
+            self._found[self.special_text] = None
+            if named:
+                self._found[self.special_text] = ChatTemplate(
+                    named.get("default"),
+                    tokens,
+                    named={name: text for name, text in named.items() if name != "default"},
+                    special=() if self.special_text else self._controls.ids,
+                    ends=sorted(self._ends, key=len, reverse=True),
+                )
+        return self._found[self.special_text]
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether an encoder reads prompts, apart from their completions."""
+        if self._encoder_decoder is None:
+            begin, end = self._affixes
+            return not begin and self.eos_id in end
+        return self._encoder_decoder
+
+    @cached_property
+    def turn_end_id(self) -> int:
+        """The token that ends the answer in a conversation: the one of `stop_ids` that the template closes it with."""
+        frame = None if self.template is None else self.template.frame
+        return self.eos_id if frame is None else self._ends.get(frame.closing, self.eos_id)
+
+    @cached_property
+    def _controls(self) -> Controls:
+        return Controls(self.backend, self._ends)
+
+    @cached_property
+    def _affixes(self) -> tuple[list[int], list[int]]:
+        """What the post-processor puts before and behind a text."""
+        whole = self.backend.encode(self._sample, add_special_tokens=True)
+        mask = whole.special_tokens_mask
+        begin = next((at for at, added in enumerate(mask) if not added), len(mask))
+        end = next((at for at, added in enumerate(mask[begin:][::-1]) if not added), 0)
+        return whole.ids[:begin], whole.ids[len(mask) - end :]
+
+    @property
+    def affixes(self) -> tuple[int, int]:
+        """Tokens that a plain prompt begins and ends with whatever its text is: they stay where it is cut."""
+        begin, end = self._affixes
+        return len(begin), len(end) if self.encoder_decoder or not self._closes else 0
+
+    @property
+    def _closes(self) -> bool:
+        """Whether the post-processor ends texts as completions are ended."""
+        return bool({*self.stop_ids} & {*self._affixes[1]})
+
+    @cached_property
+    def _bos(self) -> str:
+        """The token that begins every text, or ""."""
+        config = read_json(self.files, "special_tokens_map.json") | read_json(self.files, "tokenizer_config.json")
+        named = _content(config.get("bos_token"))
+        if named is None and (begin := self._affixes[0]):
+            named = self.backend.id_to_token(begin[0])
+        return "" if named is None or named in self._ends or named not in self._controls.ids else named
+
+    def recognised(self, text: str) -> str:
+        """A text that a template wrote as `Rendered`, also where it came back from a file; any other as it is.
+
+        A text is what a template wrote where it begins with the token that begins every text, or begins as the
+        template begins conversations and opens an answer as it does.
+
+        Raises:
+          DataError: it begins as the template's texts do, with a special token, and opens no answer.
+        """
+        if isinstance(text, Rendered):
+            return text
+        if self._bos and text.startswith(self._bos):
+            return Rendered(text)
+        frame = None if self.template is None else self.template.frame
+        wrote = frame is not None and text.startswith(frame.openings) and frame.wrote(text, self._controls.places(text))
+        return Rendered(text) if wrote else text
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each prompt, with the special tokens that the post-processor adds; `Rendered` ones get none."""
-        return self._encode(texts, add_special_tokens=True)
+        """Token ids of each prompt, with the special tokens that the post-processor adds; `Rendered` ones get none.
 
-    def _encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        rendered = [text for text in texts if isinstance(text, Rendered)]
+        A decoder's prompt does not end with EOS, and none begins with BOS twice.
+
+        Raises:
+          DataError: as `recognised` does.
+        """
+        known = [self.recognised(text) for text in texts]
+        if self._closes:
+            ends = list(self._ends)
+            known = [text if isinstance(text, Rendered) else unended(text, ends)[0] for text in known]
+        kept = self.affixes[1] > 0
+        return [self._tidy(text, ids, kept) for text, ids in zip(known, self._encode(known, True), strict=True)]
+
+    def _tidy(self, text: str, ids: list[int], kept: bool) -> list[int]:
+        """Tokens of a text without a doubled BOS, and without what is put behind it unless that is kept."""
+        if not isinstance(text, Rendered):
+            end = len(self._affixes[1])
+            return ids if kept or not end else ids[:-end]
+        begin = self._controls.ids.get(self._bos)
+        while len(ids) > 1 and ids[0] == ids[1] == begin:
+            ids = ids[1:]
+        return ids
+
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text; a `Rendered` one gets no special tokens."""
+        written = [text for text in texts if isinstance(text, Rendered)]
         plain = [text for text in texts if not isinstance(text, Rendered)]
-        self.backend.encode_special_tokens = False
-        bare = iter(self.backend.encode_batch_fast(rendered, add_special_tokens=False))
-        self.backend.encode_special_tokens = not self.special_text
-        full = iter(self.backend.encode_batch_fast(plain, add_special_tokens=add_special_tokens))
-        return [next(bare if isinstance(text, Rendered) else full).ids for text in texts]
+        clean = [text for text in written if self.special_text or not text.literals]
+        encode = self._controls.encode
+        mixed = (self._controls.encode_mixed(text, text.literals) for text in written if text.literals)
+        bare = iter(encode(clean, as_text=False, add_special_tokens=False))
+        full = iter(encode(plain, as_text=not self.special_text, add_special_tokens=add_special_tokens))
+        return [
+            next(full if not isinstance(text, Rendered) else bare if self.special_text or not text.literals else mixed)
+            for text in texts
+        ]
+
+    def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each completion alone, without special tokens, followed by EOS, also where it holds that."""
+        closed = [self._closed(text, self.eos_id) for text in texts]
+        bodies = self._encode([body for body, _ in closed], False)
+        return [[*ids, end] for ids, (_, end) in zip(bodies, closed, strict=True)]
+
+    def _closed(self, text: str, otherwise: int) -> tuple[str, int]:
+        """A completion without the token that ends it, and that token."""
+        if isinstance(text, Rendered):
+            return text, self._ends.get(text.end, otherwise)
+        body, end = unended(text, sorted(self._ends, key=len, reverse=True))
+        return body, self._ends.get(end, otherwise)
+
+    def encode_records(self, prompts: Sequence[str], completions: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+        """Token ids of each prompt and of its completions, one after the other, cut out of those of the whole texts.
+
+        Where a token of the whole crosses the seam, the prompt ends before it. A completion ends with EOS: the token
+        that its text ends with, or the one that ends answers of the template that wrote the prompt, or `eos_id`. An
+        encoder reads a prompt alone, and so is it encoded.
+
+        Args:
+          prompts: N texts.
+          completions: K texts for each.
+
+        Raises:
+          DataError: as `recognised` does.
+        """
+        known = [self.recognised(text) for text in prompts]
+        heads = self.encode_prompts(known)
+        closed = [
+            [self._closed(text, self.turn_end_id if isinstance(prompt, Rendered) else self.eos_id) for text in row]
+            for prompt, row in zip(known, completions, strict=True)
+        ]
+        apart = self.encoder_decoder
+        wholes = [
+            body if apart else self._joined(prompt, body)
+            for prompt, row in zip(known, closed, strict=True)
+            for body, _ in row
+        ]
+        encoded = iter(
+            self._tidy(text, ids, apart) for text, ids in zip(wholes, self._encode(wholes, not apart), strict=True)
+        )
+        records = []
+        for head, row in zip(heads, closed, strict=True):
+            tails = [next(encoded) for _ in row]
+            cut = 0 if apart else min([len(head), *(alike(head, tail) for tail in tails)])
+            if not apart and row and not cut:
+                # One token from the text's start across the seam: nothing would be left of the prompt.
+                tails = self._encode([body for body, _ in row], False)
+            pairs = zip(tails, row, strict=True)
+            records.append([head[: cut or None], *([*tail[cut:], end] for tail, (_, end) in pairs)])
+        return records
+
+    def _joined(self, prompt: str, body: str) -> str:
+        """The whole text, special tokens of a plain completion as letters."""
+        if not isinstance(prompt, Rendered):
+            return str(prompt) + str(body)
+        literals: Sequence[Span] = ()
+        if not self.special_text:
+            literals = body.literals if isinstance(body, Rendered) else self._controls.places(body)
+        moved = [(start + len(prompt), end + len(prompt)) for start, end in literals]
+        return Rendered(str(prompt) + str(body), literals=[*prompt.literals, *moved])
 
     @property
     def fingerprint(self) -> bytes:
         """16 bytes that differ for tokenizers that may encode differently: XXH3-128 of all that they encode by."""
-        settings = f"{self.eos_id} {self.pad_id} {self.special_text}"
-        return xxhash.xxh3_128_digest(self.backend.to_str().encode() + settings.encode())
-
-    def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each completion, without special tokens, followed by EOS."""
-        return [[*ids, self.eos_id] for ids in self._encode(texts, add_special_tokens=False)]
+        template = None if self.template is None else self.template.identity
+        settings = [self.stop_ids, self.pad_id, self.special_text, self.encoder_decoder, self._bos, template]
+        return xxhash.xxh3_128_digest(self.backend.to_str().encode() + orjson.dumps(settings))
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """Text of each row of ids; special tokens are dropped."""
         return self.backend.decode_batch([list(map(int, row)) for row in rows], skip_special_tokens=True)
 
+    def decode_completions(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Text of each completion as it follows its prompt: with the blank that begins it, special tokens dropped."""
+        texts = self.decode(rows)
+        if self.encoder_decoder:
+            return texts
+        blank = [bool(len(row)) and str(self.backend.id_to_token(int(row[0]))).startswith(BLANK) for row in rows]
+        return [
+            f" {text}" if begins and not text.startswith(" ") else text
+            for text, begins in zip(texts, blank, strict=True)
+        ]
+
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer's files into `directory`, which is made if needed."""
-        target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
-            (target / name).write_bytes(content)
+            target = Path(directory) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
 
     @staticmethod
     def load(directory: str | Path, *, special_text: bool = False) -> "Tokenizer":
         """Read the tokenizer of a Hugging Face directory.
 
         EOS and padding are, in this order, those named in `tokenizer_config.json` or `special_tokens_map.json`, those
-        numbered in `generation_config.json`, those numbered in `config.json`. Where a file lists several EOS ids, the
-        first counts: completions are written with one. A missing padding token is the EOS.
+        numbered in `generation_config.json`, those numbered in `config.json`, of several the first. Sampling ends at
+        each EOS that any of them lists. A missing padding token is the EOS.
 
         Args:
           directory: holds at least `tokenizer.json`.
@@ -144,8 +345,9 @@ class Tokenizer:
                 f"a checkpoint must hold tokenizer.json, but received {source} without. Save its tokenizer in the "
                 f"fast format."
             )
-        check_manifest(source, lambda name: name in FILES)
-        files = {name: (source / name).read_bytes() for name in FILES if (source / name).is_file()}
+        check_manifest(source, lambda name: name in FILES or name.startswith(FOLDER))
+        names = [*FILES, *(f"{FOLDER}{path.name}" for path in sorted((source / FOLDER).glob("*.jinja")))]
+        files = {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
         try:
             backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
             config = (
@@ -157,7 +359,15 @@ class Tokenizer:
                     f"a tokenizer must name its end-of-sequence token, but received {source}, where no file does. "
                     "Set eos_token in tokenizer_config.json or eos_token_id in config.json."
                 )
-            tokenizer = Tokenizer(backend, eos_id=eos_id, pad_id=pad_id, files=files, special_text=special_text)
+            tokenizer = Tokenizer(
+                backend,
+                eos_id=eos_id,
+                pad_id=pad_id,
+                files=files,
+                special_text=special_text,
+                stop_ids=listed_ids(config),
+                encoder_decoder=_encoder_decoder(read_json(config, "config.json")) if config else None,
+            )
             tokenizer.probe()
         except (ModelError, KeyboardInterrupt, SystemExit):
             raise
@@ -168,15 +378,19 @@ class Tokenizer:
             ) from error
         return tokenizer
 
+    @property
+    def _sample(self) -> str:
+        vocabulary = sorted(self.backend.get_vocab(with_added_tokens=False).values())
+        tokens = vocabulary[:: max(len(vocabulary) // 16, 1)][:16]
+        return self.backend.decode(tokens, skip_special_tokens=True)
+
     def probe(self) -> None:
         """Raise ModelError unless a text survives being encoded and decoded.
 
         A post-processor may add special tokens to a text; the text's own tokens must still be there.
         """
-        vocabulary = sorted(self.backend.get_vocab(with_added_tokens=False).values())
-        tokens = vocabulary[:: max(len(vocabulary) // 16, 1)][:16]
-        text = self.backend.decode(tokens, skip_special_tokens=True)
-        ((bare,), (whole,)) = self._encode([Rendered(text)], add_special_tokens=False), self.encode_prompts([text])
+        text = self._sample
+        ((bare,), (whole,)) = self._encode([Rendered(text)], False), self._encode([text], True)
         at = range(len(whole) - len(bare) + 1)
         if not bare or not any(whole[start : start + len(bare)] == bare for start in at):
             raise ModelError(
@@ -186,14 +400,39 @@ class Tokenizer:
         self.decode([whole])
 
 
+def listed_ids(files: Mapping[str, bytes]) -> list[int]:
+    """Every EOS id that `generation_config.json` and `config.json` list."""
+    found: list[int] = []
+    for file in ("generation_config.json", "config.json"):
+        content = read_json(files, file)
+        nested = content.get("text_config")
+        for entries in (content, nested if isinstance(nested, dict) else {}):
+            numbers = entries.get("eos_token_id")
+            found += numbers if isinstance(numbers, list) else [numbers]
+    return [number for number in found if isinstance(number, int) and not isinstance(number, bool) and number >= 0]
+
+
+def _encoder_decoder(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("is_encoder_decoder", config.get("model_type") in ENCODER_DECODERS))
+
+
+def _content(token: object) -> str | None:
+    """The text of a special token, as files name it."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE)
+
+
 def special_ids(files: Mapping[str, bytes], backend: tokenizers.Tokenizer) -> tuple[int | None, int | None]:
     """Ids of EOS and padding by the files given; the padding is the EOS where they name none."""
     named = read_json(files, "special_tokens_map.json") | read_json(files, "tokenizer_config.json")
     found = []
     for key in ("eos_token", "pad_token"):
-        token = named.get(key)
-        text = token.get("content") if isinstance(token, dict) else token
-        ids = [backend.token_to_id(text) if isinstance(text, str) else None]
+        text = _content(named.get(key))
+        ids = [None if text is None else backend.token_to_id(text)]
         for file in ("generation_config.json", "config.json"):
             numbers = read_json(files, file).get(f"{key}_id")
             ids += numbers if isinstance(numbers, list) else [numbers]
