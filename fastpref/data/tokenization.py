@@ -363,7 +363,8 @@ def shortened(
     if isinstance(prompt, Rendered):
         shorter: Rendered | None = prompt
         while shorter is not None and len(tokens) > limit:
-            shorter = None if shorter.template is None else shorter.template.shorter(shorter)
+            template = shorter.template or getattr(tokenizer, "template", None)
+            shorter = None if template is None else template.shorter(shorter)
             if shorter is not None:
                 (tokens,) = tokenizer.encode_prompts([shorter])
         return None if shorter is None else (shorter, tokens)

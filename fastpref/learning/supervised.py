@@ -178,14 +178,9 @@ def _check_destination(run_dir: str | Path | None, *beside: str) -> None:
         loop.check_destination(Path(run_dir) / "model", *beside)
 
 
-def _require_some(data: Data, report: DropReport, config: SupervisedConfig, quiet: bool) -> None:
-    source = data if isinstance(data, str | Path) else "the data"
-    loop.report_drops(report, config, limits=LIMITS, source=source, quiet=quiet)
-
-
-def _report_held_out(report: DropReport, config: SupervisedConfig, quiet: bool) -> None:
-    if report.read:
-        loop.report_drops(report, config, limits=LIMITS, source="held_out", quiet=quiet)
+def _report(source: Data, report: DropReport, config: SupervisedConfig, quiet: bool) -> None:
+    named = source if isinstance(source, str | Path) else "the data"
+    loop.report_drops(report, config, limits=LIMITS, source=named, quiet=quiet)
 
 
 def sft(
@@ -229,9 +224,10 @@ def sft(
     model = as_model(policy)
     _check_destination(run_dir)
     tokens, report = _tokens(data, model, ("prompt", "completion"), config, cache)
-    _require_some(data, report, config, quiet)
+    _report(data, report, config, quiet)
     checks, held = _tokens(held_out, model, ("prompt", "completion"), config)
-    _report_held_out(held, config, quiet)
+    if held.read:
+        _report("held_out", held, config, quiet)
 
     def batches(of: TokenRecords) -> CompletionBatcher:
         return CompletionBatcher(
@@ -330,9 +326,10 @@ def fit_preference_model(
     )
     _check_destination(run_dir, "preference_model.json")
     records, report = _within_limits(*_pairs(data, judge.model, config), judge.model, config)
-    _require_some(data, report, config, quiet)
+    _report(data, report, config, quiet)
     checks, held = _pairs(held_out, judge.model, config)
-    _report_held_out(held, config, quiet)
+    if held.read:
+        _report("held_out", held, config, quiet)
     prompts, chosen, rejected, preference = columns_of(records)
     opened, forward = judge.readings(prompts, chosen, rejected)
     _, backward = judge.readings(prompts, rejected, chosen)
@@ -412,9 +409,10 @@ def fit_reward_model(
     judge = RewardModel.from_model(as_model(model), max_prompt_tokens=config.max_prompt_tokens)
     _check_destination(run_dir, "reward_model.json", "reward_head.safetensors")
     tokens, report = _tokens(data, judge.model, PAIR_COLUMNS, config, cache)
-    _require_some(data, report, config, quiet)
+    _report(data, report, config, quiet)
     checks, held = _pairs(held_out, judge.model, config)
-    _report_held_out(held, config, quiet)
+    if held.read:
+        _report("held_out", held, config, quiet)
     chosen, rejected = tokens.completions
     with PaddedPairBatcher(
         tokens.prompts,
