@@ -106,7 +106,7 @@ def marked(value: Any, special: re.Pattern[str]) -> Any:
 
 
 def tools_of(value: object) -> list[Any] | None:
-    """The `tools` of a record, a list of JSON schemas or the JSON of one; None where there are none.
+    """The `tools` of a record, a list of JSON schemas or the JSON of one; None where there are none, or it is empty.
 
     Raises:
       ChatError: something else.
@@ -116,7 +116,7 @@ def tools_of(value: object) -> list[Any] | None:
         raise ChatError(
             f"tools must be a list of JSON schemas, but received {value!r:.50}. Write one for each function."
         )
-    return tools
+    return tools or None
 
 
 def named_options(value: object) -> dict[str, Any]:

@@ -198,10 +198,10 @@ class Tokenizer:
           DataError: as `recognised` does.
         """
         known = [self.recognised(text) for text in texts]
-        if self._closes:
+        kept = self.affixes[1] > 0
+        if kept and self._closes:
             ends = list(self._ends)
             known = [text if isinstance(text, Rendered) else unended(text, ends)[0] for text in known]
-        kept = self.affixes[1] > 0
         return [self._tidy(text, ids, kept) for text, ids in zip(known, self._encode(known, True), strict=True)]
 
     def _tidy(self, text: str, ids: list[int], kept: bool) -> list[int]:
@@ -236,9 +236,9 @@ class Tokenizer:
 
     def _closed(self, text: str, otherwise: int) -> tuple[str, int]:
         """A completion without the token that ends it, and that token."""
-        if isinstance(text, Rendered):
-            return text, self._ends.get(text.end, otherwise)
         body, end = unended(text, sorted(self._ends, key=len, reverse=True))
+        if isinstance(text, Rendered):
+            return Rendered(body, literals=text.literals), self._ends.get(text.end or end, otherwise)
         return body, self._ends.get(end, otherwise)
 
     def encode_records(self, prompts: Sequence[str], completions: Sequence[Sequence[str]]) -> list[list[list[int]]]:
