@@ -85,6 +85,8 @@ def test_an_encoder_reads_prompts_alone(tmp_path: Path) -> None:
     assert names(tokenizer, prompt) == ["▁", "a", "b", "</s>"]
     assert names(tokenizer, completion) == ["▁", "c", "</s>"]
     assert tokenizer.encode_prompts(["ab</s>"]) == [prompt]
+    # Whole pieces, as this model takes them, are letters too.
+    assert names(tokenizer, tokenizer.encode_prompts(["a</s>b"])[0]) == [*"▁a<", "/", *"s>b", "</s>"]
     assert Tokenizer.load(directory(tmp_path, unigram(), SP, config={"model_type": "t5"})).encoder_decoder
     decoder = Tokenizer.load(directory(tmp_path, unigram(), SP, config={"model_type": "llama"}))
     assert names(decoder, decoder.encode_prompts(["ab"])[0]) == ["▁", "a", "b"]

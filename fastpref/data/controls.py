@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import tokenizers
+from tokenizers import models
 
 from fastpref.data.rendered import Span
 from fastpref.method.errors import ChatError
@@ -37,10 +38,16 @@ class Controls:
 
     def encode(self, texts: Sequence[str], *, as_text: bool, add_special_tokens: bool) -> list[list[int]]:
         """Token ids of texts, their special tokens all letters (`as_text`) or all control tokens."""
-        self._backend.encode_special_tokens = as_text
-        return [
-            found.ids for found in self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        ]
+        # A model that takes pieces whole, as T5's does, would find the special ones among them.
+        whole = as_text and not isinstance(self._backend.model, models.BPE) and any(map(self.places, texts))
+        backend = self._renamed if whole else self._backend
+        backend.encode_special_tokens = as_text and not whole
+        try:
+            encoded = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        finally:
+            # As others who hold the backend expect.
+            backend.encode_special_tokens = False
+        return [found.ids for found in encoded]
 
     def encode_mixed(self, text: str, literals: Sequence[Span]) -> list[int]:
         """Token ids of a text whose special tokens are letters at `literals`, and control tokens elsewhere.
@@ -53,35 +60,28 @@ class Controls:
                 "a text that names special tokens must not hold the noncharacters U+FDD4 and U+FDD5, but received one "
                 "that does. Take them out."
             )
-        taken, pieces, at = set(literals), [], 0
+        pieces, at = [], 0
         for start, end in self.places(text):
-            if not any(low < end and start < high for low, high in taken):
+            if not any(low < end and start < high for low, high in literals):
                 pieces += [text[at:start], _ALIAS.format(self.ids[text[start:end]])]
                 at = end
-        backend, ids = self._aliased
-        found = backend.encode_batch_fast(["".join([*pieces, text[at:]])], add_special_tokens=False)[0].ids
-        return [ids.get(number, number) for number in found]
+        renamed = "".join([*pieces, text[at:]])
+        ids: list[int] = self._renamed.encode_batch_fast([renamed], add_special_tokens=False)[0].ids
+        return ids
 
     @cached_property
-    def _aliased(self) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-        """The tokenizer with a second name for each control token, by which alone it is found; and their ids."""
-        written = self._backend.to_str()
-        backend = tokenizers.Tokenizer.from_str(written)
-        backend.no_padding()
-        backend.no_truncation()
-        backend.add_special_tokens(list(self.ids))
-        sides = {token["content"]: token for token in json.loads(written)["added_tokens"]}
-        aliases = {
-            _ALIAS.format(number): tokenizers.AddedToken(
-                _ALIAS.format(number),
-                lstrip=text in sides and sides[text]["lstrip"],
-                rstrip=text in sides and sides[text]["rstrip"],
-                normalized=False,
-            )
-            for text, number in self.ids.items()
-        }
-        # Added tokens that are not special are found even where special ones are text.
-        backend.add_tokens(list(aliases.values()))
-        backend.encode_special_tokens = True
-        ids = {_ALIAS.format(number): number for number in self.ids.values()}
-        return backend, {backend.token_to_id(alias): number for alias, number in ids.items()}
+    def _renamed(self) -> tokenizers.Tokenizer:
+        """The tokenizer with other names for its special tokens, so that no letters are taken for one."""
+        described = json.loads(self._backend.to_str())
+        for token in described["added_tokens"]:
+            if token["content"] in self.ids:
+                token |= {"content": _ALIAS.format(token["id"]), "normalized": False}
+        model = described["model"]
+        names = {text: _ALIAS.format(number) for text, number in self.ids.items()}
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {names.get(piece, piece): number for piece, number in model["vocab"].items()}
+        else:
+            model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
+        return tokenizers.Tokenizer.from_str(json.dumps(described))
