@@ -105,7 +105,7 @@ def test_neither_bos_nor_eos_is_doubled(text: str, processor: str, tmp_path: Pat
         single = "<|endoftext|> $A" + (" <|im_end|>" if processor == "both" else "")
         backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
     config = {"eos_token": "<|im_end|>", "bos_token": "<|endoftext|>", "chat_template": "{{ bos_token }}" + CHATML}
-    files: dict[str, Any] = {"config": {"model_type": "llama"}, "generation_config": {"eos_token_id": [258]}}
+    files: dict[str, Any] = {"config": {"model_type": "llama"}, "generation_config": {"eos_token_id": [258, 262]}}
     tokenizer = Tokenizer.load(directory(tmp_path, backend, config, **files))
     bos, eos = (number for _, number in special)
     for prompt in ("Q:", "<|endoftext|>Q:", "<|endoftext|><|endoftext|>Q:", "Q:<|im_end|>" * (processor == "both")):

@@ -40,7 +40,7 @@ class Controls:
         """Token ids of texts, their special tokens all letters (`as_text`) or all control tokens."""
         # A model that takes pieces whole, as T5's does, would find the special ones among them.
         whole = as_text and not isinstance(self._backend.model, models.BPE) and any(map(self.places, texts))
-        backend = self._renamed if whole else self._backend
+        backend = self._renamed[0] if whole else self._backend
         backend.encode_special_tokens = as_text and not whole
         try:
             encoded = backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
@@ -60,28 +60,33 @@ class Controls:
                 "a text that names special tokens must not hold the noncharacters U+FDD4 and U+FDD5, but received one "
                 "that does. Take them out."
             )
+        backend, names = self._renamed
         pieces, at = [], 0
         for start, end in self.places(text):
-            if not any(low < end and start < high for low, high in literals):
-                pieces += [text[at:start], _ALIAS.format(self.ids[text[start:end]])]
+            if text[start:end] in names and not any(low < end and start < high for low, high in literals):
+                pieces += [text[at:start], names[text[start:end]]]
                 at = end
         renamed = "".join([*pieces, text[at:]])
-        ids: list[int] = self._renamed.encode_batch_fast([renamed], add_special_tokens=False)[0].ids
+        ids: list[int] = backend.encode_batch_fast([renamed], add_special_tokens=False)[0].ids
         return ids
 
     @cached_property
-    def _renamed(self) -> tokenizers.Tokenizer:
-        """The tokenizer with other names for its special tokens, so that no letters are taken for one."""
+    def _renamed(self) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+        """The tokenizer with other names for its special tokens, so that no letters are taken for one; and these."""
         described = json.loads(self._backend.to_str())
-        for token in described["added_tokens"]:
-            if token["content"] in self.ids:
-                token |= {"content": _ALIAS.format(token["id"]), "normalized": False}
         model = described["model"]
-        names = {text: _ALIAS.format(number) for text, number in self.ids.items()}
+        merged = {
+            "".join(pair) if isinstance(pair, list) else pair.replace(" ", "") for pair in model.get("merges", ())
+        }
+        # What letters are merged to is no special token, though a file may number it as one.
+        names = {text: _ALIAS.format(number) for text, number in self.ids.items() if text not in merged}
+        for token in described["added_tokens"]:
+            if token["content"] in names:
+                token |= {"content": names[token["content"]], "normalized": False}
         if isinstance(model["vocab"], dict):
             model["vocab"] = {names.get(piece, piece): number for piece, number in model["vocab"].items()}
         else:
             model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
         if model.get("unk_token") in names:
             model["unk_token"] = names[model["unk_token"]]
-        return tokenizers.Tokenizer.from_str(json.dumps(described))
+        return tokenizers.Tokenizer.from_str(json.dumps(described)), names
