@@ -269,6 +269,9 @@ def test_a_chat_loses_its_oldest_turns_and_keeps_question_and_header(chatml: Tok
     assert encoded == [tokens.prompts[0].tolist(), chatml.encode_prompts(["ab"])[0]]
     with pytest.raises(DataError, match=r"or older turns that can be left out, but received prompt 1 with 2\d\d"):
         fit_prompts([record.prompt for record in records], chatml, max_prompt_tokens=limit)
+    # What came back from a file has no turns that are known.
+    with pytest.raises(DataError, match=r"or older turns that can be left out, but received prompt 0 with"):
+        fit_prompts([str(records[0].prompt)], chatml, max_prompt_tokens=limit)
     pair = [{"prompt": turns, "chosen": [assistant("y")], "rejected": [assistant("n")]}]
     pairs, _ = read_records(pair, columns=("prompt", "chosen", "rejected"), template=template)
     cut, _ = tokenize_completions(pairs, chatml, max_prompt_tokens=limit, max_completion_tokens=9, overlong="truncate")

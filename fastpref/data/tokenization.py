@@ -401,7 +401,8 @@ def fit_prompts(
     longest = max(map(len, encoded), default=0)
     long = [index for index, tokens in enumerate(encoded) if len(tokens) > max_prompt_tokens]
     for index in long:
-        found = shortened(prompts[index], encoded[index], tokenizer, max_prompt_tokens, truncation_side)
+        prompt = tokenizer.recognised(prompts[index]) if isinstance(tokenizer, SeamEncoder) else prompts[index]
+        found = shortened(prompt, encoded[index], tokenizer, max_prompt_tokens, truncation_side)
         if found is None:
             raise DataError(
                 f"a prompt must have at most {max_prompt_tokens} tokens, or older turns that can be left out, but "
