@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import orjson
 import tokenizers
@@ -13,27 +12,19 @@ from fastpref.data.chat import FOLDER, ChatTemplate, templates_of
 from fastpref.data.controls import Controls
 from fastpref.data.files import check_manifest
 from fastpref.data.rendered import Rendered, Span, alike, unended
-from fastpref.method.errors import ModelError
-
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "spiece.model",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
+from fastpref.data.token_files import (
+    FILES,
+    content_of,
+    is_encoder_decoder,
+    listed_ids,
+    read_json,
+    special_ids,
+    to_json,
 )
-"""Files of a checkpoint that a tokenizer reads or keeps, byte for byte, besides the templates in `chat.FOLDER`."""
+from fastpref.method.errors import ModelError
 
 BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
 """SentencePiece's blank."""
-
-ENCODER_DECODERS = ("t5", "mt5", "umt5")
-"""Values of `model_type` of models whose prompts an encoder reads, where `is_encoder_decoder` is left out."""
 
 
 class Tokenizer:
@@ -95,10 +86,10 @@ class Tokenizer:
         backend.add_special_tokens(list(dict.fromkeys([*names.values(), *self._ends])))
         self.files = dict(files) if files is not None else {"tokenizer.json": backend.to_str(pretty=True).encode()}
         if files is None and len(self.stop_ids) > 1:
-            self.files["generation_config.json"] = _json({"eos_token_id": list(self.stop_ids)})
+            self.files["generation_config.json"] = to_json({"eos_token_id": list(self.stop_ids)})
         if special_ids(self.files, backend) != (self.eos_id, self.pad_id):
             config = {"tokenizer_class": "PreTrainedTokenizerFast", **read_json(self.files, "tokenizer_config.json")}
-            self.files["tokenizer_config.json"] = _json(config | names)
+            self.files["tokenizer_config.json"] = to_json(config | names)
         self._encoder_decoder = encoder_decoder
         self._found: dict[bool, ChatTemplate | None] = {}
 
@@ -111,7 +102,7 @@ class Tokenizer:
             # Some checkpoints number their end of sequence and do not name it.
             tokens = {"eos_token": self.backend.id_to_token(self.eos_id) or ""}
             for name, value in config.items():
-                if name.endswith("_token") and (content := _content(value)) is not None:
+                if name.endswith("_token") and (content := content_of(value)) is not None:
                     tokens[name] = content
             named = templates_of(self.files, config)
             self._found[self.special_text] = None
@@ -167,7 +158,7 @@ class Tokenizer:
     def _bos(self) -> str:
         """The token that begins every text, or ""."""
         config = read_json(self.files, "special_tokens_map.json") | read_json(self.files, "tokenizer_config.json")
-        named = _content(config.get("bos_token"))
+        named = content_of(config.get("bos_token"))
         if named is None and (begin := self._affixes[0]):
             named = self.backend.id_to_token(begin[0])
         return "" if named is None or named in self._ends or named not in self._controls.ids else named
@@ -366,7 +357,7 @@ class Tokenizer:
                 files=files,
                 special_text=special_text,
                 stop_ids=listed_ids(config),
-                encoder_decoder=_encoder_decoder(read_json(config, "config.json")) if config else None,
+                encoder_decoder=is_encoder_decoder(read_json(config, "config.json")) if config else None,
             )
             tokenizer.probe()
         except (ModelError, KeyboardInterrupt, SystemExit):
@@ -398,56 +389,3 @@ class Tokenizer:
                 f"{text!r} the ids {whole}. Mend post_processor in tokenizer.json."
             )
         self.decode([whole])
-
-
-def listed_ids(files: Mapping[str, bytes]) -> list[int]:
-    """Every EOS id that `generation_config.json` and `config.json` list."""
-    found: list[int] = []
-    for file in ("generation_config.json", "config.json"):
-        content = read_json(files, file)
-        nested = content.get("text_config")
-        for entries in (content, nested if isinstance(nested, dict) else {}):
-            numbers = entries.get("eos_token_id")
-            found += numbers if isinstance(numbers, list) else [numbers]
-    return [number for number in found if isinstance(number, int) and not isinstance(number, bool) and number >= 0]
-
-
-def _encoder_decoder(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("is_encoder_decoder", config.get("model_type") in ENCODER_DECODERS))
-
-
-def _content(token: object) -> str | None:
-    """The text of a special token, as files name it."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    return orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE)
-
-
-def special_ids(files: Mapping[str, bytes], backend: tokenizers.Tokenizer) -> tuple[int | None, int | None]:
-    """Ids of EOS and padding by the files given; the padding is the EOS where they name none."""
-    named = read_json(files, "special_tokens_map.json") | read_json(files, "tokenizer_config.json")
-    found = []
-    for key in ("eos_token", "pad_token"):
-        text = _content(named.get(key))
-        ids = [None if text is None else backend.token_to_id(text)]
-        for file in ("generation_config.json", "config.json"):
-            numbers = read_json(files, file).get(f"{key}_id")
-            ids += numbers if isinstance(numbers, list) else [numbers]
-        found.append(next((number for number in ids if number is not None), None))
-    return found[0], found[0] if found[1] is None else found[1]
-
-
-def read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """The object in a file of JSON, or an empty one if there is no such file."""
-    try:
-        content = orjson.loads(files.get(name, b"{}"))
-    except orjson.JSONDecodeError as error:
-        raise ModelError(
-            f"{name} must be JSON, but received one that cannot be read ({error}). Copy it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{name} must be a JSON object, but received {type(content).__name__}. Copy it again.")
-    return content
