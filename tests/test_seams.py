@@ -141,13 +141,21 @@ def test_what_a_template_wrote_is_recognised_when_it_comes_from_a_file(chatml: T
     assert zephyr.encode_prompts([str(text)]) == zephyr.encode_prompts([text])
 
 
-def test_what_begins_as_the_template_does_and_opens_no_answer_is_refused(chatml: Tokenizer) -> None:
+def test_what_begins_as_the_template_does_and_opens_no_answer_is_refused(chatml: Tokenizer, tmp_path: Path) -> None:
     text = "<|im_start|>user\nWhere?<|im_end|>\n"
     with pytest.raises(DataError, match=r"must also open the answer with '<\|im_start\|>assistant', but received"):
         chatml.encode_prompts([text])
     assert tokenize_prompts([text, "a"], chatml, max_tokens=99, on_bad_record="skip")[1].dropped == {
         "bad conversation": 1
     }
+    bos = {"eos_token": "</s>", "bos_token": "<s>", "chat_template": INST}
+    llama = Tokenizer.load(directory(tmp_path / "sp", sentencepiece("first"), bos))
+    with pytest.raises(
+        DataError, match=r"begins with '<s>' must be what the chat template writes, .* received '<s>a</s> b"
+    ):
+        llama.encode_prompts(["<s>a</s> b"])
+    assert names(llama, llama.encode_prompts(["<s><s>ab"])[0]) == ["<s>", "ab"]
+    assert names(llama, llama.encode_prompts(["<s>[INST] ab [/INST] b</s>"])[0])[-2:] == ["b", "</s>"]
     # Text that only names special tokens is text.
     assert (
         chatml.encode_prompts(["What is <|im_start|>user?"])[0].count(chatml.backend.token_to_id("<|im_start|>")) == 0

@@ -21,7 +21,7 @@ from fastpref.data.token_files import (
     special_ids,
     to_json,
 )
-from fastpref.method.errors import ModelError
+from fastpref.method.errors import DataError, ModelError
 
 BLANK = "\N{LOWER ONE EIGHTH BLOCK}"
 """SentencePiece's blank."""
@@ -166,19 +166,26 @@ class Tokenizer:
     def recognised(self, text: str) -> str:
         """A text that a template wrote as `Rendered`, also where it came back from a file; any other as it is.
 
-        A text is what a template wrote where it begins with the token that begins every text, or begins as the
-        template begins conversations and opens an answer as it does.
+        A text is what a template wrote where it begins as the tokenizer's template begins conversations and opens an
+        answer as that does; or where it begins with BOS, which it then does once, and no template says otherwise.
 
         Raises:
-          DataError: it begins as the template's texts do, with a special token, and opens no answer.
+          DataError: it begins with BOS, or as the template's texts do with a special token, and goes on otherwise.
         """
         if isinstance(text, Rendered):
             return text
-        if self._bos and text.startswith(self._bos):
-            return Rendered(text)
+        begun = bool(self._bos) and text.startswith(self._bos)
+        while begun and text.startswith(self._bos, len(self._bos)):
+            text = text.removeprefix(self._bos)
         frame = None if self.template is None else self.template.frame
-        wrote = frame is not None and text.startswith(frame.openings) and frame.wrote(text, self._controls.places(text))
-        return Rendered(text) if wrote else text
+        if frame is not None and text.startswith(frame.openings) and frame.wrote(text, self._controls.places(text)):
+            return Rendered(text)
+        if begun and frame is not None and not self.special_text and len(self._controls.places(text)) > 1:
+            raise DataError(
+                f"a prompt that begins with {self._bos!r} must be what the chat template writes, or name no other "
+                f"special token, but received {text!r:.60}. Give its messages, or take the token out."
+            )
+        return Rendered(text) if begun else text
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each prompt, with the special tokens that the post-processor adds; `Rendered` ones get none.
@@ -196,14 +203,9 @@ class Tokenizer:
         return [self._tidy(text, ids, kept) for text, ids in zip(known, self._encode(known, True), strict=True)]
 
     def _tidy(self, text: str, ids: list[int], kept: bool) -> list[int]:
-        """Tokens of a text without a doubled BOS, and without what is put behind it unless that is kept."""
-        if not isinstance(text, Rendered):
-            end = len(self._affixes[1])
-            return ids if kept or not end else ids[:-end]
-        begin = self._controls.ids.get(self._bos)
-        while len(ids) > 1 and ids[0] == ids[1] == begin:
-            ids = ids[1:]
-        return ids
+        """Tokens of a text, without what the post-processor puts behind it unless that is kept."""
+        end = 0 if isinstance(text, Rendered) or kept else len(self._affixes[1])
+        return ids[:-end] if end else ids
 
     def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text; a `Rendered` one gets no special tokens."""
