@@ -135,6 +135,15 @@ def test_what_a_template_wrote_is_recognised_when_it_comes_from_a_file(chatml: T
     tokens, _ = tokenize_completions(records, chatml, **LIMITS)
     assert names(chatml, tokens.completions[0][0])[:3] == ["a", "<|im_end|>", "Ċ"]
     assert names(chatml, tokens.completions[0][0])[-2:] == ["b", "<|im_end|>"]
+    # Where the template opens a block, with and without it.
+    opens = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    thinking = Tokenizer.load(
+        directory(tmp_path / "r", byte_level(), {"eos_token": "<|im_end|>", "chat_template": opens})
+    )
+    row = {"prompt": [user("ab")], "completion": [assistant("b")]}
+    records, _ = read_records([row], columns=("prompt", "completion"), template=thinking.template)
+    for text in (records[0].prompt, ChatTemplate.of(thinking).prompt([user("ab")])):
+        assert thinking.encode_prompts([str(text)]) == thinking.encode_prompts([text])
     # Without a BOS or special token at its beginning, too.
     zephyr = Tokenizer.load(directory(tmp_path / "sp", sentencepiece("first"), SP | {"chat_template": ZEPHYR}))
     text = zephyr.template.prompt([user("ab")]) if zephyr.template else ""

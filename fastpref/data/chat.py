@@ -290,7 +290,9 @@ class ChatTemplate:
         try:
             prompt = self._text(Conversation([asked]), opened=True)
             whole = self._text(Conversation([asked, said]), opened=False)
-            header = prompt[self._header(Conversation([asked]), prompt) :] or prompt.rpartition(_ASKED)[2]
+            start = self._header(Conversation([asked]), prompt)
+            # Without a block that only a prompt for the next answer opens.
+            header = prompt[start : alike(prompt, whole)] or prompt[start:] or prompt.rpartition(_ASKED)[2]
         except ChatError:
             return None
         try:
