@@ -281,7 +281,8 @@ class ChatTemplate:
         if not names:
             return {"prompt": self._prompt(said)}
         opened, completions = self.answered(said, replies)
-        return {"prompt": opened} | dict(zip(names, completions, strict=True))
+        written: dict[str, str] = {"prompt": opened}
+        return written | dict(zip(names, completions, strict=True))
 
     @cached_property
     def frame(self) -> Frame | None:

@@ -41,9 +41,9 @@ def _message(message: object) -> Message:
         )
     known: dict[str, Any] = {name: value for name, value in plain(message).items() if value is not None}
     if "content" not in known and any(name in known for name in ("tool_calls", *REASONING)):
-        wanted = ("role",)
+        wanted = ["role"]
     else:
-        wanted = ("role", "content")
+        wanted = ["role", "content"]
     if isinstance(known.get("content"), list | tuple):
         known["content"] = [_part(part) for part in known["content"]]
     for name in wanted:

@@ -28,7 +28,7 @@ ENCODER_DECODERS = ("t5", "mt5", "umt5")
 
 def listed_ids(files: Mapping[str, bytes]) -> list[int]:
     """Every EOS id that `generation_config.json` and `config.json` list."""
-    found: list[int] = []
+    found: list[Any] = []
     for file in ("generation_config.json", "config.json"):
         content = read_json(files, file)
         nested = content.get("text_config")

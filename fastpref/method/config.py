@@ -333,11 +333,7 @@ def from_mapping(kind: type[Config], settings: Mapping[str, Any]) -> Config:
     Raises:
       ConfigError: an unknown key, with the nearest known one; a value of the wrong type; a broken rule.
     """
-    blank = {entry.name: entry.default_factory for entry in dataclasses.fields(kind)}
-    known = {
-        entry.name: entry.default if entry.default is not dataclasses.MISSING else blank[entry.name]()
-        for entry in dataclasses.fields(kind)
-    }
+    known = to_json(kind())
     hints = get_type_hints(kind)
     values = {}
     for key, value in settings.items():

@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 
 from fastpref.data import files
 from fastpref.data.chat import FOLDER
-from fastpref.data.tokenizer import FILES, Tokenizer, read_json
+from fastpref.data.token_files import FILES, read_json
+from fastpref.data.tokenizer import Tokenizer
 from fastpref.method.errors import ModelError
 from fastpref.models.configs import check_sizes, read_config, write_config
 from fastpref.models.decoder import Decoder, DecoderConfig

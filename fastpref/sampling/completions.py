@@ -34,6 +34,6 @@ def ended(
     """Which completions end with the token, or one of the tokens, that ends them, instead of having been cut off."""
     tokens, lengths = np.asarray(tokens), np.asarray(lengths)
     last = np.take_along_axis(tokens, np.maximum(lengths[:, :, None] - 1, 0), axis=2)[:, :, 0]
-    ends = [] if eos_id is None else np.atleast_1d(np.asarray(eos_id, np.int64))
+    ends = np.asarray([] if eos_id is None else eos_id, np.int64)
     result: Bool[np.ndarray, "P K"] = np.isin(last, ends) & (lengths > 0)
     return result
