@@ -1,7 +1,7 @@
 """Text that a chat template wrote, with what tells its control tokens from a user's words that look like them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -120,13 +120,13 @@ class Frame(NamedTuple):
         )
 
 
-def unended(text: str, ends: Sequence[str]) -> tuple[str, str]:
+def unended(text: str, ends: Iterable[str]) -> tuple[str, str]:
     """A completion without the special tokens that close it, and the first of these; "" where none does.
 
     Some templates put a line end behind the token, some a second token behind that.
     """
     first = ""
-    while end := next((end for end in ends if end and text.rstrip().endswith(end)), ""):
+    while end := max((end for end in ends if text.rstrip().endswith(end)), key=len, default=""):
         text, first = text.rstrip().removesuffix(end), end
     return text, first
 

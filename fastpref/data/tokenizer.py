@@ -112,7 +112,7 @@ class Tokenizer:
                     tokens,
                     named={name: text for name, text in named.items() if name != "default"},
                     special=() if self.special_text else self._controls.ids,
-                    ends=sorted(self._ends, key=len, reverse=True),
+                    ends=tuple(self._ends),
                 )
         return self._found[self.special_text]
 
@@ -198,8 +198,7 @@ class Tokenizer:
         known = [self.recognised(text) for text in texts]
         kept = self.affixes[1] > 0
         if kept and self._closes:
-            ends = list(self._ends)
-            known = [text if isinstance(text, Rendered) else unended(text, ends)[0] for text in known]
+            known = [text if isinstance(text, Rendered) else unended(text, self._ends)[0] for text in known]
         return [self._tidy(text, ids, kept) for text, ids in zip(known, self._encode(known, True), strict=True)]
 
     def _tidy(self, text: str, ids: list[int], kept: bool) -> list[int]:
@@ -229,7 +228,7 @@ class Tokenizer:
 
     def _closed(self, text: str, otherwise: int) -> tuple[str, int]:
         """A completion without the token that ends it, and that token."""
-        body, end = unended(text, sorted(self._ends, key=len, reverse=True))
+        body, end = unended(text, self._ends)
         if isinstance(text, Rendered):
             return Rendered(body, literals=text.literals), self._ends.get(text.end or end, otherwise)
         return body, self._ends.get(end, otherwise)
