@@ -11,7 +11,7 @@ from tokenizers import processors
 
 from fastpref.data import DropReport, Record, read_prompts, read_records, tokenize_completions, tokenize_prompts
 from fastpref.data.chat import ChatTemplate
-from fastpref.data.rendered import Rendered
+from fastpref.data.rendered import Conversation, Rendered
 from fastpref.data.tokenization import PromptTexts, fit_prompts
 from fastpref.data.tokenizer import Tokenizer
 from fastpref.method.errors import ChatError, CutWarning, DataError
@@ -243,10 +243,11 @@ def test_answers_keep_the_blank_that_they_begin_with(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(directory(tmp_path, sentencepiece("first"), SP))
     ((_, completion),) = tokenizer.encode_records(["is"], [[" Paris"]])
     assert tokenizer.decode([completion]) == ["Paris"]
-    (text,) = tokenizer.decode_completions([completion])
+    (text,) = tokenizer.decode_completions([completion], ["is"])
     assert text == " Paris"
     assert tokenizer.encode_records(["is"], [[text]])[0][1] == completion
-    assert tokenizer.decode_completions([[]]) == [""]
+    chat = Rendered("is", conversation=Conversation([user("is")]))
+    assert tokenizer.decode_completions([[], completion], ["is", chat]) == ["", "Paris"]
 
 
 @pytest.mark.parametrize(("side", "kept"), [("right", "abcdef"), ("left", "cdefgh")])

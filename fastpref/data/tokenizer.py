@@ -294,16 +294,20 @@ class Tokenizer:
         """Text of each row of ids; special tokens are dropped."""
         return self.backend.decode_batch([list(map(int, row)) for row in rows], skip_special_tokens=True)
 
-    def decode_completions(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Text of each completion as it follows its prompt: with the blank that begins it, special tokens dropped."""
+    def decode_completions(self, rows: Sequence[Sequence[int]], prompts: Sequence[str]) -> list[str]:
+        """Text of each completion, special tokens dropped: of a message its content, of a text what follows the prompt.
+
+        SentencePiece has no blank before a text; what follows another keeps the one that it begins with.
+        """
         texts = self.decode(rows)
         if self.encoder_decoder:
             return texts
-        blank = [bool(len(row)) and str(self.backend.id_to_token(int(row[0]))).startswith(BLANK) for row in rows]
-        return [
-            f" {text}" if begins and not text.startswith(" ") else text
-            for text, begins in zip(texts, blank, strict=True)
-        ]
+        for at, (ids, prompt) in enumerate(zip(rows, prompts, strict=True)):
+            answers = isinstance(prompt, Rendered) and prompt.conversation is not None
+            first = "" if answers or not len(ids) else str(self.backend.id_to_token(int(ids[0])))
+            if first.startswith(BLANK) and not texts[at].startswith(" "):
+                texts[at] = f" {texts[at]}"
+        return texts
 
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer's files into `directory`, which is made if needed."""

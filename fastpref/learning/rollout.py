@@ -109,7 +109,7 @@ def judge(
       JudgeError: the judge failed.
     """
     prompts = [texts[int(index)] for index in batch.ids]
-    written = decode(policy, drawn)
+    written = decode(policy, drawn, prompts)
     tokens, lengths = np.asarray(drawn.tokens), np.asarray(drawn.lengths)
     jury = Jury(judge, prompts, written, tokens, lengths, ids=batch.ids, step=step)
     selection = select(config.method.pairs, jury, seed=config.seed, baseline=config.baseline)

@@ -236,9 +236,10 @@ def write(
     width = round_up(max((len(tokens) for tokens in encoded), default=1), 16)
     parts: list[Written] = []
     for start in range(0, len(encoded), batch_size):
-        part = encoded[start : start + batch_size]
+        part, of = encoded[start : start + batch_size], list(prompts[start : start + batch_size])
         # A short last batch is filled up, so that one shape is compiled.
-        rows = part + [part[0]] * (min(batch_size, len(encoded)) - len(part))
+        missing = min(batch_size, len(encoded)) - len(part)
+        rows, of = part + part[:1] * missing, of + of[:1] * missing
         tokens = np.zeros((len(rows), width), np.int32)
         for row, ids in enumerate(rows):
             tokens[row, : len(ids)] = ids
@@ -262,7 +263,7 @@ def write(
         require_finite(batch)
         parts.append(
             Written(
-                decode(model, batch)[: len(part)],
+                decode(model, batch, of)[: len(part)],
                 *(
                     np.asarray(x)[: len(part)]
                     for x in (
@@ -301,16 +302,16 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def decode(model: LanguageModel, completions: Completions) -> list[list[str]]:
-    """Completions as text: P lists of K, special tokens removed."""
+def decode(model: LanguageModel, completions: Completions, prompts: Sequence[str]) -> list[list[str]]:
+    """Completions of P prompts as text: P lists of K, special tokens removed."""
     tokens, lengths = np.asarray(completions.tokens), np.asarray(completions.lengths)
-    prompts, per_prompt, _ = tokens.shape
+    count, per_prompt, _ = tokens.shape
     flat = [
         tokens[prompt, which, : lengths[prompt, which]].tolist()
-        for prompt in range(prompts)
+        for prompt in range(count)
         for which in range(per_prompt)
     ]
-    texts = model.tokenizer.decode_completions(flat)
+    texts = model.tokenizer.decode_completions(flat, [prompt for prompt in prompts for _ in range(per_prompt)])
     return [texts[start : start + per_prompt] for start in range(0, len(texts), per_prompt)]
 
 
