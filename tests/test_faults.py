@@ -332,7 +332,7 @@ LOST: list[tuple[Any, dict[str, Any], str]] = [
         {},
         r"Raise max_completion_tokens, 4 now, to 6 to keep all of them\. To learn from the rest alone, raise max_l",
     ),
-    (sft, {"on_bad_record": "skip"}, r"(?s)6 to keep all of them\. Check the records\. To learn from the rest"),
+    (sft, {"on_bad_record": "skip"}, r"6 to keep all of them\. Check the records\. To learn from the rest"),
     (fit_reward_model, {}, r"Raise max_completion_tokens, 4 now, to 6 to keep"),
     (train, {}, r"Raise max_new_tokens, 4 now, to 6 to keep"),
 ]

@@ -22,6 +22,9 @@ FILES = (
 )
 """Files of a checkpoint that a tokenizer reads or keeps, byte for byte, besides the templates in `chat.FOLDER`."""
 
+APART = "prompts_apart"
+"""Key of `tokenizer_config.json`, written where no `config.json` could tell that prompts are encoded apart."""
+
 ENCODER_DECODERS = ("t5", "mt5", "umt5")
 """Values of `model_type` of models whose prompts an encoder reads, where `is_encoder_decoder` is left out."""
 
@@ -38,8 +41,13 @@ def listed_ids(files: Mapping[str, bytes]) -> list[int]:
     return [number for number in found if isinstance(number, int) and not isinstance(number, bool) and number >= 0]
 
 
-def is_encoder_decoder(config: Mapping[str, Any]) -> bool:
-    """Whether the model of a `config.json` reads prompts with an encoder."""
+def is_encoder_decoder(files: Mapping[str, bytes]) -> bool | None:
+    """Whether the model of a directory reads prompts with an encoder; None where no file says it."""
+    if APART in (written := read_json(files, "tokenizer_config.json")):
+        return bool(written[APART])
+    if "config.json" not in files:
+        return None
+    config = read_json(files, "config.json")
     return bool(config.get("is_encoder_decoder", config.get("model_type") in ENCODER_DECODERS))
 
 

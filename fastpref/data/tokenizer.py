@@ -13,6 +13,7 @@ from fastpref.data.controls import Controls
 from fastpref.data.files import check_manifest
 from fastpref.data.rendered import Rendered, Span, alike, unended
 from fastpref.data.token_files import (
+    APART,
     FILES,
     content_of,
     is_encoder_decoder,
@@ -311,7 +312,11 @@ class Tokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer's files into `directory`, which is made if needed."""
-        for name, content in self.files.items():
+        files = dict(self.files)
+        if self._encoder_decoder is None and self.encoder_decoder:
+            # Read again beside a model, prompts are encoded as they are now.
+            files["tokenizer_config.json"] = to_json(read_json(files, "tokenizer_config.json") | {APART: True})
+        for name, content in files.items():
             target = Path(directory) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
@@ -362,7 +367,7 @@ class Tokenizer:
                 files=files,
                 special_text=special_text,
                 stop_ids=listed_ids(config),
-                encoder_decoder=is_encoder_decoder(read_json(config, "config.json")) if config else None,
+                encoder_decoder=is_encoder_decoder(files | config),
             )
             tokenizer.probe()
         except (ModelError, KeyboardInterrupt, SystemExit):
