@@ -67,9 +67,12 @@ class Rendered(str):
         made.tail = tail
         return made
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Without the template, which is a program.
-        return _made, (str(self), self.literals, self.end, self.conversation, self.tail)
+    def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, Any]]:
+        # All but the template, which is a program.
+        return (str(self),), {name: getattr(self, name) for name in ("literals", "end", "conversation", "tail")}
+
+    def __getstate__(self) -> None:
+        return None
 
     def pack(self) -> bytes:
         """The text with its marks and conversation, as JSON; `unpack` reads it back."""
@@ -83,10 +86,6 @@ class Rendered(str):
         text, literals, made_of = json.loads(content)
         conversation = None if made_of is None else Conversation(*made_of)
         return cls(text, literals=[(start, end) for start, end in literals], conversation=conversation)
-
-
-def _made(text: str, literals: Sequence[Span], end: str, conversation: Conversation | None, tail: str) -> Rendered:
-    return Rendered(text, literals=literals, end=end, conversation=conversation, tail=tail)
 
 
 class Frame(NamedTuple):
