@@ -164,6 +164,11 @@ class ChatTemplate:
         text, literals = self._written(said, opened=True)
         return Rendered(text, literals=literals, conversation=said, template=self)
 
+    def completion(self, messages: Sequence[Message], reply: Sequence[Message]) -> Rendered:
+        """What makes a prompt the conversation with `reply` as the answer; see `answered`."""
+        said = Conversation(messages_of(messages))
+        return self.answered(said, [messages_of(reply) if reply else []])[1][0]
+
     def answered(self, said: Conversation, replies: Sequence[Sequence[Message]]) -> tuple[Rendered, list[Rendered]]:
         """A prompt and the completions that make it the conversation with each reply as the answer.
 
