@@ -179,9 +179,9 @@ def _preference(values: Mapping[str, Any]) -> None:
     print(f"{result.report}\nThe {kind} model is in {Path(values['run_dir']) / 'model'}.{agreement}")
 
 
-def _prompts(source: str, policy: str | None) -> list[str]:
-    """The prompts of a file; conversations by the chat template that comes with a policy."""
-    return read_prompts(source, None if policy is None else read_tokenizer(policy))
+def _prompts(source: str, policy: str | None, options: Mapping[str, Any]) -> list[str]:
+    """The prompts of a file; conversations by the chat template that comes with a policy, and its options."""
+    return read_prompts(source, None if policy is None else read_tokenizer(policy), chat_template_kwargs=options)
 
 
 def _evaluate(values: Mapping[str, Any]) -> None:
@@ -193,6 +193,7 @@ def _evaluate(values: Mapping[str, Any]) -> None:
             'Write name = "directory" in [policies] for each of them.'
         )
     known: dict[str, Any] = {"max_new_tokens": 64, "max_prompt_tokens": 512, "temperature": 1.0, "batch_size": 64}
+    known |= {"truncation_side": "right", "chat_template_kwargs": {}}
     known |= {"seed": 0} if pair else {"seeds": [0, 1, 2]}
     settings = {"max_new_tokens": 64, **values.get("settings", {})}
     for key, value in settings.items():
@@ -211,7 +212,8 @@ def _evaluate(values: Mapping[str, Any]) -> None:
                 f"a policy must be a directory or a list of them, but received {name} = {models!r}. Mind the quotes."
             )
     first = next(iter(named.values()), None)
-    prompts = _prompts(values["prompts"], first[0] if isinstance(first, list) else first)
+    options = settings.pop("chat_template_kwargs", {})
+    prompts = _prompts(values["prompts"], first[0] if isinstance(first, list) else first, options)
     if not pair:
         found = evaluate(values["policies"], prompts, judge, save=values.get("output"), **settings)
         found.table()
@@ -254,10 +256,11 @@ def _sweep(values: Mapping[str, Any]) -> None:
         return compare(
             folder,
             values["baseline"],
-            _prompts(held_out, values["baseline"]),
+            _prompts(held_out, values["baseline"], config.chat_template_kwargs),
             eval_judge,
             max_new_tokens=config.max_new_tokens,
             max_prompt_tokens=config.max_prompt_tokens,
+            truncation_side=config.truncation_side,
         ).value
 
     if "baseline" in values:

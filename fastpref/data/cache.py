@@ -33,12 +33,12 @@ from fastpref.data.chat import ChatTemplate
 from fastpref.data.ragged import Ragged
 from fastpref.data.readers import RecordStream
 from fastpref.data.records import DropReport, OnBadRecord
+from fastpref.data.rendered import Rendered
 from fastpref.data.sources import Source, unchanged
-from fastpref.data.tokenization import CHUNK, Encoder, Overlong, TokenRecords, TokenStream
-from fastpref.data.tokenizer import Rendered
+from fastpref.data.tokenization import CHUNK, Encoder, Overlong, TokenRecords, TokenStream, TruncationSide
 from fastpref.method.errors import CacheWarning, DataError
 
-FORMAT = 2
+FORMAT = 3
 
 
 @runtime_checkable
@@ -60,6 +60,7 @@ def tokenized(
     columns: Sequence[str] = ("prompt",),
     vocab_size: int | None = None,
     overlong: Overlong = "drop",
+    truncation_side: TruncationSide = "right",
     on_bad_record: OnBadRecord = "raise",
     template: ChatTemplate | None = None,
     chunk: int = CHUNK,
@@ -79,6 +80,7 @@ def tokenized(
       columns: what the records hold, as for `read_records`.
       vocab_size: ids are below it.
       overlong: what becomes of a record over a limit.
+      truncation_side: of prompts that are cut.
       on_bad_record: what becomes of a bad one. A warning is given again where the tokens come from the cache.
       template: writes conversations as text.
       chunk: records that are in memory at a time.
@@ -107,6 +109,7 @@ def tokenized(
             max_completion_tokens=max_completion_tokens,
             vocab_size=vocab_size,
             overlong=overlong,
+            truncation_side=truncation_side,
             on_bad_record=on_bad_record,
             chunk=chunk,
         )
@@ -122,8 +125,8 @@ def tokenized(
             "tokenizers": tokenizers.__version__,
             "columns": list(columns),
             "limits": [max_prompt_tokens, max_completion_tokens, vocab_size or tokenizer.vocab_size],
-            "policies": [overlong, on_bad_record],
-            "template": None if template is None else [template.text, template.tokens],
+            "policies": [overlong, truncation_side, on_bad_record],
+            "template": None if template is None else template.identity,
         }
         key = hashes.of_bytes(orjson.dumps(described, option=orjson.OPT_SORT_KEYS))
         path = Path(cache) / f"{key}.arrow"
@@ -164,8 +167,12 @@ def _files(source: Source) -> list[Path]:
 
 
 def _digest_records(records: Any, report: DropReport) -> str:
-    parts = (orjson.dumps([record, isinstance(record.prompt, Rendered)]) for record in records)
+    parts = (orjson.dumps([record, *map(_marks, (record.prompt, *record.completions))]) for record in records)
     return hashes.of_buffers([orjson.dumps(asdict(report), option=orjson.OPT_SORT_KEYS), *parts]).hex()
+
+
+def _marks(text: str) -> list[Any]:
+    return [text.literals, text.end] if isinstance(text, Rendered) else []
 
 
 def _warn_again(report: DropReport, on_bad_record: OnBadRecord) -> None:

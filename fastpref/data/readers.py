@@ -48,7 +48,11 @@ def read_records(
 
 
 def read_prompts(
-    source: Source, tokenizer: Tokenizer | None = None, *, on_bad_record: OnBadRecord = "raise"
+    source: Source,
+    tokenizer: Tokenizer | None = None,
+    *,
+    on_bad_record: OnBadRecord = "raise",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Read prompts as text; conversations by the chat template of `tokenizer`, where it brings one.
 
@@ -56,6 +60,7 @@ def read_prompts(
       source: as for `read_records`.
       tokenizer: of the model that they are for; None where all are text.
       on_bad_record: what becomes of bad records, as for `read_records`.
+      chat_template_kwargs: options of the chat template, such as `enable_thinking`.
 
     Returns:
       The prompts; those that the template wrote are `Rendered`.
@@ -63,7 +68,7 @@ def read_prompts(
     Raises:
       DataError: as `read_records` does.
     """
-    template = None if tokenizer is None else ChatTemplate.find(tokenizer)
+    template = None if tokenizer is None else ChatTemplate.find(tokenizer, chat_template_kwargs)
     records, _ = read_records(source, on_bad_record=on_bad_record, template=template)
     return [record.prompt for record in records]
 

@@ -9,11 +9,12 @@ from fastpref.method.errors import DataError
 
 
 class BadRecord(Exception):
-    """One record that cannot be used: `reason` is counted, `detail` is shown."""
+    """One record that cannot be used: `reason` is counted, `detail` is shown; `size` is that of one over a limit."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, size: int = 0) -> None:
         super().__init__(detail)
         self.reason = reason
+        self.size = size
 
 
 IDENTICAL = "identical completions"
@@ -50,6 +51,8 @@ class DropReport:
     """Records by the reason they were dropped for."""
     truncated: int = 0
     """Records among the delivered that were cut to a limit."""
+    longest: Mapping[str, int] = field(default_factory=dict, compare=False)
+    """Tokens of the longest prompt or completion by the reason that it was dropped for."""
 
     def __post_init__(self) -> None:
         if self.delivered + sum(self.dropped.values()) != self.read:
@@ -65,6 +68,12 @@ class DropReport:
             text += f" ({', '.join(f'{count} {reason}' for reason, count in reasons)})"
         return text + (f", {self.truncated} truncated" if self.truncated else "")
 
+    @property
+    def shares(self) -> str:
+        """Shares lost and cut, in per cent; "" where neither is."""
+        shares = ((self.read - self.delivered, "lost"), (self.truncated, "cut"))
+        return ", ".join(f"{share(part, self.read)} {word}" for part, word in shares if part)
+
     def then(self, later: "DropReport") -> "DropReport":
         """This report and that of a later stage, which read what this one delivered, as one.
 
@@ -77,7 +86,13 @@ class DropReport:
                 f"{later.read}. Join reports in the order of their stages."
             )
         dropped = dict(Counter(self.dropped) + Counter(later.dropped))
-        return DropReport(self.read, later.delivered, dropped, self.truncated + later.truncated)
+        longest = dict(Counter(self.longest) | Counter(later.longest))
+        return DropReport(self.read, later.delivered, dropped, self.truncated + later.truncated, longest)
+
+
+def share(part: int, whole: int) -> str:
+    """A share in per cent, rounded away from none and all."""
+    return f"{min(max(round(100 * part / whole), 1), 100 if part == whole else 99)} %"
 
 
 class Ledger:
@@ -93,6 +108,7 @@ class Ledger:
         self.read = 0
         self.dropped: Counter[str] = Counter()
         self.truncated = 0
+        self.longest: Counter[str] = Counter()
         self.first = ""
 
     def drop(self, place: str, bad: BadRecord, *, counted: bool | None = None) -> None:
@@ -104,11 +120,13 @@ class Ledger:
             ) from None
         self.first = self.first or f"{place}: {bad}"
         self.dropped[bad.reason] += 1
+        if bad.size:
+            self.longest[bad.reason] = max(self.longest[bad.reason], bad.size)
 
     def account(self) -> DropReport:
         """The account so far."""
         delivered = self.read - sum(self.dropped.values())
-        return DropReport(self.read, delivered, dict(self.dropped), self.truncated)
+        return DropReport(self.read, delivered, dict(self.dropped), self.truncated, dict(self.longest))
 
     def close(self) -> None:
         """Warn, once for all, if that is the policy and a record was dropped."""

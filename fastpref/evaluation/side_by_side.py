@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from fastpref.data.tokenization import TruncationSide
 from fastpref.evaluation.win_rates import WinRate, WinRates, both_orders, check_prompts, summarise, tabulate
 from fastpref.judging.judgements import FILE, Judgements
 from fastpref.judging.protocol import Judge
@@ -29,6 +30,7 @@ def compare(
     *,
     max_new_tokens: int,
     max_prompt_tokens: int = 512,
+    truncation_side: TruncationSide = "right",
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
@@ -43,7 +45,8 @@ def compare(
         `fastpref.data.read_prompts` makes of them with a policy's tokenizer.
       judge: says p(first ≻ second).
       max_new_tokens: longest completion, EOS included.
-      max_prompt_tokens: longest prompt; longer ones keep their first tokens.
+      max_prompt_tokens: longest prompt; a longer chat loses its oldest turns, a text is cut, and a warning says so.
+      truncation_side: where a text is cut: "right" keeps its first tokens, "left" its last.
       temperature: of the draws.
       seed: of the draws; the two policies draw with different noise.
       batch_size: prompts decoded at once.
@@ -62,6 +65,7 @@ def compare(
         judge,
         max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens,
+        truncation_side=truncation_side,
         temperature=temperature,
         seeds=(seed,),
         batch_size=batch_size,
@@ -78,6 +82,7 @@ def evaluate(
     *,
     max_new_tokens: int,
     max_prompt_tokens: int = 512,
+    truncation_side: TruncationSide = "right",
     temperature: float = 1.0,
     seeds: Sequence[int] = (0, 1, 2),
     batch_size: int = 64,
@@ -97,7 +102,8 @@ def evaluate(
         `fastpref.data.read_prompts` makes of them with a policy's tokenizer.
       judge: says p(first ≻ second).
       max_new_tokens: longest completion, EOS included.
-      max_prompt_tokens: longest prompt; longer ones keep their first tokens.
+      max_prompt_tokens: longest prompt; a longer chat loses its oldest turns, a text is cut, and a warning says so.
+      truncation_side: where a text is cut: "right" keeps its first tokens, "left" its last.
       temperature: of the draws.
       seeds: sampling seeds, different ones.
       batch_size: prompts decoded at once.
@@ -123,6 +129,7 @@ def evaluate(
                 stream=f"{seed} {number} {name}",
                 max_new_tokens=max_new_tokens,
                 max_prompt_tokens=max_prompt_tokens,
+                truncation_side=truncation_side,
                 temperature=temperature,
                 batch_size=batch_size,
             )

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save as to_safetensors
 
 from fastpref.data.batches import token_mask
+from fastpref.data.tokenization import fit_prompts
 from fastpref.judging.identity import digest
 from fastpref.judging.protocol import probability
 from fastpref.models import LanguageModel, load, save
@@ -272,7 +273,7 @@ class RewardModel:
     Args:
       model: the language model whose body is used, and its tokenizer.
       module: the body with its scalar head.
-      max_prompt_tokens: longest prompt; longer ones keep their first tokens.
+      max_prompt_tokens: longest prompt; a longer chat loses its oldest turns, a text is cut, and a warning says so.
       batch_size: completions scored at once.
     """
 
@@ -297,15 +298,16 @@ class RewardModel:
     def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> Float[np.ndarray, " P"]:
         """r(x, y) of each completion, shape [P], float32."""
         tokenizer = self.model.tokenizer
-        read = [tokens[: self.max_prompt_tokens] for tokens in tokenizer.encode_prompts(list(prompts))]
-        written = tokenizer.encode_completions(list(completions))
+        records = tokenizer.encode_records(prompts, [[completion] for completion in completions])
+        if any(len(read) > self.max_prompt_tokens for read, _ in records):
+            cut = fit_prompts(prompts, tokenizer, max_prompt_tokens=self.max_prompt_tokens)
+            records = [[read, written] for read, (_, written) in zip(cut, records, strict=True)]
         definition, params = nnx.split(self.module)
 
         def score(readings: Sequence[Reading]) -> np.ndarray:
             return np.asarray(_rewards(definition, params, *_arrays(readings)))[:, 0]
 
-        readings = [_reading(*parts) for parts in zip(read, written, strict=True)]
-        return _score_distinct(readings, score, self.batch_size)
+        return _score_distinct([_reading(*record) for record in records], score, self.batch_size)
 
     def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " P"]:
         """p(first ≻ second | prompt), shape [P], float32; the two orders add up to exactly 1."""

@@ -30,12 +30,15 @@ from fastpref.judging.protocol import agreement, columns_of
 from fastpref.learning import loop, update
 from fastpref.learning.objectives import Objective, answer_loss, learn, measure, reward_loss, token_loss
 from fastpref.method.config import SupervisedConfig
-from fastpref.method.errors import DataError, require
+from fastpref.method.errors import require
 from fastpref.models import LanguageModel, as_model, save
 from fastpref.runs import metrics, owner, plots
 from fastpref.runs.report import finish
 
 NO_LIMIT = 2**31 - 1
+LIMITS = {"prompt too long": "max_prompt_tokens", "completion too long": "max_completion_tokens"}
+"""The setting that a record is dropped for, by the reason."""
+
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 
 Data = str | Path | Iterable[Mapping[str, Any]]
@@ -141,13 +144,14 @@ def _tokens(
         cache=cache,
         vocab_size=model.module.vocab_size,
         overlong=config.overlong,
+        truncation_side=config.truncation_side,
         on_bad_record=config.on_bad_record,
-        template=ChatTemplate.find(model.tokenizer),
+        template=ChatTemplate.find(model.tokenizer, config.chat_template_kwargs),
     )
 
 
 def _pairs(data: Data, model: LanguageModel, config: SupervisedConfig) -> tuple[list[Record], DropReport]:
-    template = ChatTemplate.find(model.tokenizer)
+    template = ChatTemplate.find(model.tokenizer, config.chat_template_kwargs)
     return read_records(data, columns=PAIR_COLUMNS, on_bad_record=config.on_bad_record, template=template)
 
 
@@ -173,14 +177,9 @@ def _check_destination(run_dir: str | Path | None, *beside: str) -> None:
         loop.check_destination(Path(run_dir) / "model", *beside)
 
 
-def _require_some(data: Data, count: int, report: DropReport, quiet: bool) -> None:
-    if count == 0:
-        source = data if isinstance(data, str | Path) else "the data"
-        raise DataError(
-            f"a training must have at least one record to learn from, but received none from {source}: {report}. "
-            "Check the file, and raise max_prompt_tokens or max_completion_tokens if records are too long."
-        )
-    loop.report_drops(report, quiet)
+def _report(source: Data, report: DropReport, config: SupervisedConfig, quiet: bool) -> None:
+    named = source if isinstance(source, str | Path) else "the data"
+    loop.report_drops(report, config, limits=LIMITS, source=named, quiet=quiet)
 
 
 def sft(
@@ -214,7 +213,7 @@ def sft(
 
     Raises:
       ConfigError: a setting breaks its rule.
-      DataError: a record cannot be used, or none is left.
+      DataError: a record cannot be used, or more than `config.max_lost` allows would be dropped.
       CheckpointError: the run directory holds another run.
       DivergedError: five updates in a row were not finite.
       FileExistsError: `model` in the run directory holds other files than a model's.
@@ -224,8 +223,10 @@ def sft(
     model = as_model(policy)
     _check_destination(run_dir)
     tokens, report = _tokens(data, model, ("prompt", "completion"), config, cache)
-    _require_some(data, len(tokens), report, quiet)
+    _report(data, report, config, quiet)
     checks, held = _tokens(held_out, model, ("prompt", "completion"), config)
+    if held.read:
+        _report("held_out", held, config, quiet)
 
     def batches(of: TokenRecords) -> CompletionBatcher:
         return CompletionBatcher(
@@ -305,7 +306,7 @@ def fit_preference_model(
 
     Raises:
       ConfigError: a setting breaks its rule.
-      DataError: a record cannot be used, or none is left.
+      DataError: a record cannot be used, or more than `config.max_lost` allows would be dropped.
       ValueError: a template or answers that cannot be used.
       CheckpointError: the run directory holds another run.
       DivergedError: five updates in a row were not finite.
@@ -324,8 +325,10 @@ def fit_preference_model(
     )
     _check_destination(run_dir, "preference_model.json")
     records, report = _within_limits(*_pairs(data, judge.model, config), judge.model, config)
-    _require_some(data, len(records), report, quiet)
-    checks, _ = _pairs(held_out, judge.model, config)
+    _report(data, report, config, quiet)
+    checks, held = _pairs(held_out, judge.model, config)
+    if held.read:
+        _report("held_out", held, config, quiet)
     prompts, chosen, rejected, preference = columns_of(records)
     opened, forward = judge.readings(prompts, chosen, rejected)
     _, backward = judge.readings(prompts, rejected, chosen)
@@ -398,7 +401,7 @@ def fit_reward_model(
 
     Raises:
       ConfigError: a setting breaks its rule.
-      DataError: a record cannot be used, or none is left.
+      DataError: a record cannot be used, or more than `config.max_lost` allows would be dropped.
       CheckpointError: the run directory holds another run.
       DivergedError: five updates in a row were not finite.
       FileExistsError: `model` in the run directory holds other files than a model's.
@@ -408,8 +411,10 @@ def fit_reward_model(
     judge = RewardModel.from_model(as_model(model), max_prompt_tokens=config.max_prompt_tokens)
     _check_destination(run_dir, "reward_model.json", "reward_head.safetensors")
     tokens, report = _tokens(data, judge.model, PAIR_COLUMNS, config, cache)
-    _require_some(data, len(tokens), report, quiet)
-    checks, _ = _pairs(held_out, judge.model, config)
+    _report(data, report, config, quiet)
+    checks, held = _pairs(held_out, judge.model, config)
+    if held.read:
+        _report("held_out", held, config, quiet)
     chosen, rejected = tokens.completions
     with (
         owner.hold(run_dir),

@@ -17,12 +17,12 @@ from fastpref.data import (
     DropReport,
     PairBatcher,
     PromptBatcher,
-    read_prompts,
+    read_records,
     tokenized,
 )
 from fastpref.data.batches import PackedPairs, PromptBatch
 from fastpref.data.packing import pair_sizes
-from fastpref.data.tokenization import PromptTexts
+from fastpref.data.tokenization import PromptTexts, fit_prompts
 from fastpref.evaluation.during_training import HeldOut
 from fastpref.judging.identity import identity, name_of
 from fastpref.judging.judgements import FILE, Judgements
@@ -36,6 +36,9 @@ from fastpref.method.schedules import value_at
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
 from fastpref.runs import owner
 from fastpref.runs.report import finish
+
+LIMITS = {"prompt too long": "max_prompt_tokens", "completion too long": "max_new_tokens"}
+"""The setting that a record is dropped for, by the reason."""
 
 Prompts = str | Path | Iterable[str | Mapping[str, Any]]
 """Texts, mappings with a `prompt`, or a JSONL, Parquet or Arrow file with that column."""
@@ -230,7 +233,7 @@ def train(
 
     Raises:
       ConfigError: a setting breaks its rule.
-      DataError: the prompts cannot be read, or none is left.
+      DataError: the prompts cannot be read, or more of them than `config.max_lost` allows would be dropped.
       JudgeError: the judge failed; the steps before are saved.
       JudgementsError: what the judge said before is damaged, or cannot be written.
       CheckpointError: the run directory holds another run.
@@ -251,10 +254,9 @@ def train(
     definition, start = nnx.split(policy.module)
     frozen = rollout.Frozen(*nnx.split(ref.module))
     partner = frozen if behaviour is None else rollout.Frozen(*nnx.split(as_model(behaviour).module))
-    checks = read_prompts(eval_prompts, policy.tokenizer, on_bad_record=config.on_bad_record)[: config.eval_prompts]
+    checks = _checks(eval_prompts, policy, config, quiet)
     eval_judge = _as_judge(eval_judge or judge, config) if config.eval_every else None
-    source = _source(prompts, policy, config, cache)
-    loop.report_drops(source.report, quiet)
+    source = _source(prompts, policy, config, cache, quiet)
     with ExitStack() as stack:
         stack.enter_context(owner.hold(folder))
         stack.enter_context(source.batches)
@@ -349,12 +351,29 @@ def _check_sources(config: TrainConfig, judge: Judge | Rewarder | None, behaviou
     )
 
 
-def _source(prompts: Prompts, policy: LanguageModel, config: TrainConfig, cache: str | Path | None) -> Prompted:
+def _checks(prompts: Prompts, policy: LanguageModel, config: TrainConfig, quiet: bool) -> list[str]:
+    """Read held-out prompts, and say now which of them are dropped or will be cut."""
+    template = ChatTemplate.find(policy.tokenizer, config.chat_template_kwargs)
+    records, report = read_records(prompts, on_bad_record=config.on_bad_record, template=template)
+    if report.read:
+        loop.report_drops(report, config, limits=LIMITS, source="the eval_prompts", quiet=quiet)
+    checks = [record.prompt for record in records][: config.eval_prompts]
+    if config.eval_every:
+        limits: dict[str, Any] = {name: getattr(config, name) for name in ("max_prompt_tokens", "truncation_side")}
+        fit_prompts(checks, policy.tokenizer, **limits)
+    return checks
+
+
+def _source(
+    prompts: Prompts, policy: LanguageModel, config: TrainConfig, cache: str | Path | None, quiet: bool
+) -> Prompted:
     """Read, encode and batch what is learned from."""
-    template = ChatTemplate.find(policy.tokenizer)
+    template = ChatTemplate.find(policy.tokenizer, config.chat_template_kwargs)
+    named = prompts if isinstance(prompts, str | Path) else "the prompts"
     limits: dict[str, Any] = {
         "vocab_size": policy.module.vocab_size,
         "overlong": config.overlong,
+        "truncation_side": config.truncation_side,
         "on_bad_record": config.on_bad_record,
     }
     start = policy.module.decoder_start
@@ -372,7 +391,7 @@ def _source(prompts: Prompts, policy: LanguageModel, config: TrainConfig, cache:
             )
         except DataError as error:
             raise DataError(f"{config.algorithm} learns from recorded pairs: {error}") from error
-        _require_some(config, prompts, len(tokens), report)
+        loop.report_drops(report, config, limits=LIMITS, source=named, quiet=quiet)
         plan = plan_rows(config, decoder_start=start, prompts=tokens.prompts)
         chosen, rejected = tokens.completions
         sizes = pair_sizes(tokens.prompts, chosen, rejected, layout=plan.layout)
@@ -396,7 +415,7 @@ def _source(prompts: Prompts, policy: LanguageModel, config: TrainConfig, cache:
         template=template,
         **limits,
     )
-    _require_some(config, prompts, len(encoded), report)
+    loop.report_drops(report, config, limits=LIMITS, source=named, quiet=quiet)
     batcher = PromptBatcher(
         encoded.prompts,
         ids=encoded.ids,
@@ -407,15 +426,6 @@ def _source(prompts: Prompts, policy: LanguageModel, config: TrainConfig, cache:
     )
     plan = plan_rows(config, decoder_start=start, prompts=encoded.prompts)
     return Prompted(batcher, PromptTexts(encoded), plan, report)
-
-
-def _require_some(config: TrainConfig, prompts: Prompts, count: int, report: DropReport) -> None:
-    if count == 0:
-        source = prompts if isinstance(prompts, str | Path) else "the prompts"
-        raise DataError(
-            f"{config.algorithm} must have at least one record to learn from, but received none from {source}: "
-            f"{report}. Check the file, and raise max_prompt_tokens or max_new_tokens if records are too long."
-        )
 
 
 def _as_judge(judge: Judge | Rewarder | None, config: TrainConfig) -> Judge:

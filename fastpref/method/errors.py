@@ -75,6 +75,10 @@ class CacheWarning(UserWarning):
     """A damaged cache of tokens was thrown away and made anew."""
 
 
+class CutWarning(UserWarning):
+    """Prompts were cut to a limit."""
+
+
 class JudgeWarning(UserWarning):
     """A judge cannot be told from another: what it said is not used again."""
 

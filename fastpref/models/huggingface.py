@@ -18,7 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fastpref.data import files
-from fastpref.data.tokenizer import FILES, Tokenizer, read_json
+from fastpref.data.chat import FOLDER
+from fastpref.data.token_files import FILES, read_json
+from fastpref.data.tokenizer import Tokenizer
 from fastpref.method.errors import ModelError
 from fastpref.models.configs import check_sizes, read_config, write_config
 from fastpref.models.decoder import Decoder, DecoderConfig
@@ -35,7 +37,7 @@ IGNORED = re.compile(r"rotary_emb\.inv_freq$|^decoder\.block\.0\.layer\.1\.EncDe
 """Tensors of old checkpoints that no model reads."""
 
 OURS = re.compile(
-    "|".join([r"config\.json", r"model.*\.safetensors", *map(re.escape, (INDEX, files.MANIFEST, *FILES))])
+    "|".join([r"config\.json", r"model.*\.safetensors", *map(re.escape, (INDEX, files.MANIFEST, *FILES, FOLDER[:-1]))])
 )
 """Files that a checkpoint consists of."""
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
-from fastpref.sampling.completions import Completions
+from fastpref.sampling.completions import Completions, ended
 
 
 class Metric(NamedTuple):
@@ -179,7 +179,7 @@ def pair_metrics(
 
 
 def sampling_metrics(
-    completions: Completions, by_policy: Sequence[bool] | None, eos_id: int | None
+    completions: Completions, by_policy: Sequence[bool] | None, eos_id: int | Sequence[int] | None
 ) -> dict[str, float]:
     """`objective/...` and `completions/...` of a step's completions, before anything is learned from them.
 
@@ -187,7 +187,7 @@ def sampling_metrics(
       completions: P prompts with K completions each.
       by_policy: K flags, True where π wrote: what is said of π is averaged over those. None where π wrote none: the
         averages are then over all completions, and named after their writer.
-      eos_id: token that ends a completion.
+      eos_id: token, or tokens, that end a completion.
     """
     lengths = np.asarray(completions.lengths)
     kept = np.ones(lengths.shape[1], bool) if by_policy is None else np.asarray(by_policy)
@@ -202,10 +202,3 @@ def sampling_metrics(
         "completions/eos_rate": float(ended(np.asarray(completions.tokens), lengths, eos_id).mean()),
         "tokens/generated": float(lengths.sum()),
     }
-
-
-def ended(tokens: np.ndarray, lengths: np.ndarray, eos_id: int | None) -> Bool[np.ndarray, "P K"]:
-    """Which completions, tokens [P, K, T] of lengths [P, K], end with EOS."""
-    last = np.take_along_axis(tokens, np.maximum(lengths[:, :, None] - 1, 0), axis=2)[:, :, 0]
-    result: Bool[np.ndarray, "P K"] = (last == eos_id) & (lengths > 0)
-    return result
