@@ -209,6 +209,15 @@ class ChatTemplate:
         )
         return common, [self._completion(whole, literals, cut) for whole, literals in wholes]
 
+    def whole(self, said: Conversation) -> Rendered:
+        """A conversation to its end, with all that closes its last message, as `apply_chat_template` writes it.
+
+        Raises:
+          ChatError: the template refuses the conversation.
+        """
+        text, literals = self._written(said, opened=False)
+        return Rendered(text, literals=literals)
+
     def _completion(self, whole: str, literals: Sequence[Span], cut: int) -> Rendered:
         text, end = unended(whole[cut:], self.ends)
         spans = [(start - cut, stop - cut) for start, stop in literals if start >= cut]
@@ -220,6 +229,13 @@ class ChatTemplate:
             return alike(prompt, self._text(said, opened=False))
         except ChatError:  # it writes only conversations that are answered
             return 0
+
+    def wrote(self, prompt: str) -> bool:
+        """Whether this template, with these options or where it has none, wrote a prompt."""
+        writer = prompt.template if isinstance(prompt, Rendered) else None
+        if not isinstance(writer, ChatTemplate) or writer.identity[:-1] != self.identity[:-1]:
+            return False
+        return not self.options or self.options == writer.options
 
     def shorter(self, prompt: Rendered) -> Rendered | None:
         """A prompt without its oldest turn, that is up to the next message of the user; None where it has one alone."""
@@ -397,6 +413,27 @@ class ChatTemplate:
             else dict(message)
             for message in messages
         ]
+
+
+def written_by(template: ChatTemplate | None, prompts: Iterable[str]) -> list[str]:
+    """Prompts as a template writes them: each conversation that another template wrote is written anew.
+
+    Raises:
+      ChatError: a prompt is a conversation, and there is no template or it refuses the conversation.
+    """
+    written: list[str] = []
+    for prompt in prompts:
+        said = prompt.conversation if isinstance(prompt, Rendered) else None
+        if said is None or (template is not None and template.wrote(prompt)):
+            written.append(prompt)
+        elif template is None:
+            raise ChatError(
+                "a model that reads conversations must bring a chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json), but received none. Save its template beside it, or give the prompts as text."
+            )
+        else:
+            written.append(template.prompt(said.messages, said.tools, said.options))
+    return written
 
 
 SYSTEM = ("system", "developer")

@@ -1,16 +1,21 @@
 """Records in, from files, tables and iterables: each one delivered, or counted with its reason."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastpref.data.chat import ChatTemplate, is_conversation
+from fastpref.data.chat import ChatTemplate, is_conversation, written_by
 from fastpref.data.records import IDENTICAL, BadRecord, DropReport, Ledger, OnBadRecord, Record
 from fastpref.data.sources import COLUMNS, Row, Source, open_rows
+from fastpref.data.rendered import Rendered
 from fastpref.data.tokenizer import Tokenizer
 from fastpref.method.errors import ChatError
+
+Prompts = str | Path | Iterable[str | Mapping[str, Any]]
+"""Texts, mappings with a `prompt`, or a JSONL, Parquet or Arrow file with that column."""
 
 
 def read_records(
@@ -57,7 +62,7 @@ def read_prompts(
     """Read prompts as text; conversations by the chat template of `tokenizer`, where it brings one.
 
     Args:
-      source: as for `read_records`.
+      source: as for `read_records`; conversations that another model's template wrote are written anew.
       tokenizer: of the model that they are for; None where all are text.
       on_bad_record: what becomes of bad records, as for `read_records`.
       chat_template_kwargs: options of the chat template, such as `enable_thinking`.
@@ -67,10 +72,12 @@ def read_prompts(
 
     Raises:
       DataError: as `read_records` does.
+      ChatError: a prompt is a conversation that another template wrote, and the tokenizer brings none.
     """
     template = None if tokenizer is None else ChatTemplate.find(tokenizer, chat_template_kwargs)
     records, _ = read_records(source, on_bad_record=on_bad_record, template=template)
-    return [record.prompt for record in records]
+    prompts = [record.prompt for record in records]
+    return prompts if tokenizer is None else written_by(template, prompts)
 
 
 class RecordStream:
@@ -155,6 +162,11 @@ def _record(index: int, row: object, columns: tuple[str, ...], template: ChatTem
         except UnicodeError as error:
             raise BadRecord("bad UTF-8", f"messages must hold valid UTF-8, but received {error}") from None
     prompt = _text(row, "prompt")
+    if isinstance(prompt, Rendered) and template is not None and columns == ("prompt",):
+        try:
+            (prompt,) = written_by(template, [prompt])
+        except ChatError as error:
+            raise BadRecord("bad conversation", str(error)) from None
     if not prompt.strip():
         raise BadRecord("empty prompt", "the prompt must hold more than white space")
     if "completion" in columns:

@@ -39,14 +39,16 @@ class Rendered(str):
       conversation: of a prompt, what it was made of; a judge with a template of its own reads this.
       template: what wrote it, where it may be asked for a shorter one: a `ChatTemplate`.
       tail: what the template wrote behind the text, and was taken off because answers do not begin with it.
+      finished: False of a completion that was cut off, as for `Unfinished`.
     """
 
-    __slots__ = ("conversation", "end", "literals", "tail", "template")
+    __slots__ = ("conversation", "end", "finished", "literals", "tail", "template")
     literals: tuple[Span, ...]
     end: str
     conversation: Conversation | None
     template: Any
     tail: str
+    finished: bool
 
     def __new__(
         cls,
@@ -57,6 +59,7 @@ class Rendered(str):
         conversation: Conversation | None = None,
         template: Any = None,
         tail: str = "",
+        finished: bool = True,
     ) -> "Rendered":
         """The text with its marks."""
         made = super().__new__(cls, text)
@@ -65,11 +68,12 @@ class Rendered(str):
         made.conversation = conversation
         made.template = template
         made.tail = tail
+        made.finished = finished
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Without the template, which is a program.
-        return _made, (str(self), self.literals, self.end, self.conversation, self.tail)
+        return _made, (str(self), self.literals, self.end, self.conversation, self.tail, self.finished)
 
     def pack(self) -> bytes:
         """The text with its marks and conversation, as JSON; `unpack` reads it back."""
@@ -85,8 +89,22 @@ class Rendered(str):
         return cls(text, literals=[(start, end) for start, end in literals], conversation=conversation)
 
 
-def _made(text: str, literals: Sequence[Span], end: str, conversation: Conversation | None, tail: str) -> Rendered:
-    return Rendered(text, literals=literals, end=end, conversation=conversation, tail=tail)
+def _made(
+    text: str, literals: Sequence[Span], end: str, conversation: Conversation | None, tail: str, finished: bool
+) -> Rendered:
+    return Rendered(text, literals=literals, end=end, conversation=conversation, tail=tail, finished=finished)
+
+
+class Unfinished(str):
+    """A completion that was cut off before it ended: it is encoded without EOS behind it."""
+
+    __slots__ = ()
+    finished = False
+
+
+def is_finished(completion: str) -> bool:
+    """False for a completion that was cut off; recorded ones have ended."""
+    return bool(getattr(completion, "finished", True))
 
 
 class Frame(NamedTuple):

@@ -406,7 +406,11 @@ def fit_reward_model(
       KeyboardInterrupt, StopSignal: as `train` does.
     """
     config = SupervisedConfig() if config is None else config
-    judge = RewardModel.from_model(as_model(model), max_prompt_tokens=config.max_prompt_tokens)
+    judge = RewardModel.from_model(
+        as_model(model),
+        max_prompt_tokens=config.max_prompt_tokens,
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
     _check_destination(run_dir, "reward_model.json", "reward_head.safetensors")
     tokens, report = _tokens(data, judge.model, PAIR_COLUMNS, config, cache)
     _report(data, report, config, quiet)
