@@ -17,7 +17,7 @@ from small import PROMPTS, language_model
 
 import fastpref.judging.http as http
 from fastpref.cli import main
-from fastpref.data.tokenizer import Rendered
+from fastpref.data.rendered import Conversation, Rendered
 from fastpref.evaluation.side_by_side import evaluate
 from fastpref.judging import judgements
 from fastpref.judging.http import HttpJudge
@@ -293,8 +293,10 @@ def test_the_key_is_written_nowhere_and_the_rest_decides_the_identity(tmp_path: 
 
 
 def test_a_conversation_is_sent_without_the_marks_of_a_template() -> None:
-    one = Rendered("<|user|>\nHi\n", [{"role": "user", "content": "Hi"}])
-    two = Rendered("...", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}])
+    user = {"role": "user", "content": "Hi"}
+    parts = {"role": "user", "content": [{"type": "text", "text": "Why"}, {"type": "text", "text": "?"}]}
+    one = Rendered("<|user|>\nHi\n", conversation=Conversation([user]))
+    two = Rendered("...", conversation=Conversation([{"role": "system", "content": "Be brief."}, parts]))
     with served(by_logprobs) as (server, judge):
         judge([one, two, Rendered("text")], ["a"] * 3, ["b"] * 3)
         requests = {

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from small import PROMPTS, language_model, prefers_w1
 
 from fastpref.data import read_prompts
-from fastpref.data.tokenizer import Unfinished, is_finished
+from fastpref.data.rendered import Unfinished, is_finished
 from fastpref.evaluation.best_checkpoint import select_checkpoint
 from fastpref.evaluation.side_by_side import compare, evaluate
 from fastpref.evaluation.win_rates import win_rate

@@ -13,7 +13,8 @@ from small import language_model, prefers_w1
 
 from fastpref.cli import load_judge as of_the_command_line
 from fastpref.data import read_prompts
-from fastpref.data.tokenizer import Tokenizer, Unfinished
+from fastpref.data.rendered import Unfinished
+from fastpref.data.tokenizer import Tokenizer
 from fastpref.judging.models import RewardModel
 from fastpref.judging.sources import load_judge
 from fastpref.learning.train import train

@@ -9,8 +9,8 @@ import numpy as np
 
 from fastpref.data.chat import ChatTemplate, is_conversation, written_by
 from fastpref.data.records import IDENTICAL, BadRecord, DropReport, Ledger, OnBadRecord, Record
-from fastpref.data.sources import COLUMNS, Row, Source, open_rows
 from fastpref.data.rendered import Rendered
+from fastpref.data.sources import COLUMNS, Row, Source, open_rows
 from fastpref.data.tokenizer import Tokenizer
 from fastpref.method.errors import ChatError
 

@@ -1,12 +1,72 @@
 """What a judging model reads: a conversation by its own chat template, whatever template wrote the prompt."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from fastpref.data import ChatTemplate
 from fastpref.data.chat import written_by
 from fastpref.data.messages import joined
 from fastpref.data.rendered import Conversation, Rendered, is_finished
+from fastpref.data.tokenization import fit_prompts
+from fastpref.data.tokenizer import Tokenizer
 
 
-def written(template: ChatTemplate | None, prompt: str, completion: str) -> tuple[str, str]:
+def readings(
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    *,
+    max_prompt_tokens: int | None,
+    to_the_end: bool,
+    pad_id: int | None,
+    chat_template_kwargs: Mapping[str, Any],
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of what a reward model reads: all of it and then nothing, or, by an encoder-decoder, in two parts.
+
+    The tokens are those of the whole text; behind a finished completion stands EOS.
+
+    Args:
+      tokenizer: of the reward model.
+      prompts: N texts; conversations are written by the tokenizer's own template.
+      completions: one of each, `Unfinished` where it was cut off.
+      max_prompt_tokens: longest prompt; longer ones are cut by `fit_prompts`.
+      to_the_end: read all that the template writes behind a finished answer, instead of EOS.
+      pad_id: tokens of this id are left off the end.
+      chat_template_kwargs: options of the template.
+
+    Raises:
+      ChatError: a prompt is a conversation, and the tokenizer brings no template, or one that refuses it.
+      DataError: a chat above the limit has no turn that could be left out.
+    """
+    template = ChatTemplate.find(tokenizer, chat_template_kwargs)
+    pairs = list(zip(prompts, completions, strict=True))
+    texts = [_written(template, *pair) for pair in pairs]
+    opened, bodies = [prompt for prompt, _ in texts], [body for _, body in texts]
+    heads = tokenizer.encode_prompts(opened)
+    limit = max(map(len, heads), default=0) if max_prompt_tokens is None else max_prompt_tokens
+    long = [at for at, ids in enumerate(heads) if len(ids) > limit]
+    cut = fit_prompts(opened, tokenizer, max_prompt_tokens=limit) if long else heads
+    if tokenizer.encoder_decoder:
+        return cut, tokenizer.encode_completions(bodies)
+    wholes = [
+        (_to_the_end(template, *pair) if to_the_end else None) or tokenizer.joined(*text)
+        for pair, text in zip(pairs, texts, strict=True)
+    ]
+    begin = tokenizer.affixes[0]
+    read = [
+        ids if isinstance(text, Rendered) else [*head[:begin], *ids]
+        for text, head, ids in zip(wholes, heads, tokenizer.encode_completions(wholes), strict=True)
+    ]
+    for at in long:
+        ((_, tail),) = tokenizer.encode_records([opened[at]], [[bodies[at]]])
+        read[at] = [*cut[at], *(tail if is_finished(bodies[at]) else tail[:-1])]
+    for ids in read:
+        while len(ids) > 1 and ids[-1] == pad_id:
+            ids.pop()
+    return read, [[] for _ in read]
+
+
+def _written(template: ChatTemplate | None, prompt: str, completion: str) -> tuple[str, str]:
     """A prompt and its completion as the template writes them, where the prompt is a conversation; text as it is.
 
     Raises:
@@ -20,7 +80,7 @@ def written(template: ChatTemplate | None, prompt: str, completion: str) -> tupl
     return opened, body if finished else Rendered(body, literals=body.literals, finished=False)
 
 
-def whole(template: ChatTemplate | None, prompt: str, completion: str) -> Rendered | None:
+def _to_the_end(template: ChatTemplate | None, prompt: str, completion: str) -> Rendered | None:
     """A conversation and its answer to the very end, as reward models of the hub read it; None for any other text."""
     said = prompt.conversation if isinstance(prompt, Rendered) else None
     if said is None or template is None or not is_finished(completion):

@@ -23,9 +23,8 @@ from safetensors.numpy import save as to_safetensors
 from fastpref.data import ChatTemplate
 from fastpref.data.batches import token_mask
 from fastpref.data.chat import written_by
-from fastpref.data.rendered import Rendered, Unfinished, is_finished
-from fastpref.data.tokenization import fit_prompts
-from fastpref.judging.conversations import whole, written
+from fastpref.data.rendered import Rendered, Unfinished
+from fastpref.judging.conversations import readings
 from fastpref.judging.identity import digest
 from fastpref.judging.protocol import probability
 from fastpref.method.errors import CutWarning
@@ -293,8 +292,8 @@ class RewardModel:
     Args:
       model: the language model whose body is used, and its tokenizer.
       module: the body with its scalar head.
-      max_prompt_tokens: longest prompt; a longer chat loses its oldest turns, a text is cut, and a warning says so. None
-        for any length.
+      max_prompt_tokens: longest prompt; a longer chat loses its oldest turns, a text is cut, and a warning says so.
+        None for any length.
       batch_size: completions scored at once.
       whole: read prompt and completion as one text with all that the template writes behind the completion, as models
         of the hub were trained to; else as `fit_reward_model` reads them.
@@ -333,37 +332,16 @@ class RewardModel:
         return cls(model, ScoredPolicy(nnx.clone(model.module), width), **settings)
 
     def readings(self, prompts: Sequence[str], completions: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids of what is read for each completion: all of it and then nothing, or prompt and completion.
-
-        The latter is what an encoder-decoder reads.
-
-        Raises:
-          ChatError: a prompt is a conversation, and the tokenizer brings no template or one that refuses it.
-        """
-        tokenizer = self.model.tokenizer
-        template = ChatTemplate.find(tokenizer, self.chat_template_kwargs)
-        pairs = list(zip(prompts, completions, strict=True))
-        opened, bodies = zip(*(written(template, *pair) for pair in pairs), strict=True) if pairs else ((), ())
-        heads = tokenizer.encode_prompts(opened)
-        limit = max(map(len, heads), default=0) if self.max_prompt_tokens is None else self.max_prompt_tokens
-        long = [at for at, ids in enumerate(heads) if len(ids) > limit]
-        cut = fit_prompts(opened, tokenizer, max_prompt_tokens=limit) if long else heads
-        if tokenizer.encoder_decoder:
-            return cut, tokenizer.encode_completions(bodies)
-        texts = [
-            (whole(template, *pair) if self.whole else None) or tokenizer.joined(head, body)
-            for pair, head, body in zip(pairs, opened, bodies, strict=True)
-        ]
-        begin, read = tokenizer.affixes[0], []
-        for text, head, ids in zip(texts, heads, tokenizer.encode_completions(texts), strict=True):
-            read.append(ids if isinstance(text, Rendered) else [*head[:begin], *ids])
-        for at in long:
-            ((_, tail),) = tokenizer.encode_records([opened[at]], [[bodies[at]]])
-            read[at] = [*cut[at], *(tail if is_finished(bodies[at]) else tail[:-1])]
-        for ids in read:
-            while len(ids) > 1 and ids[-1] == self.pad_id:
-                ids.pop()
-        return read, [[] for _ in read]
+        """Token ids of what is read for each completion: see `conversations.readings`."""
+        return readings(
+            self.model.tokenizer,
+            prompts,
+            completions,
+            max_prompt_tokens=self.max_prompt_tokens,
+            to_the_end=self.whole,
+            pad_id=self.pad_id,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
 
     def scores(
         self, prompts: Sequence[str], completions: Sequence[str], *, finished: Sequence[bool] | None = None
@@ -376,7 +354,7 @@ class RewardModel:
           finished: False where one was cut off; None for what the texts themselves say (`Written.texts` do).
 
         Raises:
-          ChatError: see `readings`.
+          ChatError: see `conversations.readings`.
         """
         if finished is not None:
             completions = [

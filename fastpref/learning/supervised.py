@@ -316,7 +316,12 @@ def fit_preference_model(
     """
     config = SupervisedConfig() if config is None else config
     judge = PreferenceModel(
-        as_model(model), template, answers, symmetric=symmetric, max_tokens=config.max_prompt_tokens
+        as_model(model),
+        template,
+        answers,
+        symmetric=symmetric,
+        max_tokens=config.max_prompt_tokens,
+        chat_template_kwargs=config.chat_template_kwargs,
     )
     require(
         config.overlong != "truncate",

@@ -4,7 +4,7 @@ log π̂ = (1 − β) log π + β log π_ref + const at every token (IPO-MD, sec
 whatever the number of completions; the loop ends when every row has its EOS.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
