@@ -176,6 +176,8 @@ class HttpJudge:
         questions = [(prompt, *sorted(sides)) for prompt, *sides in pairs]
         known = self._meter.answers
         keys = [_key(*question) for question in questions]
+        # The same text twice is a tie, which needs no asking.
+        known |= {key: 0.5 for key, (_, one, other) in zip(keys, questions, strict=True) if one == other}
         missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in known}
         fault = _complete(lambda: self._ask(missing)) if missing else None
         answered = {
@@ -184,7 +186,13 @@ class HttpJudge:
             if key in known
         }
         if fault is not None:
-            raise JudgeError(self._hidden(str(fault)), answered) from None
+            text = str(fault)
+            if not isinstance(fault, JudgeError):
+                text = (
+                    f"a judge's questions must be such as can be sent, but received {type(fault).__name__}: {fault}. "
+                    "Mend the texts, or the settings of the judge."
+                )
+            raise JudgeError(self._hidden(text), answered) from None
         return np.array([answered[at] for at in range(len(pairs))], np.float32)
 
     async def _ask(self, missing: Mapping[bytes, tuple[str, ...]]) -> Exception | None:
