@@ -234,7 +234,7 @@ def test_a_budget_is_refused_and_what_was_judged_is_kept(tmp_path: Path) -> None
     config = TrainConfig(algorithm="online-ipo", tau=0.1, **SETTINGS)
     with served(by_logprobs, max_calls=5, concurrency=8) as (server, judge):
         with pytest.raises(
-            JudgeError, match=r"keep to max_calls=5, but received pairs .* 4 sent so far and the 1 left"
+            JudgeError, match=r"keep to max_calls=5, but received pairs .* 2 more where 4 are sent or set aside"
         ):
             train(language_model(), prompts, judge, config, run_dir=tmp_path / "run", quiet=True)
         assert judge.calls == 4

@@ -321,11 +321,12 @@ class HttpJudge:
 
     def _promise(self, promised: list[int], count: int) -> None:
         """Set requests of the budget aside, so that a pair that is begun can be finished."""
-        if self.max_calls is not None and self._meter.calls + self._meter.promised + count > self.max_calls:
+        gone = self._meter.calls + self._meter.promised
+        if self.max_calls is not None and gone + count > self.max_calls:
             raise JudgeError(
-                f"the calls of a judge must keep to max_calls={self.max_calls}, but received pairs that need more than "
-                f"the {self._meter.calls} sent so far and the {self.max_calls - self._meter.calls} left. Raise "
-                "max_calls and start the same command again: what was judged is kept."
+                f"the calls of a judge must keep to max_calls={self.max_calls}, but received pairs that need {count} more "
+                f"where {gone} are sent or set aside. Raise max_calls and start the same command again: what was judged "
+                "is kept."
             )
         promised[0] += count
         self._meter.promised += count

@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from fastpref.judging.models import PreferenceModel, RewardModel
 from fastpref.judging.protocol import Judge, Rewarder
 from fastpref.method.errors import ConfigError, ModelError, nearest
 from fastpref.models import load
-from fastpref.models.huggingface import INDEX, SCALAR_HEAD, WEIGHTS, open_tensors
+from fastpref.models.huggingface import SCALAR_HEAD
 
 VALUE_HEAD = "value_head.safetensors"
 """A scalar head stored beside a body."""
@@ -129,24 +128,23 @@ def _pad_id(raw: Mapping[str, Any]) -> int | None:
 
 def _scalar_head(source: Path) -> dict[str, np.ndarray]:
     """Tensors of the scalar head, float32 by name, from the weights or from the file beside them."""
-    with ExitStack() as stack:
-        tensors = open_tensors(source, stack) if (source / WEIGHTS).is_file() or (source / INDEX).is_file() else {}
-        if (source / VALUE_HEAD).is_file():
-            try:
-                beside = stack.enter_context(safe_open(source / VALUE_HEAD, framework="np"))
-            except SafetensorError as error:
-                raise ModelError(
-                    f"{source / VALUE_HEAD} must be a whole safetensors file, but received one that is not ({error}). "
-                    "Copy it again."
-                ) from error
-            tensors |= dict.fromkeys(beside.keys(), beside)
-        elif (source / "value_head.bin").is_file():
+    if (source / "value_head.bin").is_file() and not (source / VALUE_HEAD).is_file():
+        raise ModelError(
+            f"a scalar head must be stored as safetensors, but received {source / 'value_head.bin'}. Save it as "
+            f"{VALUE_HEAD}."
+        )
+    found = {}
+    for path in [*sorted(source.glob("model*.safetensors")), *source.glob(VALUE_HEAD)]:
+        try:
+            with safe_open(path, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118, no mapping
+                    if SCALAR_HEAD.fullmatch(name):
+                        found[name] = np.asarray(file.get_tensor(name)).astype(np.float32)
+        except SafetensorError as error:
             raise ModelError(
-                f"a scalar head must be stored as safetensors, but received {source / 'value_head.bin'}. Save it as "
-                f"{VALUE_HEAD}."
-            )
-        named = {name: file for name, file in tensors.items() if SCALAR_HEAD.fullmatch(name)}
-        return {name: np.asarray(file.get_tensor(name)).astype(np.float32) for name, file in named.items()}
+                f"{path} must be a whole safetensors file, but received one that is not ({error}). Copy it again."
+            ) from error
+    return found
 
 
 def _server(source: Mapping[str, Any]) -> HttpJudge:
