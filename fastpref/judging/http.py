@@ -324,9 +324,9 @@ class HttpJudge:
         gone = self._meter.calls + self._meter.promised
         if self.max_calls is not None and gone + count > self.max_calls:
             raise JudgeError(
-                f"the calls of a judge must keep to max_calls={self.max_calls}, but received pairs that need {count} more "
-                f"where {gone} are sent or set aside. Raise max_calls and start the same command again: what was judged "
-                "is kept."
+                f"the calls of a judge must keep to max_calls={self.max_calls}, but received pairs that need {count} "
+                f"more where {gone} are sent or set aside. Raise max_calls and start the same command again: what was "
+                "judged is kept."
             )
         promised[0] += count
         self._meter.promised += count
