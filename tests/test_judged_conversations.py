@@ -150,6 +150,11 @@ def test_prompts_are_taken_in_every_form_that_training_takes(tmp_path: Path) -> 
         same = select_checkpoint([model], models["b"], again, prefers_w1, max_new_tokens=3)
         assert same.best.win_rate.value == ranked.best.win_rate.value
         assert win_rate(again, ["w1"] * 3, ["w2"] * 3, prefers_w1).value == 1
+
+
+def test_what_is_no_prompt_is_refused(unchecked: None) -> None:
+    models = {"a": language_model(), "b": language_model(seed=1)}
+    bad: Any
     for bad in ([{"text": "w1"}] * 2, [["w1"], ["w2"]], [3, 4]):
         with pytest.raises(DataError, match=r"must"):
             evaluate(models, bad, prefers_w1, max_new_tokens=3)

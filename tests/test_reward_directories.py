@@ -49,8 +49,7 @@ def test_scores_and_tokens_are_those_of_transformers(kind: str, tmp_path: Path) 
         for ids in expected:
             while ids[-1] == pad:
                 ids.pop()
-        assert read == expected
-        assert rest == [[], [], []]
+        assert [[*head, *tail] for head, tail in zip(read, rest, strict=True)] == expected
         scores = judge.scores(prompts, completions)
         np.testing.assert_allclose(scores, [entry["score"] for entry in golden[name]], atol=1e-4, rtol=0)
     told = judge.scores(chats, REPLIES, finished=[False] * 3)
@@ -64,10 +63,10 @@ def test_scores_and_tokens_are_those_of_transformers(kind: str, tmp_path: Path) 
 def test_padding_that_is_the_end_is_passed_over_and_the_kinds_differ(tmp_path: Path) -> None:
     judge = reward_model(write_checkpoint(tmp_path / "a", "qwen2"))
     assert judge.pad_id == STOP
-    read, _ = judge.readings(["w "], ["x"])
-    assert read[0][-1] != STOP
+    (head,), (tail,) = judge.readings(["w "], ["x"])
+    assert tail[-1] != STOP
     other = reward_model(write_checkpoint(tmp_path / "b", "qwen2", pad_token_id=0))
-    assert other.readings(["w "], ["x"])[0][0] == [*read[0], STOP]
+    assert other.readings(["w "], ["x"]) == ([head], [[*tail, STOP]])
     assert other.identity != judge.identity
 
 

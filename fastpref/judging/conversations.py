@@ -6,7 +6,7 @@ from typing import Any
 from fastpref.data import ChatTemplate
 from fastpref.data.chat import written_by
 from fastpref.data.messages import joined
-from fastpref.data.rendered import Conversation, Rendered, is_finished
+from fastpref.data.rendered import Conversation, Rendered, alike, is_finished
 from fastpref.data.tokenization import fit_prompts
 from fastpref.data.tokenizer import Tokenizer
 
@@ -21,9 +21,9 @@ def readings(
     pad_id: int | None,
     chat_template_kwargs: Mapping[str, Any],
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of what a reward model reads: all of it and then nothing, or, by an encoder-decoder, in two parts.
+    """Token ids of the prompts and of what follows them, as a reward model reads them.
 
-    The tokens are those of the whole text; behind a finished completion stands EOS.
+    A decoder's are those of the whole text, cut at the seam; behind a finished completion stands EOS.
 
     Args:
       tokenizer: of the reward model.
@@ -63,7 +63,10 @@ def readings(
     for ids in read:
         while len(ids) > 1 and ids[-1] == pad_id:
             ids.pop()
-    return read, [[] for _ in read]
+    seams = [max(1, alike(head, ids)) for head, ids in zip(cut, read, strict=True)]
+    return [ids[:at] for at, ids in zip(seams, read, strict=True)], [
+        ids[at:] for at, ids in zip(seams, read, strict=True)
+    ]
 
 
 def _written(template: ChatTemplate | None, prompt: str, completion: str) -> tuple[str, str]:
@@ -75,6 +78,9 @@ def _written(template: ChatTemplate | None, prompt: str, completion: str) -> tup
     said = prompt.conversation if isinstance(prompt, Rendered) else None
     if said is None or template is None:
         return written_by(template, [prompt])[0], completion
+    if isinstance(completion, Rendered) and template.wrote(prompt):
+        # Of a recorded conversation: all of it was written at once.
+        return prompt, completion
     opened, (body,) = template.answered(said, [[_reply(completion)]])
     finished = is_finished(completion)
     return opened, body if finished else Rendered(body, literals=body.literals, finished=False)
