@@ -64,9 +64,8 @@ def readings(
         while len(ids) > 1 and ids[-1] == pad_id:
             ids.pop()
     seams = [max(1, alike(head, ids)) for head, ids in zip(cut, read, strict=True)]
-    return [ids[:at] for at, ids in zip(seams, read, strict=True)], [
-        ids[at:] for at, ids in zip(seams, read, strict=True)
-    ]
+    opening = [ids[:at] for at, ids in zip(seams, read, strict=True)]
+    return opening, [ids[at:] for at, ids in zip(seams, read, strict=True)]
 
 
 def _written(template: ChatTemplate | None, prompt: str, completion: str) -> tuple[str, str]:

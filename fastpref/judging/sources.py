@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fastpref.data.tokenizer import read_json
+from fastpref.data.token_files import read_json
 from fastpref.judging.http import HttpJudge
 from fastpref.judging.models import PreferenceModel, RewardModel
 from fastpref.judging.protocol import Judge, Rewarder
