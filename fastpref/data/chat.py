@@ -415,27 +415,6 @@ class ChatTemplate:
         ]
 
 
-def written_by(template: ChatTemplate | None, prompts: Iterable[str]) -> list[str]:
-    """Prompts as a template writes them: each conversation that another template wrote is written anew.
-
-    Raises:
-      ChatError: a prompt is a conversation, and there is no template or it refuses the conversation.
-    """
-    written: list[str] = []
-    for prompt in prompts:
-        said = prompt.conversation if isinstance(prompt, Rendered) else None
-        if said is None or (template is not None and template.wrote(prompt)):
-            written.append(prompt)
-        elif template is None:
-            raise ChatError(
-                "a model that reads conversations must bring a chat template (chat_template.jinja, or chat_template in "
-                "tokenizer_config.json), but received none. Save its template beside it, or give the prompts as text."
-            )
-        else:
-            written.append(template.prompt(said.messages, said.tools, said.options))
-    return written
-
-
 SYSTEM = ("system", "developer")
 """Roles of messages that stay when a conversation loses its oldest turns."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastpref.data.chat import ChatTemplate, is_conversation, written_by
+from fastpref.data.chat import ChatTemplate, is_conversation
 from fastpref.data.records import IDENTICAL, BadRecord, DropReport, Ledger, OnBadRecord, Record
 from fastpref.data.rendered import Rendered
 from fastpref.data.sources import COLUMNS, Row, Source, open_rows
@@ -78,6 +78,27 @@ def read_prompts(
     records, _ = read_records(source, on_bad_record=on_bad_record, template=template)
     prompts = [record.prompt for record in records]
     return prompts if tokenizer is None else written_by(template, prompts)
+
+
+def written_by(template: ChatTemplate | None, prompts: Iterable[str]) -> list[str]:
+    """Prompts as a template writes them: each conversation that another template wrote is written anew.
+
+    Raises:
+      ChatError: a prompt is a conversation, and there is no template or it refuses the conversation.
+    """
+    written: list[str] = []
+    for prompt in prompts:
+        said = prompt.conversation if isinstance(prompt, Rendered) else None
+        if said is None or (template is not None and template.wrote(prompt)):
+            written.append(prompt)
+        elif template is None:
+            raise ChatError(
+                "a model that reads conversations must bring a chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json), but received none. Save its template beside it, or give the prompts as text."
+            )
+        else:
+            written.append(template.prompt(said.messages, said.tools, said.options))
+    return written
 
 
 class RecordStream:

@@ -10,8 +10,7 @@ import numpy as np
 import xxhash
 
 from fastpref.data import ChatTemplate, read_prompts
-from fastpref.data.chat import written_by
-from fastpref.data.readers import Prompts
+from fastpref.data.readers import Prompts, written_by
 from fastpref.data.rendered import Rendered
 from fastpref.data.tokenization import TruncationSide
 from fastpref.evaluation.win_rates import WinRate, WinRates, both_orders, check_prompts, summarise, tabulate

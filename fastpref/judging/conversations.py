@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastpref.data import ChatTemplate
-from fastpref.data.chat import written_by
 from fastpref.data.messages import joined
+from fastpref.data.readers import written_by
 from fastpref.data.rendered import Conversation, Rendered, alike, is_finished
 from fastpref.data.tokenization import fit_prompts
 from fastpref.data.tokenizer import Tokenizer

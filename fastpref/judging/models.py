@@ -22,7 +22,7 @@ from safetensors.numpy import save as to_safetensors
 
 from fastpref.data import ChatTemplate
 from fastpref.data.batches import token_mask
-from fastpref.data.chat import written_by
+from fastpref.data.readers import written_by
 from fastpref.data.rendered import Rendered, Unfinished
 from fastpref.judging.conversations import readings
 from fastpref.judging.identity import digest
