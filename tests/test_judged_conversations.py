@@ -86,7 +86,8 @@ def test_a_judging_model_reads_a_conversation_by_its_own_template(
     assert read[0][0] == BEGIN
     assert read == other.tokenizer.encode_prompts(read_prompts(ROWS, other.tokenizer))
     opened, _ = PreferenceModel(other, "{prompt} 1 {first} 2 {second}").readings(prompts, ["a"] * 3, ["b"] * 3)
-    assert other.tokenizer.decode(opened)[1].startswith("<s><|system|>\nBe brief.<|endoftext|>\n<|user|>\nWhat rose?")
+    assert other.tokenizer.decode(opened)[1].startswith("<|system|>\nBe brief.\n<|user|>\nWhat rose?")
+    assert opened[1][0] == BEGIN
     # The same in a run, from the cache of tokens too, and in its held-out comparisons.
     seen = read_by(other, monkeypatch)
     config = TrainConfig(algorithm="online-dpo", tau=0.1, eval_every=1, **SETTINGS)

@@ -48,15 +48,13 @@ def readings(
     cut = fit_prompts(opened, tokenizer, max_prompt_tokens=limit) if long else heads
     if tokenizer.encoder_decoder:
         return cut, tokenizer.encode_completions(bodies)
-    wholes = [
-        (_to_the_end(template, *pair) if to_the_end else None) or tokenizer.joined(*text)
-        for pair, text in zip(pairs, texts, strict=True)
-    ]
-    begin = tokenizer.affixes[0]
-    read = [
-        ids if isinstance(text, Rendered) else [*head[:begin], *ids]
-        for text, head, ids in zip(wholes, heads, tokenizer.encode_completions(wholes), strict=True)
-    ]
+    ends = [_to_the_end(template, *pair) if to_the_end else None for pair in pairs]
+    closed = iter(tokenizer.encode_prompts([end for end in ends if end is not None]))
+    wholes = [tokenizer.joined(*text) for text in texts]
+    begin, read = tokenizer.affixes[0], []
+    for end, text, head, ids in zip(ends, wholes, heads, tokenizer.encode_completions(wholes), strict=True):
+        opening = [] if isinstance(text, Rendered) else head[:begin]
+        read.append([*opening, *ids] if end is None else next(closed))
     for at in long:
         ((_, tail),) = tokenizer.encode_records([opened[at]], [[bodies[at]]])
         read[at] = [*cut[at], *(tail if is_finished(bodies[at]) else tail[:-1])]
@@ -93,9 +91,7 @@ def _to_the_end(template: ChatTemplate | None, prompt: str, completion: str) -> 
     messages, reply = list(said.messages), _reply(completion)
     begun = messages[-1]["role"] == "assistant"
     turns = [*messages[:-1], joined(messages[-1], reply)] if begun else [*messages, reply]
-    text = template.whole(Conversation(turns, said.tools, said.options))
-    # It holds its own end.
-    return Rendered(text, literals=text.literals, finished=False)
+    return template.whole(Conversation(turns, said.tools, said.options))
 
 
 def _reply(completion: str) -> dict[str, str]:
