@@ -52,12 +52,15 @@ KEYS: dict[str, tuple[str, ...]] = {
 }
 """Keys of each command's TOML file: what its function takes, and its own."""
 
-KINDS: dict[str, tuple[type, str]] = {
+FILES = ((str, list), "text, the path of a file or a pattern of paths, or a list of them")
+
+KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "settings": (dict, "a table"),
     "policies": (dict, "a table"),
     "grid": (dict, "a table"),
     "answers": (list, "a list of two texts"),
     "symmetric": (bool, "true or false"),
+    **dict.fromkeys(("prompts", "data", "held_out", "eval_prompts"), FILES),
 }
 """Types of values; those of other keys are text."""
 
@@ -179,8 +182,8 @@ def _preference(values: Mapping[str, Any]) -> None:
     print(f"{result.report}\nThe {kind} model is in {Path(values['run_dir']) / 'model'}.{agreement}")
 
 
-def _prompts(source: str, policy: str | None) -> list[str]:
-    """The prompts of a file; conversations by the chat template that comes with a policy."""
+def _prompts(source: str | list[str], policy: str | None) -> list[str]:
+    """The prompts of files; conversations by the chat template that comes with a policy."""
     return read_prompts(source, None if policy is None else read_tokenizer(policy))
 
 

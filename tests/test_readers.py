@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import settings
 
-from fastpref.data import DropReport, Record, read_records, sources
+from fastpref.data import DropReport, Record, json_files, read_records
 from fastpref.data.readers import RecordStream
 from fastpref.method.errors import DataError
 
@@ -261,7 +261,7 @@ def test_good_records_pass_without_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_huge_line_is_counted_and_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LINE_BYTES", 100)
+    monkeypatch.setattr(json_files, "LINE_BYTES", 100)
     path = tmp_path / "pairs.jsonl"
     exact = GOOD[:-1] + b" " * (99 - len(GOOD)) + b"}"
     for ending in (b"", b"\n"):

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fastpref.method.choices import OnBadRecord
 from fastpref.method.errors import DataError
 
 
@@ -18,9 +19,6 @@ class BadRecord(Exception):
 
 IDENTICAL = "identical completions"
 """The reason of a pair that teaches nothing."""
-
-OnBadRecord = str
-""""raise", "skip" or "warn"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +48,8 @@ class DropReport:
     """Records by the reason they were dropped for."""
     truncated: int = 0
     """Records among the delivered that were cut to a limit."""
+    unused: tuple[str, ...] = field(default=(), compare=False)
+    """Names of columns of the source that nothing was read from."""
 
     def __post_init__(self) -> None:
         if self.delivered + sum(self.dropped.values()) != self.read:
@@ -63,7 +63,9 @@ class DropReport:
         if self.dropped:
             reasons = sorted(self.dropped.items(), key=lambda item: (-item[1], item[0]))
             text += f" ({', '.join(f'{count} {reason}' for reason, count in reasons)})"
-        return text + (f", {self.truncated} truncated" if self.truncated else "")
+        if self.truncated:
+            text += f", {self.truncated} truncated"
+        return text + (f"; columns not used: {', '.join(self.unused)}" if self.unused else "")
 
     def then(self, later: "DropReport") -> "DropReport":
         """This report and that of a later stage, which read what this one delivered, as one.
@@ -77,7 +79,8 @@ class DropReport:
                 f"{later.read}. Join reports in the order of their stages."
             )
         dropped = dict(Counter(self.dropped) + Counter(later.dropped))
-        return DropReport(self.read, later.delivered, dropped, self.truncated + later.truncated)
+        unused = tuple(sorted({*self.unused, *later.unused}))
+        return DropReport(self.read, later.delivered, dropped, self.truncated + later.truncated, unused=unused)
 
 
 class Ledger:
@@ -94,6 +97,7 @@ class Ledger:
         self.dropped: Counter[str] = Counter()
         self.truncated = 0
         self.first = ""
+        self.unused: set[str] = set()
 
     def drop(self, place: str, bad: BadRecord, *, counted: bool | None = None) -> None:
         """Count a bad record; raise DataError instead if the policy, or `counted=False`, says so."""
@@ -108,7 +112,7 @@ class Ledger:
     def account(self) -> DropReport:
         """The account so far."""
         delivered = self.read - sum(self.dropped.values())
-        return DropReport(self.read, delivered, dict(self.dropped), self.truncated)
+        return DropReport(self.read, delivered, dict(self.dropped), self.truncated, unused=tuple(sorted(self.unused)))
 
     def close(self) -> None:
         """Warn, once for all, if that is the policy and a record was dropped."""

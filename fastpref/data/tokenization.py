@@ -9,11 +9,9 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from fastpref.data.ragged import Ragged
-from fastpref.data.records import IDENTICAL, BadRecord, DropReport, Ledger, OnBadRecord, Record
+from fastpref.data.records import IDENTICAL, BadRecord, DropReport, Ledger, Record
 from fastpref.data.tokenizer import Rendered
-
-Overlong = str
-""""drop", "raise" or "truncate"."""
+from fastpref.method.choices import OnBadRecord, Overlong
 
 CHUNK = 8192
 """Records that are encoded together."""

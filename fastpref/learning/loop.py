@@ -249,8 +249,8 @@ def check_destination(path: Path, *beside: str) -> None:
 
 
 def report_drops(report: DropReport, quiet: bool) -> None:
-    """Print what was dropped or cut, with its reasons, before anything is learned from the rest."""
-    if not quiet and (report.dropped or report.truncated):
+    """Print what was dropped, cut or not used, with its reasons, before anything is learned from the rest."""
+    if not quiet and (report.dropped or report.truncated or report.unused):
         terminal.say(str(report))
 
 

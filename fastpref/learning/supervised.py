@@ -1,7 +1,7 @@
 """Supervised trainings: SFT (maximum likelihood), preference model (cross-entropy), reward model (Bradley-Terry)."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from fastpref.data import (
     DropReport,
     PaddedPairBatcher,
     Record,
+    Source,
     TokenRecords,
+    hashes,
     read_records,
     tokenize_completions,
     tokenized,
@@ -37,9 +39,6 @@ from fastpref.runs.report import finish
 
 NO_LIMIT = 2**31 - 1
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
-
-Data = str | Path | Iterable[Mapping[str, Any]]
-"""A JSONL, Parquet or Arrow file, or records."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ def _fit(
     *,
     validate: Callable[[Any], float] | None,
     criterion: str,
+    held_out: TokenRecords | list[Record],
     optimizer: optax.GradientTransformation | None,
     run_dir: str | Path | None,
     description: str,
@@ -111,6 +111,7 @@ def _fit(
         fingerprint={
             "model": loop.digest(start),
             "objective": description,
+            **({"held_out": hashes.of_json(held_out)} if len(held_out) else {}),
             "optimizer": config.optimizer if optimizer is None else identity(chain).fingerprint(),
         },
         description=description,
@@ -127,7 +128,7 @@ def _arrays(batch: CompletionBatch) -> dict[str, Any]:
 
 
 def _tokens(
-    data: Data,
+    data: Source,
     model: LanguageModel,
     columns: Sequence[str],
     config: SupervisedConfig,
@@ -147,7 +148,7 @@ def _tokens(
     )
 
 
-def _pairs(data: Data, model: LanguageModel, config: SupervisedConfig) -> tuple[list[Record], DropReport]:
+def _pairs(data: Source, model: LanguageModel, config: SupervisedConfig) -> tuple[list[Record], DropReport]:
     template = ChatTemplate.find(model.tokenizer)
     return read_records(data, columns=PAIR_COLUMNS, on_bad_record=config.on_bad_record, template=template)
 
@@ -174,7 +175,7 @@ def _check_destination(run_dir: str | Path | None, *beside: str) -> None:
         loop.check_destination(Path(run_dir) / "model", *beside)
 
 
-def _require_some(data: Data, count: int, report: DropReport, quiet: bool) -> None:
+def _require_some(data: Source, count: int, report: DropReport, quiet: bool) -> None:
     if count == 0:
         source = data if isinstance(data, str | Path) else "the data"
         raise DataError(
@@ -186,10 +187,10 @@ def _require_some(data: Data, count: int, report: DropReport, quiet: bool) -> No
 
 def sft(
     policy: LanguageModel | str | Path,
-    data: Data,
+    data: Source,
     config: SupervisedConfig | None = None,
     *,
-    held_out: Data = (),
+    held_out: Source = (),
     run_dir: str | Path | None = None,
     cache: str | Path | None = None,
     optimizer: optax.GradientTransformation | None = None,
@@ -201,8 +202,8 @@ def sft(
 
     Args:
       policy: a `LanguageModel`, or the directory of a Hugging Face checkpoint. It is not changed.
-      data: records with `prompt` and `completion`: a JSONL, Parquet or Arrow file, or an iterable of mappings. Messages
-        may stand for text, as in `train`.
+      data: records with `prompt` and `completion`, from files, a table or an iterable, as for
+        `fastpref.data.read_records`. Messages may stand for text, as in `train`.
       config: settings.
       held_out: records of the same form; the model with the lowest loss on them is returned.
       run_dir: where config, metrics, checkpoints, plots and the model are written; the same call goes on from there.
@@ -227,6 +228,8 @@ def sft(
     tokens, report = _tokens(data, model, ("prompt", "completion"), config, cache)
     _require_some(data, len(tokens), report, quiet)
     checks, held = _tokens(held_out, model, ("prompt", "completion"), config)
+    if held.read:
+        _require_some(held_out, len(checks), held, quiet)
 
     def batches(of: TokenRecords) -> CompletionBatcher:
         return CompletionBatcher(
@@ -257,6 +260,7 @@ def sft(
             config,
             validate=validate if held.read else None,
             criterion="eval/loss",
+            held_out=checks,
             optimizer=optimizer,
             run_dir=run_dir,
             description="sft",
@@ -271,10 +275,10 @@ def sft(
 
 def fit_preference_model(
     model: LanguageModel | str | Path,
-    data: Data,
+    data: Source,
     config: SupervisedConfig | None = None,
     *,
-    held_out: Data = (),
+    held_out: Source = (),
     template: str = SUMMARY_PROMPT,
     answers: tuple[str, str] = ("1", "2"),
     symmetric: bool = True,
@@ -355,6 +359,7 @@ def fit_preference_model(
             config,
             validate=(lambda module: agreement(with_module(module), checks)) if checks else None,
             criterion="eval/accuracy",
+            held_out=checks,
             optimizer=optimizer,
             run_dir=run_dir,
             description="preference model",
@@ -369,10 +374,10 @@ def fit_preference_model(
 
 def fit_reward_model(
     model: LanguageModel | str | Path,
-    data: Data,
+    data: Source,
     config: SupervisedConfig | None = None,
     *,
-    held_out: Data = (),
+    held_out: Source = (),
     run_dir: str | Path | None = None,
     cache: str | Path | None = None,
     optimizer: optax.GradientTransformation | None = None,
@@ -408,11 +413,9 @@ def fit_reward_model(
     tokens, report = _tokens(data, judge.model, PAIR_COLUMNS, config, cache)
     _require_some(data, len(tokens), report, quiet)
     checks, _ = _pairs(held_out, judge.model, config)
-    chosen, rejected = tokens.completions
     with PaddedPairBatcher(
         tokens.prompts,
-        chosen,
-        rejected,
+        *tokens.completions,
         tokens.preference,
         ids=tokens.ids,
         batch_size=config.batch_size,
@@ -433,6 +436,7 @@ def fit_reward_model(
             config,
             validate=(lambda module: agreement(with_module(module), checks)) if checks else None,
             criterion="eval/accuracy",
+            held_out=checks,
             optimizer=optimizer,
             run_dir=run_dir,
             description="reward model",

@@ -1,7 +1,7 @@
 """Training by preferences, online and offline: `train`, and the step of every method in one place, `Trainer.step`."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,11 @@ from fastpref.data import (
     DropReport,
     PairBatcher,
     PromptBatcher,
+    Source,
     read_prompts,
     tokenized,
 )
 from fastpref.data.batches import PackedPairs, PromptBatch
-from fastpref.data.packing import pair_sizes
 from fastpref.data.tokenization import PromptTexts
 from fastpref.evaluation.during_training import HeldOut
 from fastpref.judging.identity import identity, name_of
@@ -29,15 +29,15 @@ from fastpref.judging.judgements import FILE, Judgements
 from fastpref.judging.protocol import Judge, Rewarder
 from fastpref.judging.recorded import RecordedJudge
 from fastpref.learning import loop, rollout, update
-from fastpref.learning.row_plan import RowPlan, plan_rows
+from fastpref.learning.row_plan import RowPlan, plan_recorded, plan_rows
 from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError, DataError, require
 from fastpref.method.schedules import value_at
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
 from fastpref.runs.report import finish
 
-Prompts = str | Path | Iterable[str | Mapping[str, Any]]
-"""Texts, mappings with a `prompt`, or a JSONL, Parquet or Arrow file with that column."""
+Prompts = Source
+"""Texts, mappings with a `prompt`, or files and tables with that column, as for `fastpref.data.read_records`."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ class Trainer:
             round_params = _copy(params)
         at_round = rollout.Frozen(self.definition, round_params)
 
+        epoch = self.source.batches.epoch
         batch: PromptBatch | PackedPairs = self.source.batches.__next__()
         clock.lap("time/data")
         metrics: dict[str, float] = {}
@@ -154,7 +155,7 @@ class Trainer:
         )
         clock.lap("time/learn")
 
-        metrics |= paired.metrics | measured | clock.laps | {"epoch": float(self.source.batches.epoch)}
+        metrics |= paired.metrics | measured | clock.laps | {"epoch": float(epoch)}
         if "mixture" in method.writers:
             metrics["mixture_beta"] = value_at(config.mixture_beta, done)
         if method.in_rounds:
@@ -205,10 +206,11 @@ def train(
 
     Args:
       policy: a `LanguageModel`, or the directory of a Hugging Face checkpoint. It is not changed.
-      prompts: texts, mappings with a `prompt`, or a JSONL, Parquet or Arrow file with that column. For offline
-        algorithms each record also has `chosen`, `rejected` and, where labels are soft, `preference`. Messages, lists
-        of `role` and `content`, may stand for text: the chat template of the policy's tokenizer writes them, and the
-        judge reads prompts as it wrote them.
+      prompts: texts, mappings with a `prompt`, or files and tables with that column, as for
+        `fastpref.data.read_records`. For offline algorithms each record also has `chosen`, `rejected` and, where
+        labels are soft, `preference`. Messages, lists of `role` and `content`, may stand for text: the chat template
+        of the policy's tokenizer writes them, with the `system`, `tools` and `chat_template_kwargs` of the record, and
+        the judge reads prompts as it wrote them.
       judge: p(first ≻ second) for each prompt; see `fastpref.Judge`. A plain function will do. The run
         belongs to it (`fastpref.judging.identity`): another is refused. For `rl` a
         `RewardModel`, or anything with its `scores`; which any other algorithm takes for p = σ(r − r'). None for
@@ -370,17 +372,16 @@ def _source(prompts: Prompts, policy: LanguageModel, config: TrainConfig, cache:
         except DataError as error:
             raise DataError(f"{config.algorithm} learns from recorded pairs: {error}") from error
         _require_some(config, prompts, len(tokens), report)
-        plan = plan_rows(config, decoder_start=start, prompts=tokens.prompts)
-        chosen, rejected = tokens.completions
-        sizes = pair_sizes(tokens.prompts, chosen, rejected, layout=plan.layout)
+        plan = plan_recorded(config, decoder_start=start, pairs=tokens)
         pairs = PairBatcher(
             tokens.prompts,
-            chosen,
-            rejected,
+            *tokens.completions,
             tokens.preference,
             ids=tokens.ids,
             tokenizer_hash=policy.tokenizer.fingerprint,
-            rows=plan.rows_for(sizes, config.batch_size),
+            batch_size=config.batch_size,
+            max_shapes=config.max_shapes,
+            multiple=config.gradient_accumulation,
             seed=config.seed,
             **plan.shape,
         )

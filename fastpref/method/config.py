@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fastpref.method.algorithms import ALGORITHMS, Algorithm
+from fastpref.method.choices import OnBadRecord, Overlong
 from fastpref.method.errors import nearest, require
 from fastpref.method.schedules import Schedule, Value, bounds, value_at
 
-Overlong = Literal["drop", "truncate", "raise"]
-OnBadRecord = Literal["raise", "skip", "warn"]
 Optimizer = Literal["adafactor", "adamw"]
 
 COUNTS = frozenset(
@@ -121,15 +120,18 @@ class TrainConfig(Settings):
       baseline: of algorithms with a reward: "none", or "batch" to subtract the mean reward of the batch's other
         completions, which changes the variance alone.
       steps: optimiser updates.
-      batch_size: prompts per update; each gives one pair, or one completion where only that is learned from.
+      batch_size: prompts per update; each gives one pair, or one completion where only that is learned from. Offline,
+        pairs per update.
       gradient_accumulation: the learner takes the rows of a batch in this many parts, whose gradients are averaged over
         pairs: memory for time.
       max_prompt_tokens: longer prompts are handled as `overlong` says.
       overlong: "drop" (counted), "truncate" (keeps the first tokens) or "raise".
       on_bad_record: "raise", "skip" (counted) or "warn" (counted, one warning); `fastpref.data.read_records` says what
         is bad.
-      max_shapes: at most so many padded prompt widths, each of which is compiled once.
-      row_tokens: places of a row, in which the learner packs whole pairs; None for twice the longest.
+      max_shapes: at most so many padded prompt widths, or numbers of rows of recorded pairs, each of which is compiled
+        once.
+      row_tokens: places of a row, in which the learner packs whole pairs; None for twice the longest, or, offline, for
+        once the longest where that leaves fewer places empty.
       prompt_row_tokens: the same of the encoder's rows, for encoder-decoder models.
       max_new_tokens: T, longest completion, EOS included; longer recorded ones are handled as `overlong` says.
       temperature: of the draw; the losses assume 1.
