@@ -70,7 +70,7 @@ def test_a_plan_is_pinned() -> None:
     assert (members.tolist(), ends.tolist(), batches.tolist()) == PINNED
 
 
-PINNED: Any = None
+PINNED = ([1, 4, 0, 3, 8, 2, 5, 7], [1, 3, 4, 7, 8], [[0, 3, 1], [3, 2, 0]])
 
 
 @pytest.mark.parametrize("threads", range(1, 5))

@@ -215,9 +215,12 @@ def test_a_source_that_is_none_is_named(tmp_path: Path) -> None:
             r"must be the path of a file, but received '.*absent.jsonl'. Put single prompts in a list",
         ),
         ("Write a poem.", "must be the path of a file, but received 'Write a poem.'"),
-        (tmp_path, "must be the path of a file"),
+        (tmp_path, r"a folder must be one that save_to_disk wrote, but received .* without state.json. Name the files"),
         (tmp_path / "x.csv", r"must end in .jsonl, .* or .ipc, but received 'x.csv'. Rename or convert it"),
-        ({"prompt": "p"}, "must be a path, a table or many records, but received dict. Make it a list"),
+        (
+            {"prompt": "p"},
+            r"a path, a table or many records, but received a dict of prompt. Pass one of its values .* or a list of",
+        ),
     ):
         with pytest.raises(DataError, match=message):
             read_records(source)

@@ -1,4 +1,4 @@
-"""Where records come from: arrays, several files, compressed ones, saved data sets, tables; and what is said of them."""
+"""Where records come from: arrays, several files, compressed ones, saved data sets, tables; what is said of them."""
 
 import gzip
 import json
@@ -164,7 +164,7 @@ def test_lists_of_names_and_patterns_are_files(shards: Path) -> None:
     for source in (
         [str(shards / name) for name in named],
         tuple(shards / name for name in named),
-        [shards / "a.jsonl", str(shards / "[b-c]*")],
+        [str(shards / "a.jsonl"), shards / "[b-c]*"],
         str(shards / "*"),
         shards / "?.*",
     ):

@@ -248,7 +248,11 @@ def _is_start(prompt: object, conversation: Sequence[Any]) -> bool:
     if isinstance(prompt, list | tuple):
         return list(prompt) == messages[: len(prompt)]
     said = [message.get("content") for message in messages if message.get("role") in ("user", b"user")]
-    return prompt in said or str(prompt).strip() in [str(content).strip() for content in said]
+    return _stripped(prompt) in map(_stripped, said)
+
+
+def _stripped(text: object) -> str:
+    return (text.decode(errors="replace") if isinstance(text, bytes) else str(text)).strip()
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:

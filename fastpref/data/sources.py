@@ -212,12 +212,10 @@ def _numbered(records: Iterable[object]) -> Iterator[Row]:
 
 def _rows_of_columns(source: Any, unused: set[str]) -> Iterator[object]:
     """The rows of a `datasets.Dataset`, or of whatever else has names of columns and rows by number."""
-    names = list(source.column_names)
-    unused.update(name for name in names if name not in KNOWN)
-    if hasattr(source, "with_format"):
-        source = source.with_format(None)
-    if hasattr(source, "select_columns"):
-        # Others may be costly to decode.
+    # Columns that are not asked for may be costly to decode; but a transform of the user's may read them.
+    if hasattr(source, "select_columns") and (getattr(source, "format", None) or {}).get("type") != "custom":
+        names = list(source.column_names)
+        unused.update(name for name in names if name not in KNOWN)
         source = source.select_columns([name for name in names if name in KNOWN])
     for number in range(len(source)):
         row = source[number]

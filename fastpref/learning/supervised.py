@@ -415,7 +415,8 @@ def fit_reward_model(
     checks, _ = _pairs(held_out, judge.model, config)
     with PaddedPairBatcher(
         tokens.prompts,
-        *tokens.completions,
+        tokens.completions[0],
+        tokens.completions[1],
         tokens.preference,
         ids=tokens.ids,
         batch_size=config.batch_size,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ from fastpref.method.schedules import value_at
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
 from fastpref.runs.report import finish
 
-Prompts = Source
+Prompts: TypeAlias = Source
 """Texts, mappings with a `prompt`, or files and tables with that column, as for `fastpref.data.read_records`."""
 
 
@@ -375,7 +375,8 @@ def _source(prompts: Prompts, policy: LanguageModel, config: TrainConfig, cache:
         plan = plan_recorded(config, decoder_start=start, pairs=tokens)
         pairs = PairBatcher(
             tokens.prompts,
-            *tokens.completions,
+            tokens.completions[0],
+            tokens.completions[1],
             tokens.preference,
             ids=tokens.ids,
             tokenizer_hash=policy.tokenizer.fingerprint,
