@@ -4,7 +4,7 @@ import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import orjson
 import pyarrow as pa
@@ -51,10 +51,8 @@ def json_rows(path: Path) -> Iterator[tuple[str, int, object]]:
 
 
 def _opened(path: Path, codec: str | None) -> io.BufferedReader:
-    if codec is None:
-        return path.open("rb", BUFFER)
-    raw: Any = pa.CompressedInputStream(pa.OSFile(str(path)), codec)
-    return io.BufferedReader(cast(io.RawIOBase, raw), BUFFER)
+    raw: Any = path.open("rb", 0) if codec is None else pa.CompressedInputStream(pa.OSFile(str(path)), codec)
+    return io.BufferedReader(raw, BUFFER)
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, object]]:
