@@ -50,6 +50,7 @@ KEYS: dict[str, tuple[str, ...]] = {
 """Keys of each command's TOML file: what its function takes, and its own."""
 
 JUDGE = (str | dict, "a directory, package.module:function, or a table with url and model")
+FILES = (str | list, "text, the path of a file or a pattern of paths, or a list of them")
 
 KINDS: dict[str, tuple[Any, str]] = {
     "judge": JUDGE,
@@ -59,6 +60,7 @@ KINDS: dict[str, tuple[Any, str]] = {
     "grid": (dict, "a table"),
     "answers": (list, "a list of two texts"),
     "symmetric": (bool, "true or false"),
+    **dict.fromkeys(("prompts", "data", "held_out", "eval_prompts"), FILES),
 }
 """Types of values; those of other keys are text."""
 

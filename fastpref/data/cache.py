@@ -32,10 +32,11 @@ from fastpref.data import files, hashes
 from fastpref.data.chat import ChatTemplate
 from fastpref.data.ragged import Ragged
 from fastpref.data.readers import RecordStream
-from fastpref.data.records import DropReport, OnBadRecord
+from fastpref.data.records import DropReport
 from fastpref.data.rendered import Rendered
-from fastpref.data.sources import Source, unchanged
-from fastpref.data.tokenization import CHUNK, Encoder, Overlong, TokenRecords, TokenStream, TruncationSide
+from fastpref.data.sources import Source, files_of, format_of, unchanged
+from fastpref.data.tokenization import CHUNK, Encoder, TokenRecords, TokenStream
+from fastpref.method.choices import OnBadRecord, Overlong, TruncationSide
 from fastpref.method.errors import CacheWarning, DataError
 
 FORMAT = 3
@@ -96,11 +97,11 @@ def tokenized(
       CacheWarning: a damaged file was found and is replaced.
     """
     fingerprint = b"" if cache is None else _fingerprint(tokenizer)
-    paths = _files(source)
+    paths = files_of(source)
     with ExitStack() as stack:
         for path in paths:
             stack.enter_context(unchanged(path))
-        read = RecordStream(source, columns=columns, on_bad_record=on_bad_record, template=template)
+        read = RecordStream(paths or source, columns=columns, on_bad_record=on_bad_record, template=template)
         records = read if paths or cache is None else list(read)
         encoded = TokenStream(
             records,
@@ -118,7 +119,7 @@ def tokenized(
             return tokens, read.report.then(encoded.report)
         described = {
             "format": FORMAT,
-            "content": [[path.suffix, hashes.of_file(path)["xxh3"]] for path in paths]
+            "content": [[format_of(path), hashes.of_file(path)["xxh3"]] for path in paths]
             if paths
             else _digest_records(records, read.report),
             "tokenizer": fingerprint.hex(),
@@ -156,14 +157,6 @@ def _fingerprint(tokenizer: Encoder) -> bytes:
             "Add the property, or use tokenize_completions."
         )
     return tokenizer.fingerprint
-
-
-def _files(source: Source) -> list[Path]:
-    if isinstance(source, str | Path):
-        return [Path(source)]
-    if isinstance(source, list | tuple) and source and all(isinstance(item, Path) for item in source):
-        return list(source)
-    return []
 
 
 def _digest_records(records: Any, report: DropReport) -> str:
@@ -268,7 +261,12 @@ def _mapped_records(path: Path, key: str) -> tuple[TokenRecords, DropReport]:
     text = ragged.pop("text", None)
     prompts, *completions = ragged.values()
     preference, ids = (arrays[name].to_numpy(zero_copy_only=True) for name in ("preference", "id"))
-    return TokenRecords(prompts, tuple(completions), preference, ids, text), DropReport(**described["report"])
+    return TokenRecords(prompts, tuple(completions), preference, ids, text), _report(described["report"])
+
+
+def _report(described: Mapping[str, Any]) -> DropReport:
+    # JSON has no tuples.
+    return DropReport(**{**described, "unused": tuple(described["unused"])})
 
 
 def _only_chunk(column: pa.ChunkedArray) -> pa.Array:

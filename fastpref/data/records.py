@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fastpref.method.choices import OnBadRecord
 from fastpref.method.errors import DataError
 
 
@@ -19,9 +20,6 @@ class BadRecord(Exception):
 
 IDENTICAL = "identical completions"
 """The reason of a pair that teaches nothing."""
-
-OnBadRecord = str
-""""raise", "skip" or "warn"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +51,8 @@ class DropReport:
     """Records among the delivered that were cut to a limit."""
     longest: Mapping[str, int] = field(default_factory=dict, compare=False)
     """Tokens of the longest prompt or completion by the reason that it was dropped for."""
+    unused: tuple[str, ...] = field(default=(), compare=False)
+    """Names of columns of the source that nothing was read from."""
 
     def __post_init__(self) -> None:
         if self.delivered + sum(self.dropped.values()) != self.read:
@@ -66,7 +66,9 @@ class DropReport:
         if self.dropped:
             reasons = sorted(self.dropped.items(), key=lambda item: (-item[1], item[0]))
             text += f" ({', '.join(f'{count} {reason}' for reason, count in reasons)})"
-        return text + (f", {self.truncated} truncated" if self.truncated else "")
+        if self.truncated:
+            text += f", {self.truncated} truncated"
+        return text + (f"; columns not used: {', '.join(self.unused)}" if self.unused else "")
 
     @property
     def shares(self) -> str:
@@ -87,7 +89,8 @@ class DropReport:
             )
         dropped = dict(Counter(self.dropped) + Counter(later.dropped))
         longest = dict(Counter(self.longest) | Counter(later.longest))
-        return DropReport(self.read, later.delivered, dropped, self.truncated + later.truncated, longest)
+        unused = tuple(sorted({*self.unused, *later.unused}))
+        return DropReport(self.read, later.delivered, dropped, self.truncated + later.truncated, longest, unused)
 
 
 def share(part: int, whole: int) -> str:
@@ -110,6 +113,7 @@ class Ledger:
         self.truncated = 0
         self.longest: Counter[str] = Counter()
         self.first = ""
+        self.unused: set[str] = set()
 
     def drop(self, place: str, bad: BadRecord, *, counted: bool | None = None) -> None:
         """Count a bad record; raise DataError instead if the policy, or `counted=False`, says so."""
@@ -126,7 +130,8 @@ class Ledger:
     def account(self) -> DropReport:
         """The account so far."""
         delivered = self.read - sum(self.dropped.values())
-        return DropReport(self.read, delivered, dict(self.dropped), self.truncated, dict(self.longest))
+        unused = tuple(sorted(self.unused))
+        return DropReport(self.read, delivered, dict(self.dropped), self.truncated, dict(self.longest), unused)
 
     def close(self) -> None:
         """Warn, once for all, if that is the policy and a record was dropped."""

@@ -4,21 +4,16 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int64
 
 from fastpref.data.ragged import Ragged
-from fastpref.data.records import IDENTICAL, BadRecord, DropReport, Ledger, OnBadRecord, Record, share
+from fastpref.data.records import IDENTICAL, BadRecord, DropReport, Ledger, Record, share
 from fastpref.data.rendered import Rendered
+from fastpref.method.choices import OnBadRecord, Overlong, TruncationSide
 from fastpref.method.errors import CutWarning, DataError
-
-Overlong = str
-""""drop", "raise" or "truncate"."""
-
-TruncationSide = Literal["left", "right"]
-"""Where a text that is too long is cut: "right" keeps its first tokens, "left" its last."""
 
 CHUNK = 8192
 """Records that are encoded together."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastpref.data import files, read_prompts
-from fastpref.data.readers import Prompts
+from fastpref.data.sources import Source
 from fastpref.evaluation.side_by_side import draw, kept
 from fastpref.evaluation.win_rates import WinRate, check_prompts, win_rate
 from fastpref.judging.protocol import Judge
@@ -116,7 +116,7 @@ class Ranking:
 def select_checkpoint(
     runs: Model | Sequence[Model],
     baseline: Model,
-    prompts: Prompts,
+    prompts: Source,
     judge: Judge,
     *,
     like: Model | None = None,

@@ -10,13 +10,14 @@ import numpy as np
 import xxhash
 
 from fastpref.data import ChatTemplate, read_prompts
-from fastpref.data.readers import Prompts, written_by
+from fastpref.data.readers import written_by
 from fastpref.data.rendered import Rendered
-from fastpref.data.tokenization import TruncationSide
+from fastpref.data.sources import Source
 from fastpref.evaluation.win_rates import WinRate, WinRates, both_orders, check_prompts, summarise, tabulate
 from fastpref.judging.judgements import FILE, Judgements
 from fastpref.judging.protocol import Judge
 from fastpref.judging.recorded import RecordedJudge
+from fastpref.method.choices import TruncationSide
 from fastpref.models import LanguageModel
 from fastpref.runs.read_model import Model, locate, read_model, read_tokenizer
 from fastpref.sampling.generate import write
@@ -28,7 +29,7 @@ Policies = Mapping[str, Model | Sequence[Model]] | Sequence[Model]
 def compare(
     policy: Model,
     baseline: Model,
-    prompts: Prompts,
+    prompts: Source,
     judge: Judge,
     *,
     max_new_tokens: int,
@@ -82,7 +83,7 @@ def compare(
 
 def evaluate(
     policies: Policies,
-    prompts: Prompts,
+    prompts: Source,
     judge: Judge,
     *,
     max_new_tokens: int,

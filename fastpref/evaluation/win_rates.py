@@ -16,7 +16,7 @@ import orjson
 from jaxtyping import Float
 
 from fastpref.data import files, read_prompts
-from fastpref.data.readers import Prompts
+from fastpref.data.sources import Source
 from fastpref.judging.protocol import Judge, ask
 from fastpref.runs import terminal
 
@@ -158,7 +158,7 @@ class WinRates:
         self.plot(folder / "win_rates.png")
 
 
-def win_rate(prompts: Prompts, policy: Sequence[str], baseline: Sequence[str], judge: Judge) -> WinRate:
+def win_rate(prompts: Source, policy: Sequence[str], baseline: Sequence[str], judge: Judge) -> WinRate:
     """Compare two sets of completions of the same prompts.
 
     Args:

@@ -254,7 +254,7 @@ def report_drops(
     source: str | Path,
     quiet: bool,
 ) -> None:
-    """Print what was dropped or cut, with its reasons, before anything is learned from the rest.
+    """Print what was dropped, cut or not used, with its reasons, before anything is learned from the rest.
 
     Args:
       report: account of the records.
@@ -285,8 +285,8 @@ def report_drops(
             f"a training must {rule}, but received {'this' if report.delivered else 'none'} from {source}: {report}. "
             + " ".join(remedies)
         )
-    if not quiet and report.shares:
-        terminal.say(f"{report}: {report.shares} of {source}")
+    if not quiet and (report.shares or report.unused):
+        terminal.say(f"{report}{f': {report.shares} of {source}' if report.shares else ''}")
 
 
 def digest(*parts: Any) -> str:

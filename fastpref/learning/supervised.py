@@ -1,7 +1,7 @@
 """Supervised trainings: SFT (maximum likelihood), preference model (cross-entropy), reward model (Bradley-Terry)."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from fastpref.data import (
     DropReport,
     PaddedPairBatcher,
     Record,
+    Source,
     TokenRecords,
+    hashes,
     read_records,
     tokenize_completions,
     tokenized,
@@ -40,9 +42,6 @@ LIMITS = {"prompt too long": "max_prompt_tokens", "completion too long": "max_co
 """The setting that a record is dropped for, by the reason."""
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
-
-Data = str | Path | Iterable[Mapping[str, Any]]
-"""A JSONL, Parquet or Arrow file, or records."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ def _fit(
     *,
     validate: Callable[[Any], float] | None,
     criterion: str,
+    held_out: TokenRecords | list[Record],
     optimizer: optax.GradientTransformation | None,
     run_dir: str | Path | None,
     description: str,
@@ -113,6 +113,7 @@ def _fit(
         fingerprint={
             "model": loop.digest(start),
             "objective": description,
+            **({"held_out": hashes.of_json(held_out)} if len(held_out) else {}),
             "optimizer": config.optimizer if optimizer is None else identity(chain).fingerprint(),
         },
         description=description,
@@ -129,7 +130,7 @@ def _arrays(batch: CompletionBatch) -> dict[str, Any]:
 
 
 def _tokens(
-    data: Data,
+    data: Source,
     model: LanguageModel,
     columns: Sequence[str],
     config: SupervisedConfig,
@@ -150,7 +151,7 @@ def _tokens(
     )
 
 
-def _pairs(data: Data, model: LanguageModel, config: SupervisedConfig) -> tuple[list[Record], DropReport]:
+def _pairs(data: Source, model: LanguageModel, config: SupervisedConfig) -> tuple[list[Record], DropReport]:
     template = ChatTemplate.find(model.tokenizer, config.chat_template_kwargs)
     return read_records(data, columns=PAIR_COLUMNS, on_bad_record=config.on_bad_record, template=template)
 
@@ -177,17 +178,17 @@ def _check_destination(run_dir: str | Path | None, *beside: str) -> None:
         loop.check_destination(Path(run_dir) / "model", *beside)
 
 
-def _report(source: Data, report: DropReport, config: SupervisedConfig, quiet: bool) -> None:
+def _report(source: Source, report: DropReport, config: SupervisedConfig, quiet: bool) -> None:
     named = source if isinstance(source, str | Path) else "the data"
     loop.report_drops(report, config, limits=LIMITS, source=named, quiet=quiet)
 
 
 def sft(
     policy: LanguageModel | str | Path,
-    data: Data,
+    data: Source,
     config: SupervisedConfig | None = None,
     *,
-    held_out: Data = (),
+    held_out: Source = (),
     run_dir: str | Path | None = None,
     cache: str | Path | None = None,
     optimizer: optax.GradientTransformation | None = None,
@@ -199,8 +200,8 @@ def sft(
 
     Args:
       policy: a `LanguageModel`, or the directory of a Hugging Face checkpoint. It is not changed.
-      data: records with `prompt` and `completion`: a JSONL, Parquet or Arrow file, or an iterable of mappings. Messages
-        may stand for text, as in `train`.
+      data: records with `prompt` and `completion`, from files, a table or an iterable, as for
+        `fastpref.data.read_records`. Messages may stand for text, as in `train`.
       config: settings.
       held_out: records of the same form; the model with the lowest loss on them is returned.
       run_dir: where config, metrics, checkpoints, plots and the model are written; the same call goes on from there.
@@ -257,6 +258,7 @@ def sft(
             config,
             validate=validate if held.read else None,
             criterion="eval/loss",
+            held_out=checks,
             optimizer=optimizer,
             run_dir=run_dir,
             description="sft",
@@ -271,10 +273,10 @@ def sft(
 
 def fit_preference_model(
     model: LanguageModel | str | Path,
-    data: Data,
+    data: Source,
     config: SupervisedConfig | None = None,
     *,
-    held_out: Data = (),
+    held_out: Source = (),
     template: str = SUMMARY_PROMPT,
     answers: tuple[str, str] = ("1", "2"),
     symmetric: bool = True,
@@ -359,6 +361,7 @@ def fit_preference_model(
             config,
             validate=(lambda module: agreement(with_module(module), checks)) if checks else None,
             criterion="eval/accuracy",
+            held_out=checks,
             optimizer=optimizer,
             run_dir=run_dir,
             description="preference model",
@@ -373,10 +376,10 @@ def fit_preference_model(
 
 def fit_reward_model(
     model: LanguageModel | str | Path,
-    data: Data,
+    data: Source,
     config: SupervisedConfig | None = None,
     *,
-    held_out: Data = (),
+    held_out: Source = (),
     run_dir: str | Path | None = None,
     cache: str | Path | None = None,
     optimizer: optax.GradientTransformation | None = None,
@@ -415,13 +418,12 @@ def fit_reward_model(
     checks, held = _pairs(held_out, judge.model, config)
     if held.read:
         _report("held_out", held, config, quiet)
-    chosen, rejected = tokens.completions
     with (
         owner.hold(run_dir),
         PaddedPairBatcher(
             tokens.prompts,
-            chosen,
-            rejected,
+            tokens.completions[0],
+            tokens.completions[1],
             tokens.preference,
             ids=tokens.ids,
             batch_size=config.batch_size,
@@ -443,6 +445,7 @@ def fit_reward_model(
             config,
             validate=(lambda module: agreement(with_module(module), checks)) if checks else None,
             criterion="eval/accuracy",
+            held_out=checks,
             optimizer=optimizer,
             run_dir=run_dir,
             description="reward model",

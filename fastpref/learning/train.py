@@ -17,12 +17,11 @@ from fastpref.data import (
     DropReport,
     PairBatcher,
     PromptBatcher,
+    Source,
     read_records,
     tokenized,
 )
 from fastpref.data.batches import PackedPairs, PromptBatch
-from fastpref.data.packing import pair_sizes
-from fastpref.data.readers import Prompts
 from fastpref.data.tokenization import PromptTexts, fit_prompts
 from fastpref.evaluation.during_training import HeldOut
 from fastpref.judging.identity import identity, name_of
@@ -30,7 +29,7 @@ from fastpref.judging.judgements import FILE, Judgements
 from fastpref.judging.protocol import Judge, Rewarder, by_scores
 from fastpref.judging.recorded import RecordedJudge
 from fastpref.learning import loop, rollout, update
-from fastpref.learning.row_plan import RowPlan, plan_rows
+from fastpref.learning.row_plan import RowPlan, plan_recorded, plan_rows
 from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError, DataError, require
 from fastpref.method.schedules import value_at
@@ -130,6 +129,7 @@ class Trainer:
             round_params = _copy(params)
         at_round = rollout.Frozen(self.definition, round_params)
 
+        epoch = self.source.batches.epoch
         batch: PromptBatch | PackedPairs = self.source.batches.__next__()
         clock.lap("time/data")
         metrics: dict[str, float] = {}
@@ -156,7 +156,7 @@ class Trainer:
         )
         clock.lap("time/learn")
 
-        metrics |= paired.metrics | measured | clock.laps | {"epoch": float(self.source.batches.epoch)}
+        metrics |= paired.metrics | measured | clock.laps | {"epoch": float(epoch)}
         if "mixture" in method.writers:
             metrics["mixture_beta"] = value_at(config.mixture_beta, done)
         if method.in_rounds:
@@ -183,7 +183,7 @@ def _copy(parameters: Any) -> Any:
 
 def train(
     policy: LanguageModel | str | Path,
-    prompts: Prompts,
+    prompts: Source,
     judge: Judge | Rewarder | None = None,
     config: TrainConfig | None = None,
     *,
@@ -192,7 +192,7 @@ def train(
     run_dir: str | Path | None = None,
     cache: str | Path | None = None,
     optimizer: optax.GradientTransformation | None = None,
-    eval_prompts: Prompts = (),
+    eval_prompts: Source = (),
     eval_judge: Judge | None = None,
     callbacks: Sequence[Callable[[Step], None]] = (),
     quiet: bool = False,
@@ -207,10 +207,11 @@ def train(
 
     Args:
       policy: a `LanguageModel`, or the directory of a Hugging Face checkpoint. It is not changed.
-      prompts: texts, mappings with a `prompt`, or a JSONL, Parquet or Arrow file with that column. For offline
-        algorithms each record also has `chosen`, `rejected` and, where labels are soft, `preference`. Messages, lists
-        of `role` and `content`, may stand for text: the chat template of the policy's tokenizer writes them, and the
-        judge reads prompts as it wrote them.
+      prompts: texts, mappings with a `prompt`, or files and tables with that column, as for
+        `fastpref.data.read_records`. For offline algorithms each record also has `chosen`, `rejected` and, where
+        labels are soft, `preference`. Messages, lists of `role` and `content`, may stand for text: the chat template
+        of the policy's tokenizer writes them, with the `system`, `tools` and `chat_template_kwargs` of the record, and
+        the judge reads prompts as it wrote them.
       judge: p(first ≻ second) for each prompt; see `fastpref.Judge`. A plain function will do. The run
         belongs to it (`fastpref.judging.identity`): another is refused. For `rl` a
         `RewardModel`, or anything with its `scores`; which any other algorithm takes for p = σ(r − r'). None for
@@ -355,7 +356,7 @@ def _check_sources(config: TrainConfig, judge: Judge | Rewarder | None, behaviou
     )
 
 
-def _checks(prompts: Prompts, policy: LanguageModel, config: TrainConfig, quiet: bool) -> list[str]:
+def _checks(prompts: Source, policy: LanguageModel, config: TrainConfig, quiet: bool) -> list[str]:
     """Read held-out prompts, and say now which of them are dropped or will be cut."""
     template = ChatTemplate.find(policy.tokenizer, config.chat_template_kwargs)
     records, report = read_records(prompts, on_bad_record=config.on_bad_record, template=template)
@@ -369,7 +370,7 @@ def _checks(prompts: Prompts, policy: LanguageModel, config: TrainConfig, quiet:
 
 
 def _source(
-    prompts: Prompts, policy: LanguageModel, config: TrainConfig, cache: str | Path | None, quiet: bool
+    prompts: Source, policy: LanguageModel, config: TrainConfig, cache: str | Path | None, quiet: bool
 ) -> Prompted:
     """Read, encode and batch what is learned from."""
     template = ChatTemplate.find(policy.tokenizer, config.chat_template_kwargs)
@@ -396,17 +397,17 @@ def _source(
         except DataError as error:
             raise DataError(f"{config.algorithm} learns from recorded pairs: {error}") from error
         loop.report_drops(report, config, limits=LIMITS, source=named, quiet=quiet)
-        plan = plan_rows(config, decoder_start=start, prompts=tokens.prompts)
-        chosen, rejected = tokens.completions
-        sizes = pair_sizes(tokens.prompts, chosen, rejected, layout=plan.layout)
+        plan = plan_recorded(config, decoder_start=start, pairs=tokens)
         pairs = PairBatcher(
             tokens.prompts,
-            chosen,
-            rejected,
+            tokens.completions[0],
+            tokens.completions[1],
             tokens.preference,
             ids=tokens.ids,
             tokenizer_hash=policy.tokenizer.fingerprint,
-            rows=plan.rows_for(sizes, config.batch_size),
+            batch_size=config.batch_size,
+            max_shapes=config.max_shapes,
+            multiple=config.gradient_accumulation,
             seed=config.seed,
             **plan.shape,
         )

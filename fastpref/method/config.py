@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fastpref.method.algorithms import ALGORITHMS, Algorithm
+from fastpref.method.choices import OnBadRecord, Overlong, TruncationSide
 from fastpref.method.errors import nearest, require
 from fastpref.method.schedules import Schedule, Value, bounds, value_at
 
-Overlong = Literal["drop", "truncate", "raise"]
-TruncationSide = Literal["left", "right"]
-OnBadRecord = Literal["raise", "skip", "warn"]
 Optimizer = Literal["adafactor", "adamw"]
 
 COUNTS = frozenset(
@@ -134,7 +132,8 @@ class TrainConfig(Settings):
       baseline: of algorithms with a reward: "none", or "batch" to subtract the mean reward of the batch's other
         completions, which changes the variance alone.
       steps: optimiser updates.
-      batch_size: prompts per update; each gives one pair, or one completion where only that is learned from.
+      batch_size: prompts per update; each gives one pair, or one completion where only that is learned from. Offline,
+        pairs per update.
       gradient_accumulation: the learner takes the rows of a batch in this many parts, whose gradients are averaged over
         pairs: memory for time.
       max_prompt_tokens: longer prompts are handled as `overlong` says.
@@ -145,8 +144,10 @@ class TrainConfig(Settings):
       max_lost: a run that would lose a larger share of its records, dropped for whatever reason, does not begin.
       chat_template_kwargs: options of the chat template, such as {"enable_thinking": False}; those of a record, in a
         column of this name, come before them.
-      max_shapes: at most so many padded prompt widths, each of which is compiled once.
-      row_tokens: places of a row, in which the learner packs whole pairs; None for twice the longest.
+      max_shapes: at most so many padded prompt widths, or numbers of rows of recorded pairs, each of which is compiled
+        once.
+      row_tokens: places of a row, in which the learner packs whole pairs; None for twice the longest, or, offline, for
+        once the longest where that leaves fewer places empty.
       prompt_row_tokens: the same of the encoder's rows, for encoder-decoder models.
       max_new_tokens: T, longest completion, EOS included; longer recorded ones are handled as `overlong` says.
       temperature: of the draw; the losses assume 1.

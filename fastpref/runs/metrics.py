@@ -29,7 +29,7 @@ HELD = "held-out prompts"
 
 METRICS: dict[str, Metric] = {
     "step": Metric("optimiser steps taken, this one included", "steps", ""),
-    "epoch": Metric("passes over the prompts, begun with the one that this step's prompts are from", "passes", ""),
+    "epoch": Metric("whole passes over the data before the one that this step's first record is from", "passes", ""),
     "loss": Metric(
         "the algorithm's loss; of supervised training, −log-likelihood", "", "pairs used; tokens or pairs", "lower"
     ),

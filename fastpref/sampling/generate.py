@@ -17,10 +17,11 @@ from jaxtyping import Bool, Float, Int
 
 from fastpref.data import read_prompts
 from fastpref.data.batches import token_mask
-from fastpref.data.readers import Prompts
 from fastpref.data.rendered import Unfinished
-from fastpref.data.tokenization import TruncationSide, fit_prompts
+from fastpref.data.sources import Source
+from fastpref.data.tokenization import fit_prompts
 from fastpref.kernels import mixture_sample
+from fastpref.method.choices import TruncationSide
 from fastpref.method.errors import DivergedError
 from fastpref.models import LanguageModel
 from fastpref.models.policy import Policy
@@ -187,7 +188,7 @@ class Written(NamedTuple):
 
 def write(
     model: LanguageModel,
-    prompts: Prompts,
+    prompts: Source,
     *,
     seed: int,
     max_new_tokens: int,
