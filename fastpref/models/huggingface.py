@@ -3,7 +3,7 @@
 import errno
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 from jax.typing import DTypeLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -22,7 +23,7 @@ from fastpref.models.configs import check_sizes, read_config, write_config
 from fastpref.models.decoder import Decoder, DecoderConfig
 from fastpref.models.policy import Policy
 from fastpref.models.t5 import T5, T5Config
-from fastpref.models.tensors import INDEX, WEIGHTS, open_tensors, read_tensor, settle_embedding
+from fastpref.models.tensors import INDEX, WEIGHTS, Tensor, open_tensors, read_tensor, settle_embedding
 
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias")
 """Tensors of old checkpoints that no model reads."""
@@ -112,6 +113,38 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = Tru
         unsupported kind, or tensors do not fit the configuration. What others wrote has no manifest, and is read as it
         is.
     """
+    described = describe(path)
+    leaves = {place: variable.replace(array) for place, variable, array in described.arrays(dtype=dtype, finite=finite)}
+    module = nnx.merge(described.graph, nnx.from_flat_state(leaves))
+    tokenizer = read_tokenizer(described)
+    return LanguageModel(module, tokenizer, described.raw)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A checkpoint whose files fit each other, before its numbers are read."""
+
+    source: Path
+    raw: dict[str, Any]
+    """`config.json`."""
+    config: T5Config | DecoderConfig
+    graph: Any
+    """GraphDef of the module."""
+    places: dict[str, tuple[tuple[Any, ...], nnx.Variable[Any]]]
+    """Path in the module and variable, with the shape in the place of the array, of each tensor."""
+    tensors: dict[str, Tensor]
+
+    def arrays(
+        self, *, dtype: DTypeLike, finite: bool = True
+    ) -> Iterator[tuple[tuple[Any, ...], nnx.Variable[Any], Array]]:
+        """Path in the module, variable and array of each tensor, one after the other."""
+        for name, (path, variable) in self.places.items():
+            turned = is_kernel(path, tuple(variable.shape))
+            yield path, variable, read_tensor(self.tensors[name], dtype, turned=turned, finite=finite)
+
+
+def describe(path: str | Path) -> Description:
+    """All of a checkpoint but its numbers and its tokenizer. Raises what `load` does."""
     source = Path(path)
     if not source.is_dir():
         files.tidy(source.absolute().parent, source.name)
@@ -144,22 +177,15 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = Tru
             f"{len(unexpected)} others, first "
             f"{unexpected[0]}. Use the config.json that belongs to these weights."
         )
-    leaves = {}
-    for name, (path_in_module, variable) in places.items():
+    for name, (place, variable) in places.items():
         shape = tuple(variable.shape)
-        kernel = is_kernel(path_in_module, shape)
-        wanted, received = shape[::-1] if kernel else shape, tensors[name].shape
+        wanted, received = shape[::-1] if is_kernel(place, shape) else shape, tensors[name].shape
         if received != wanted:
             raise ModelError(
                 f"{name} must have shape {wanted} by config.json, but received {received} in {source}. "
                 "Use the config.json that belongs to these weights."
             )
-        array = read_tensor(tensors[name], dtype, turned=kernel, finite=finite)
-        leaves[path_in_module] = variable.replace(array)
-    module = nnx.merge(graph, nnx.from_flat_state(leaves))
-    tokenizer = Tokenizer.load(source)
-    fit_tokenizer(tokenizer, module.vocab_size, source)
-    return LanguageModel(module, tokenizer, raw)
+    return Description(source, raw, config, graph, places, tensors)
 
 
 def refuse_adapter(source: Path) -> None:
@@ -182,14 +208,16 @@ def refuse_adapter(source: Path) -> None:
     )
 
 
-def fit_tokenizer(tokenizer: Tokenizer, rows: int, source: Path) -> None:
-    """Raise ModelError unless each id that a text may be given has a row of the embedding.
+def read_tokenizer(described: Description) -> Tokenizer:
+    """The tokenizer of a checkpoint, if each id that a text may be given has a row of the embedding.
 
     Special tokens that stand in no text, such as a padding token that was added last, may go without one.
     """
+    source, rows = described.source, described.config.vocab_size
+    tokenizer = Tokenizer.load(source)
     tokenizer.rows = rows
     if tokenizer.vocab_size <= rows:
-        return
+        return tokenizer
     backend = tokenizer.backend
     added = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
     beyond = [number for number in backend.get_vocab(with_added_tokens=True).values() if number >= rows]
@@ -201,6 +229,7 @@ def fit_tokenizer(tokenizer: Tokenizer, rows: int, source: Path) -> None:
             "these weights, or give the weights more rows with transformers: resize_token_embeddings."
         )
     tokenizer.probe()
+    return tokenizer
 
 
 def save(

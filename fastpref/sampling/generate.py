@@ -20,6 +20,7 @@ from fastpref.kernels import mixture_sample
 from fastpref.method.errors import DivergedError
 from fastpref.models import LanguageModel
 from fastpref.models.policy import Policy
+from fastpref.models.rows import shared_rows
 from fastpref.sampling.completions import Completions
 
 
@@ -211,6 +212,8 @@ def write(
       ValueError: a prompt without tokens.
       DivergedError: a model's logits are not finite.
     """
+    if ref is not None:
+        model, ref = shared_rows([model, ref])
     encoded = [tokens[:max_prompt_tokens] for tokens in model.tokenizer.encode_prompts(list(prompts))]
     empty = [index for index, tokens in enumerate(encoded) if not tokens]
     if empty:
