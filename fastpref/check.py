@@ -20,7 +20,7 @@ from fastpref.runs import checkpoints
 from fastpref.runs.read_model import locate
 
 CONVERSATION = [{"role": "user", "content": "Is it raining?"}, {"role": "assistant", "content": "No, it is dry."}]
-"""What a chat template is shown with."""
+"""A conversation that a chat template is shown with."""
 
 JUDGES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "preference_model.json": ("a preference model", PreferenceModel.load),
@@ -29,11 +29,11 @@ JUDGES: dict[str, tuple[str, Callable[[Path], object]]] = {
 """Judges that were saved here, by their file: the words for them, and what reads them."""
 
 Line = tuple[str, str]
-"""What a line is about, and what it says."""
+"""Subject and text."""
 
 
 def check(path: str | Path, settings: Mapping[str, Any]) -> Iterator[Line]:
-    """What there is to say about a directory, a line at a time, as it is found out.
+    """Description of a directory, a line at a time, as it is read.
 
     Args:
       path: a checkpoint, an adapter, a preference or reward model, a run directory, or a checkpoint of a run.

@@ -110,8 +110,15 @@ def train(name: str, **options: object) -> None:
 def main() -> None:
     """Write the models and `ids.json`."""
     ends = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
-    train("t5", model_type="unigram", vocab_size=300, **ends)
-    train("t5_symbols", model_type="unigram", vocab_size=200, user_defined_symbols=["▁<extra_id_1>", "<cls>"], **ends)
+    train("t5", model_type="unigram", vocab_size=140, **ends)
+    train(
+        "t5_symbols",
+        model_type="unigram",
+        vocab_size=130,
+        user_defined_symbols=["▁<extra_id_1>", "<cls>"],
+        normalization_rule_name="identity",
+        **ends,
+    )
     train(
         "llama",
         model_type="bpe",
