@@ -17,7 +17,7 @@ from fastpref.method.errors import ChatError, FastprefError
 from fastpref.models.huggingface import Description, abstract_module, describe, read_tokenizer
 from fastpref.models.t5 import T5Config
 from fastpref.runs import checkpoints
-from fastpref.runs.read_model import locate
+from fastpref.runs.read_model import locate, read_model
 
 CONVERSATION = [{"role": "user", "content": "Is it raining?"}, {"role": "assistant", "content": "No, it is dry."}]
 """A conversation that a chat template is shown with."""
@@ -53,14 +53,19 @@ def check(path: str | Path, settings: Mapping[str, Any]) -> Iterator[Line]:
         entries = read_json({adapter.name: adapter.read_bytes()}, adapter.name)
         yield "kind", f"an adapter ({entries.get('peft_type')}) of the base {entries.get('base_model_name_or_path')!r}"
         describe(given)  # which refuses it, and says the way out
-    source = given
-    if given.is_dir() and _is_run(given):
+    source, saved = given, (given / "manifest").is_file()
+    if saved:
+        source = given.absolute().parent.parent
+        yield "kind", f"a checkpoint of a run: parameters alone; the rest is that of the final model of {source}"
+    elif _is_run(given):
         yield "kind", f"a run directory{_history(given)}"
-        source = locate(given)
+    if saved or _is_run(given):
+        try:
+            source = locate(source)
+        except FileNotFoundError as error:
+            yield "final model", f"none: {error}"
+            return
         yield "final model", str(source)
-    if (source / "manifest").is_file():
-        yield "kind", f"a checkpoint of a run: parameters alone. Its final model, {source.parent.parent}, has the rest"
-        source = locate(source.absolute().parent.parent)
     judge = next((name for name in JUDGES if (source / name).is_file()), None)
     described = describe(source)
     yield "kind", kind_of(described, judge)
@@ -71,6 +76,8 @@ def check(path: str | Path, settings: Mapping[str, Any]) -> Iterator[Line]:
         array.delete()
     if judge is not None:
         JUDGES[judge][1](source)
+    if saved:
+        read_model(given)
     yield "loads", "yes: every tensor was read and is finite"
     yield "tokenizer", f"{tokenizer.vocab_size} ids, {described.config.vocab_size} rows of the embedding"
     yield "completions end with", ends_of(tokenizer)

@@ -1,6 +1,7 @@
 """`fastpref check`: what it says of each kind of directory, and that its memory is the arrays' own."""
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,10 @@ def test_judges_and_runs_are_told_apart(tmp_path: Path) -> None:
     said = list(check(tmp_path / "run" / "checkpoints" / "00000001", FEW))
     assert said[0][1].startswith("a checkpoint of a run: parameters alone")
     assert dict(said)["loads"].startswith("yes")
+    shutil.rmtree(tmp_path / "run" / "policy")
+    said = list(check(tmp_path / "run", FEW))
+    assert [subject for subject, _ in said] == ["kind", "final model"]
+    assert said[1][1].startswith("none: a run must be finished to give its final model, but")
 
 
 def test_an_adapter_is_described_before_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,10 @@ UNIGRAM, BPE = 1, 2
 CONTROL, USER_DEFINED = 3, 4
 """Kinds of pieces in `ModelProto.SentencePiece.Type`."""
 
+NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+LISTED = ("extra_special_tokens", "additional_special_tokens")
+"""Entries of `tokenizer_config.json` that name special tokens."""
+
 DEFAULTS = {
     UNIGRAM: {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
     BPE: {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
@@ -138,7 +142,6 @@ def add_tokens(backend: Tokenizer, settings: Mapping[str, Any], numbered: Mappin
     Raises:
       ModelError: a token cannot be given the id that a file has for it.
     """
-    named = [text_of(settings.get(key)) for key in ("bos_token", "eos_token")]
     entries = settings.get("added_tokens_decoder")
     wanted: dict[int, AddedToken] = {}
     try:
@@ -166,8 +169,19 @@ def add_tokens(backend: Tokenizer, settings: Mapping[str, Any], numbered: Mappin
                 f"an added token must have the id that follows the vocabulary, {given}, but received {number} for "
                 f"{token.content!r}. Save the tokenizer again in the fast format, so that tokenizer.json holds it."
             )
-    missing = [text for text in named if text and backend.token_to_id(text) is None]
-    backend.add_tokens([AddedToken(text, normalized=False, special=True) for text in missing])
+    named = {key: text_of(settings.get(key)) for key in NAMED}
+    further = [token for key in LISTED for token in _listed(settings.get(key))]
+    # Others stand in no text that is read here: where the vocabulary lacks them they need no id of their own.
+    read = ("bos_token", "eos_token")
+    needed = [text for key, text in named.items() if key in read or backend.token_to_id(text or "") is not None]
+    special = [text for text in (*needed, *map(text_of, further)) if text]
+    backend.add_tokens([AddedToken(text, normalized=False, special=True) for text in special if text not in present])
+
+
+def _listed(tokens: object) -> list[object]:
+    if isinstance(tokens, Mapping):
+        return list(tokens.values())
+    return list(tokens) if isinstance(tokens, list) else []
 
 
 def text_of(token: object) -> str | None:

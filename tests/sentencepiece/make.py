@@ -102,6 +102,7 @@ def train(name: str, **options: object) -> None:
         model_prefix=str(HERE / name),
         minloglevel=2,
         num_threads=1,
+        hard_vocab_limit=False,
         **options,
     )
     (HERE / f"{name}.vocab").unlink()
@@ -110,7 +111,7 @@ def train(name: str, **options: object) -> None:
 def main() -> None:
     """Write the models and `ids.json`."""
     ends = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
-    train("t5", model_type="unigram", vocab_size=140, **ends)
+    train("t5", model_type="unigram", vocab_size=120, **ends)
     train(
         "t5_symbols",
         model_type="unigram",
