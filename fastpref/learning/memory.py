@@ -54,7 +54,7 @@ def train_memory(config: TrainConfig, definition: Any, params: Any) -> TrainMemo
     Raises:
       ConfigError: the settings contradict each other or the model.
     """
-    params = jax.eval_shape(lambda: params)
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     module = nnx.merge(definition, params)
     optimizer, method = update.build(config), config.method
     opt_state = jax.eval_shape(partial(update.initial_state, optimizer), params)
