@@ -103,7 +103,7 @@ def excess(folder: Path, count: int, dtype: str) -> float:
     ("kind", "dtype", "rows", "width", "layers"),
     [
         # Half of it one tensor.
-        ("BF16", "float32", 50_000, 512, 8),
+        ("BF16", "float32", 60_000, 640, 8),
         pytest.param("F32", "float32", 100_000, 1024, 20, marks=pytest.mark.slow),
         pytest.param("BF16", "bfloat16", 250_000, 1024, 32, marks=pytest.mark.slow),
     ],

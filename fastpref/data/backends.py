@@ -23,6 +23,9 @@ NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "c
 LISTED = ("extra_special_tokens", "additional_special_tokens")
 """Entries of `tokenizer_config.json` that name special tokens."""
 
+FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
+"""Entries of a token of `added_tokens_decoder` beside its text."""
+
 DEFAULTS = {
     UNIGRAM: {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"},
     BPE: {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
@@ -146,16 +149,19 @@ def add_tokens(backend: Tokenizer, settings: Mapping[str, Any], numbered: Mappin
     wanted: dict[int, AddedToken] = {}
     try:
         if isinstance(entries, Mapping):
-            wanted = {int(number): AddedToken(**entry) for number, entry in entries.items()}
+            wanted = {
+                int(number): AddedToken(token["content"], **{flag: token[flag] for flag in FLAGS if flag in token})
+                for number, token in entries.items()
+            }
         else:
             special = {text_of(token) for key, token in settings.items() if key.endswith("_token")}
             wanted = {
                 int(number): AddedToken(text, normalized=text not in special, special=text in special)
                 for text, number in numbered.items()
             }
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise ModelError(
-            f"added tokens must be ids and texts with flags, but received files that are not ({error}). Copy them "
+            f"added tokens must be ids and texts with flags, but received files that are not ({error!r}). Copy them "
             "again."
         ) from error
     present = {token.content for token in backend.get_added_tokens_decoder().values()}

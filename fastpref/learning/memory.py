@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -91,8 +92,8 @@ def train_memory(config: TrainConfig, definition: Any, params: Any) -> TrainMemo
 
         def prefill(state: Any) -> Any:
             return nnx.merge(definition, state).prefill(
-                np.zeros(shape, np.int32),
-                np.ones(shape, bool),
+                jnp.zeros(shape, jnp.int32),
+                jnp.ones(shape, bool),
                 completions=len(method.mixture_betas(0.5, config.completions)),
                 max_new_tokens=tokens,
             )[1]

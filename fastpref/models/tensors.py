@@ -35,7 +35,7 @@ DTYPES: dict[str, Any] = {
 }
 """Types of tensors that are read, in the words of safetensors."""
 
-PART = 1 << 23
+PART = 1 << 22
 """Bytes of a tensor, as they are stored, that are read at once."""
 
 WRAPPERS = re.compile(r"^(?:(?:_orig_mod|module|base_model\.model)\.)+|(?<=\.)_orig_mod\.")
