@@ -1,6 +1,6 @@
-"""The command line: `fastpref demo | sft | preference | train | evaluate | sweep | reproduce`.
+"""The command line: `fastpref demo | check | sft | preference | train | evaluate | sweep | reproduce`.
 
-All but the first and the last take a TOML file with overrides.
+`check` takes a directory; all others but the first and the last take a TOML file, with overrides.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastpref.check import check
 from fastpref.demo import run as demo
 from fastpref.evaluation.side_by_side import compare, evaluate
 from fastpref.evaluation.sweeps import sweep
@@ -83,19 +84,7 @@ def read_file(command: str, path: Path, overrides: Sequence[str]) -> dict[str, A
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} must be a TOML file, but reading it failed: {error}. Mend that line.") from error
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"an override must be key=value, but received {override!r}. Write settings.tau=0.5, say.")
-        table = values
-        *parents, name = key.strip().split(".")
-        for parent in parents:
-            table = table.setdefault(parent, {})
-            if not isinstance(table, dict):
-                raise ConfigError(
-                    f"{parent} must be a table to hold {name}, but received {table!r}. Set {parent} itself."
-                )
-        table[name] = _toml_value(text)
+    apply_overrides(values, overrides)
     unknown = [key for key in values if key not in KEYS[command]]
     if unknown:
         raise ConfigError(
@@ -112,6 +101,27 @@ def read_file(command: str, path: Path, overrides: Sequence[str]) -> dict[str, A
             f"{command} must have the key {missing[0]}, but received {path} without. Add {missing[0]} = ... to it."
         )
     return values
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set entries of a file's contents, by `key=value` or `table.key=value`.
+
+    Raises:
+      ConfigError: an override that is not key=value, or a table that is none.
+    """
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"an override must be key=value, but received {override!r}. Write settings.tau=0.5, say.")
+        table = values
+        *parents, name = key.strip().split(".")
+        for parent in parents:
+            table = table.setdefault(parent, {})
+            if not isinstance(table, dict):
+                raise ConfigError(
+                    f"{parent} must be a table to hold {name}, but received {table!r}. Set {parent} itself."
+                )
+        table[name] = _toml_value(text)
 
 
 def _toml_value(text: str) -> Any:
@@ -269,11 +279,23 @@ def parser() -> argparse.ArgumentParser:
         "name", choices=EXPERIMENTS, help="; ".join(f"{name}: {one.text}" for name, one in EXPERIMENTS.items())
     )
     again.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="where its files are written")
+    seen = commands.add_parser("check", help="what a directory is, whether it loads, what training it takes")
+    seen.add_argument("directory", type=Path, help="a checkpoint, an adapter, a judge, or a run directory")
+    seen.add_argument("overrides", nargs="*", help="key=value of train's settings, such as batch_size=8")
     for name, (_, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text}. Keys: {', '.join(KEYS[name])}.")
         command.add_argument("file", type=Path, help="a TOML file")
         command.add_argument("overrides", nargs="*", help="key=value, such as settings.tau=0.5")
     return top
+
+
+def _check(directory: Path, overrides: Sequence[str]) -> None:
+    values: dict[str, Any] = {}
+    apply_overrides(values, overrides)
+    # As in a file, or without the table's name.
+    settings = {**{key: value for key, value in values.items() if key != "settings"}, **values.get("settings", {})}
+    for subject, text in check(directory, settings):
+        print(f"{subject:<22}{text}", flush=True)
 
 
 def _leave(number: int, frame: object) -> None:
@@ -288,6 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if chosen.command == "demo":
             demo.run(chosen.run_dir, seed=chosen.seed, small_only=chosen.small)
+        elif chosen.command == "check":
+            _check(chosen.directory, chosen.overrides)
         elif chosen.command == "reproduce":
             print("\n".join(str(path) for path in reproduce(chosen.name, chosen.out)))
         else:

@@ -104,7 +104,7 @@ def test_weights_are_floating_point(checkpoint: Path, dtype: Any) -> None:
     save_file(tensors, checkpoint / "model.safetensors")
     with pytest.raises(
         ModelError,
-        match=r"a tensor must be of type F16, BF16, F32, F64, but received "
+        match=r"a tensor must be of type F16, BF16, F32, F64, F8_E4M3, F8_E5M2, F8_E4M3FNUZ, F8_E5M2FNUZ, but received "
         r"model.norm.weight",
     ):
         load(checkpoint)

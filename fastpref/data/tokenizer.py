@@ -8,6 +8,7 @@ import orjson
 import tokenizers
 import xxhash
 
+from fastpref.data.backends import SENTENCEPIECE, add_tokens, convert
 from fastpref.data.chat import FOLDER, ChatTemplate, templates_of
 from fastpref.data.controls import Controls
 from fastpref.data.files import check_manifest
@@ -66,6 +67,8 @@ class Tokenizer:
         self.backend = backend
         self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         """One more than the highest id."""
+        self.rows: int | None = None
+        """Rows of the embedding that reads the tokens; a text with a token from here on is refused. None: no limit."""
         self.special_text = special_text
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
@@ -216,10 +219,23 @@ class Tokenizer:
         mixed = (self._controls.encode_mixed(text, text.literals) for text in written if text.literals)
         bare = iter(encode(clean, as_text=False, add_special_tokens=False))
         full = iter(encode(plain, as_text=not self.special_text, add_special_tokens=add_special_tokens))
-        return [
-            next(full if not isinstance(text, Rendered) else bare if self.special_text or not text.literals else mixed)
-            for text in texts
-        ]
+        rows = []
+        for text in texts:
+            lettered = isinstance(text, Rendered) and bool(text.literals) and not self.special_text
+            rows.append(next(mixed if lettered else bare if isinstance(text, Rendered) else full))
+        return self._embedded(rows)
+
+    def _embedded(self, rows: list[list[int]]) -> list[list[int]]:
+        """The ids of texts, each of which has a row of the embedding."""
+        limit = self.rows
+        if limit is not None and limit < self.vocab_size:
+            for number in (number for ids in rows for number in ids if number >= limit):
+                raise DataError(
+                    f"a text must have tokens below {limit}, the rows of the embedding, but received "
+                    f"{self.backend.id_to_token(number)!r}, which is {number}. Take it out of the text, or give the "
+                    "weights more rows with transformers: resize_token_embeddings."
+                )
+        return rows
 
     def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each completion alone, without special tokens, followed by EOS, also where it holds that.
@@ -338,30 +354,34 @@ class Tokenizer:
 
         EOS and padding are, in this order, those named in `tokenizer_config.json` or `special_tokens_map.json`, those
         numbered in `generation_config.json`, those numbered in `config.json`, of several the first. Sampling ends at
-        each EOS that any of them lists. A missing padding token is the EOS.
+        each EOS that any of them lists. A missing padding token is the EOS. Tokens that only `tokenizer_config.json`
+        has (`added_tokens_decoder`, a named EOS) are added, as transformers does.
+
+        Where there is no `tokenizer.json`, the model of SentencePiece is converted, with the extra `sentencepiece`:
+        `spiece.model` of a T5 or mT5, `tokenizer.model` of a Llama. Ids are those of transformers 5.
 
         Args:
-          directory: holds at least `tokenizer.json`.
+          directory: holds `tokenizer.json`, `spiece.model` or `tokenizer.model`.
           special_text: see `Tokenizer`.
 
         Returns:
-          The tokenizer; `save` writes the same files again.
+          The tokenizer; `save` writes the same files again, and `tokenizer.json` where it was converted.
 
         Raises:
-          FileNotFoundError: there is no `tokenizer.json`.
-          ModelError: a file cannot be read, or none of them says what EOS is.
+          FileNotFoundError: there is no tokenizer.
+          ModelError: a file cannot be read, the extra is missing, or no file says what EOS is.
         """
         source = Path(directory)
-        if not (source / "tokenizer.json").is_file():
+        if not any((source / name).is_file() for name in ("tokenizer.json", *SENTENCEPIECE)):
             raise FileNotFoundError(
-                f"a checkpoint must hold tokenizer.json, but received {source} without. Save its tokenizer in the "
-                f"fast format."
+                f"a checkpoint must hold tokenizer.json, but received {source} without (and without "
+                f"{' or '.join(SENTENCEPIECE)}). Save its tokenizer in the fast format."
             )
         check_manifest(source, lambda name: name in FILES or name.startswith(FOLDER))
         names = [*FILES, *(f"{FOLDER}{path.name}" for path in sorted((source / FOLDER).glob("*.jinja")))]
         files = {name: (source / name).read_bytes() for name in names if (source / name).is_file()}
         try:
-            backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+            backend, files = read_backend(files)
             config = (
                 {"config.json": (source / "config.json").read_bytes()} if (source / "config.json").is_file() else {}
             )
@@ -385,7 +405,7 @@ class Tokenizer:
             raise
         except BaseException as error:  # the library panics with one, and raises no narrower type than Exception
             raise ModelError(
-                f"tokenizer.json must be a tokenizer, but received one in {source} that fails: "
+                f"{tokenizer_file(files)} must be a tokenizer, but received one in {source} that fails: "
                 f"{type(error).__name__}: {error}. Copy it again."
             ) from error
         return tokenizer
@@ -410,3 +430,24 @@ class Tokenizer:
                 f"{text!r} the ids {whole}. Mend post_processor in tokenizer.json."
             )
         self.decode([whole])
+
+
+def tokenizer_file(files: Mapping[str, bytes]) -> str:
+    """The name of the file that a tokenizer is read from."""
+    return next(name for name in ("tokenizer.json", *SENTENCEPIECE) if name in files)
+
+
+def read_backend(files: Mapping[str, bytes]) -> tuple[tokenizers.Tokenizer, dict[str, bytes]]:
+    """The tokenizer that files hold, with the tokens that they add to it; and the files with `tokenizer.json`."""
+    name, kept = tokenizer_file(files), dict(files)
+    config = read_json(files, "tokenizer_config.json")
+    settings, numbered = read_json(files, "special_tokens_map.json") | config, read_json(files, "added_tokens.json")
+    if name == "tokenizer.json":
+        backend = tokenizers.Tokenizer.from_str(files[name].decode())
+        add_tokens(backend, settings, numbered)
+        return backend, kept
+    backend, defaults = convert(files[name], name, settings, numbered)
+    kept["tokenizer.json"] = backend.to_str(pretty=True).encode()
+    if defaults:
+        kept["tokenizer_config.json"] = to_json(defaults | config)
+    return backend, kept

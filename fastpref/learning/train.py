@@ -34,6 +34,7 @@ from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError, DataError, require
 from fastpref.method.schedules import value_at
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
+from fastpref.models.rows import shared_rows
 from fastpref.runs import owner
 from fastpref.runs.report import finish
 
@@ -217,7 +218,8 @@ def train(
         `RewardModel`, or anything with its `scores`; which any other algorithm takes for p = σ(r − r'). None for
         offline algorithms.
       config: settings; the defaults are the paper's.
-      ref: π_ref; None for the policy as it is given.
+      ref: π_ref; None for the policy as it is given. Where heads have different numbers of rows past the tokenizer's
+        ids, the larger is cut, with a `ModelWarning`.
       behaviour: μ, for `mixture_partner="behaviour"`. It shares the policy's tokenizer.
       run_dir: where config, metrics, samples, checkpoints, plots and the aligned model are written; None for nowhere.
       cache: a directory that keeps the tokens of prompts or pairs, so that the next start maps them.
@@ -245,14 +247,15 @@ def train(
     config = TrainConfig() if config is None else config
     _check_sources(config, judge, behaviour)
     policy = as_model(policy)
-    ref = policy if ref is None else as_model(ref)
+    models = [policy, policy if ref is None else as_model(ref), *([] if behaviour is None else [as_model(behaviour)])]
+    policy, ref, *others = shared_rows(models)
     folder = None if run_dir is None else Path(run_dir)
     destination = folder / "policy" if folder is not None and isinstance(policy.module, T5 | Decoder) else None
     if destination is not None:
         loop.check_destination(destination)
     definition, start = nnx.split(policy.module)
     frozen = rollout.Frozen(*nnx.split(ref.module))
-    partner = frozen if behaviour is None else rollout.Frozen(*nnx.split(as_model(behaviour).module))
+    partner = rollout.Frozen(*nnx.split(others[0].module)) if others else frozen
     checks = _checks(eval_prompts, policy, config, quiet)
     eval_judge = _as_judge(eval_judge or judge, config) if config.eval_every else None
     source = _source(prompts, policy, config, cache, quiet)

@@ -80,6 +80,10 @@ class StopSignal(SystemExit):
         return self.message
 
 
+class ModelWarning(UserWarning):
+    """A model is read in a way that its files leave open, or otherwise than they say."""
+
+
 class CacheWarning(UserWarning):
     """A damaged cache of tokens was thrown away and made anew."""
 

@@ -23,6 +23,15 @@ UNUSED: dict[str, tuple[Any, ...]] = {
 """Options of `config.json` that change the model in ways not written here, and the values under which they do not."""
 
 
+REMEDIES = {
+    "quantization_config": "Save the weights unquantized: load them with transformers, then model.dequantize() and "
+    "model.save_pretrained(...).",
+    "sliding_window": "Set it to null in config.json if no text is longer than the window: nothing else changes.",
+    "use_sliding_window": "Set it to false in config.json if no text is longer than sliding_window: nothing else "
+    "changes.",
+}
+"""Ways out of an option that is not supported, where there are any."""
+
 MANY = 2**31 - 1
 
 
@@ -142,7 +151,7 @@ def read_config(raw: Mapping[str, Any], *, tied: bool) -> T5Config | DecoderConf
     kind = raw.get("model_type")
     if kind not in SUPPORTED:
         raise ModelError(
-            f"model_type must be one of {', '.join(SUPPORTED)}, but received {kind!r}. Convert or choose another model."
+            f"model_type must be one of {', '.join(SUPPORTED)}, but received {kind!r}. Choose one of these."
         )
     for option, neutral in UNUSED.items():
         value = raw.get(option)
@@ -155,18 +164,20 @@ def read_config(raw: Mapping[str, Any], *, tied: bool) -> T5Config | DecoderConf
 def read_t5(raw: Mapping[str, Any], *, tied: bool) -> T5Config:
     """The configuration in the `config.json` of a T5."""
     check_entries(raw, T5_SCHEMA)
-    projection = _or(raw, "feed_forward_proj", "relu")
+    multilingual = raw["model_type"] == "mt5"
+    projection = _or(raw, "feed_forward_proj", "gated-gelu" if multilingual else "relu")
     if projection not in PROJECTIONS:
         raise unsupported(raw["model_type"], "feed_forward_proj", projection, tuple(PROJECTIONS))
     activation, gated = PROJECTIONS[projection]
-    start = raw.get("decoder_start_token_id", raw.get("pad_token_id"))
+    start = raw.get("decoder_start_token_id", raw.get("pad_token_id", 0 if multilingual else None))
     if not isinstance(start, int) or not 0 <= start < raw["vocab_size"]:
         raise ModelError(
             f"decoder_start_token_id must be an id below {raw['vocab_size']}, but received {start!r}. Set it in "
             "config.json (T5 uses its padding, 0)."
         )
-    # Tied checkpoints are scaled. Newer files say so by themselves, for they call every T5 tied.
-    scaled = raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings", True) is not False)
+    # A tied T5 is scaled, an mT5 never. Newer files say so by themselves, for they call every T5 tied.
+    tied_flag = raw.get("tie_word_embeddings", True) is not False
+    scaled = raw.get("scale_decoder_outputs", tied_flag and not multilingual)
     layers = entry(raw, "num_layers")
     decoder_layers = raw.get("num_decoder_layers")
     return T5Config(
@@ -346,6 +357,5 @@ def entry(raw: Mapping[str, Any], name: str) -> Any:
 def unsupported(kind: object, option: str, value: object, allowed: tuple[Any, ...]) -> ModelError:
     """The error for an option that changes the model in a way not written here."""
     choices = " or ".join(repr(choice) for choice in allowed) if allowed else "left out"
-    return ModelError(
-        f"{option} of a {kind} must be {choices}, but received {value!r}. Convert or choose another checkpoint."
-    )
+    remedy = REMEDIES.get(option, "Choose another checkpoint: the weights were trained with this.")
+    return ModelError(f"{option} of a {kind} must be {choices}, but received {value!r}. {remedy}")

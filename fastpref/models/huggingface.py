@@ -1,20 +1,19 @@
 """Checkpoints in Hugging Face's layout: `config.json`, safetensors and the tokenizer's files, in and out."""
 
-import contextlib
 import errno
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import orjson
 from flax import nnx
+from jax import Array
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from fastpref.data import files
@@ -26,18 +25,15 @@ from fastpref.models.configs import check_sizes, read_config, write_config
 from fastpref.models.decoder import Decoder, DecoderConfig
 from fastpref.models.policy import Policy
 from fastpref.models.t5 import T5, T5Config
-
-INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
-
-FLOATS = ("F16", "BF16", "F32", "F64")
-"""Types of tensors that are read."""
+from fastpref.models.tensors import INDEX, WEIGHTS, Tensor, open_tensors, read_tensor, settle_embedding
 
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias")
 """Tensors of old checkpoints that no model reads."""
 
 SCALAR_HEAD = re.compile(r"(score|v_head\.summary|value_head|reward_head)\.(weight|bias)")
 """Tensors of a scalar head, by which a directory is a reward model's: of transformers, of TRL, and of others."""
+RENAMED = ((re.compile(r"^(?=(embed_tokens|layers|norm)\.)"), "model."),)
+"""Beginnings of names that some files have, and those that they are saved with: a body that was saved alone."""
 
 OURS = re.compile(
     "|".join([r"config\.json", r"model.*\.safetensors", *map(re.escape, (INDEX, files.MANIFEST, *FILES, FOLDER[:-1]))])
@@ -102,10 +98,13 @@ class LanguageModel:
 def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = True, body: bool = False) -> LanguageModel:
     """Read a checkpoint directory in Hugging Face's layout.
 
-    Supported are `t5` and `mt5` (both forms of T5), `llama`, and `mistral` and `qwen2` without sliding windows.
+    Supported are `t5` and `mt5` (both forms of T5), `llama`, and `mistral` and `qwen2` without sliding windows. Files
+    that contradict each other are read as `transformers` reads them, with a `ModelWarning`, or refused. Weights are
+    read a few megabytes at a time, so that the peak of memory is the result's and little more.
 
     Args:
-      path: holds `config.json`, `model.safetensors` (or its shards and their index) and `tokenizer.json`.
+      path: holds `config.json`, `model.safetensors` (or its shards and their index) and `tokenizer.json` or the model
+        of SentencePiece (see `Tokenizer.load`).
       dtype: of the parameters, whatever the file has.
       finite: refuse weights that hold NaN or infinity.
       body: read a model whose states alone are used, by a reward model: scalar heads are passed over, and the embedding
@@ -116,81 +115,135 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = Tru
 
     Raises:
       FileNotFoundError: the directory or one of its files is missing.
-      ModelError: a file cannot be read or is not what `save` wrote, the model is of an unsupported kind, or tensors do
-        not fit the configuration. What others wrote has no manifest, and is read as it is.
+      ModelError: a file cannot be read or is not what `save` wrote, the directory is an adapter's, the model is of an
+        unsupported kind, or tensors do not fit the configuration. What others wrote has no manifest, and is read as it
+        is.
     """
+    described = describe(path, body=body)
+    leaves = {place: variable.replace(array) for place, variable, array in described.arrays(dtype=dtype, finite=finite)}
+    module = nnx.merge(described.graph, nnx.from_flat_state(leaves))
+    tokenizer = read_tokenizer(described)
+    return LanguageModel(module, tokenizer, described.raw)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A checkpoint whose files fit each other, before its numbers are read."""
+
+    source: Path
+    raw: dict[str, Any]
+    """`config.json`."""
+    config: T5Config | DecoderConfig
+    graph: Any
+    """GraphDef of the module."""
+    places: dict[str, tuple[tuple[Any, ...], nnx.Variable[Any]]]
+    """Path in the module and variable, with the shape in the place of the array, of each tensor."""
+    tensors: dict[str, Tensor]
+
+    def arrays(
+        self, *, dtype: DTypeLike, finite: bool = True
+    ) -> Iterator[tuple[tuple[Any, ...], nnx.Variable[Any], Array]]:
+        """Path in the module, variable and array of each tensor, one after the other."""
+        for name, (path, variable) in self.places.items():
+            turned = is_kernel(path, tuple(variable.shape))
+            yield path, variable, read_tensor(self.tensors[name], dtype, turned=turned, finite=finite)
+
+
+def describe(path: str | Path, *, body: bool = False) -> Description:
+    """All of a checkpoint but its numbers and its tokenizer. Raises what `load` does."""
     source = Path(path)
     if not source.is_dir():
         files.tidy(source.absolute().parent, source.name)
     if not source.is_dir():
         raise FileNotFoundError(f"a checkpoint must be a directory, but received {source}. Check the path.")
+    refuse_adapter(source)
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"a checkpoint must hold config.json, but received {source} without. Check the path.")
     files.check_manifest(source)
     raw = read_json({"config.json": (source / "config.json").read_bytes()}, "config.json")
     config = read_config(raw, tied=False)
-    with contextlib.ExitStack() as stack:
-        tensors = open_tensors(source, stack)
-        scalar_heads = [name for name in tensors if SCALAR_HEAD.fullmatch(name)]
-        if scalar_heads and not body:
-            raise ModelError(
-                f"a language model must have a head of its vocabulary, but received {source} with {scalar_heads[0]}, "
-                f"a reward model ({', '.join(raw.get('architectures') or ['no architecture named'])}). Read it with "
-                "fastpref.load_judge, or give the directory as the judge."
-            )
-        for name in scalar_heads:
-            del tensors[name]
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in tensors.items()}
-        check_sizes(config, shapes)
-        tied = drop_copies(tensors, raw) or (body and "lm_head.weight" not in tensors)
-        config = replace(config, tied=tied)
-        graph, state = nnx.split(abstract_module(config))
-        places = named_leaves(config, state)
-        if missing := sorted(places.keys() - tensors.keys()):
-            raise ModelError(
-                f"{source} must hold the tensors that its config.json asks for, but received it without "
-                f"{len(missing)}, first {missing[0]}. "
-                "Copy it again."
-            )
-        if unexpected := sorted(tensors.keys() - places.keys()):
-            raise ModelError(
-                f"{source} must hold only tensors that its config.json has a place for, but received "
-                f"{len(unexpected)} others, first "
-                f"{unexpected[0]}. Use the config.json that belongs to these weights."
-            )
-        leaves = {}
-        for name, (path_in_module, variable) in places.items():
-            shape = tuple(variable.shape)
-            kernel = is_kernel(path_in_module, shape)
-            wanted, received = shape[::-1] if kernel else shape, shapes[name]
-            if received != wanted:
-                raise ModelError(
-                    f"{name} must have shape {wanted} by config.json, but received {received} in {source}. "
-                    "Use the config.json that belongs to these weights."
-                )
-            if (stored := tensors[name].get_slice(name).get_dtype()) not in FLOATS:
-                raise ModelError(
-                    f"a tensor must be of type {', '.join(FLOATS)}, but received {name} of {source} with type "
-                    f"{stored}. "
-                    "Save the weights in one of these."
-                )
-            tensor = tensors[name].get_tensor(name)
-            if finite and not np.isfinite(tensor.astype(np.float32)).all():
-                raise ModelError(
-                    f"weights must be finite, but received {name} of {source} with NaN or infinity. Use an earlier "
-                    "checkpoint, or load(..., finite=False)."
-                )
-            array = jnp.asarray(np.ascontiguousarray(tensor.T if kernel else tensor), dtype)
-            leaves[path_in_module] = variable.replace(array)
-    module = nnx.merge(graph, nnx.from_flat_state(leaves))
-    tokenizer = Tokenizer.load(source)
-    if tokenizer.vocab_size > module.vocab_size:
+    tensors = {renamed(name): tensor for name, tensor in open_tensors(source).items()}
+    tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED.search(name)}
+    scalar_heads = [name for name in tensors if SCALAR_HEAD.fullmatch(name)]
+    if scalar_heads and not body:
         raise ModelError(
-            f"a tokenizer's ids must fit the model's vocabulary of {module.vocab_size}, but received that of "
-            f"{source} with "
-            f"{tokenizer.vocab_size}. Use the tokenizer that belongs to these weights."
+            f"a language model must have a head of its vocabulary, but received {source} with {scalar_heads[0]}, "
+            f"a reward model ({', '.join(raw.get('architectures') or ['no architecture named'])}). Read it with "
+            "fastpref.load_judge, or give the directory as the judge."
         )
-    return LanguageModel(module, tokenizer, raw)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in scalar_heads}
+    check_sizes(config, {name: tensor.shape for name, tensor in tensors.items()})
+    t5 = isinstance(config, T5Config)
+    embedding = "shared.weight" if t5 else DECODER_NAMES["embedding"]
+    tied = bool(raw.get("tie_word_embeddings", t5)) or (body and "lm_head.weight" not in tensors)
+    config = replace(config, tied=settle_embedding(tensors, embedding, tied=tied, encoder_decoder=t5))
+    graph, state = nnx.split(abstract_module(config))
+    places = named_leaves(config, state)
+    if missing := sorted(places.keys() - tensors.keys()):
+        raise ModelError(
+            f"{source} must hold the tensors that its config.json asks for, but received it without "
+            f"{len(missing)}, first {missing[0]}. "
+            "Copy it again."
+        )
+    if unexpected := sorted(tensors.keys() - places.keys()):
+        raise ModelError(
+            f"{source} must hold only tensors that its config.json has a place for, but received "
+            f"{len(unexpected)} others, first "
+            f"{unexpected[0]}. Use the config.json that belongs to these weights."
+        )
+    for name, (place, variable) in places.items():
+        shape = tuple(variable.shape)
+        wanted, received = shape[::-1] if is_kernel(place, shape) else shape, tensors[name].shape
+        if received != wanted:
+            raise ModelError(
+                f"{name} must have shape {wanted} by config.json, but received {received} in {source}. "
+                "Use the config.json that belongs to these weights."
+            )
+    return Description(source, raw, config, graph, places, tensors)
+
+
+def refuse_adapter(source: Path) -> None:
+    """Raise ModelError for the directory of an adapter, which is no model without its base."""
+    if not (source / "adapter_config.json").is_file():
+        return
+    adapter = read_json({"adapter_config.json": (source / "adapter_config.json").read_bytes()}, "adapter_config.json")
+    base = adapter.get("base_model_name_or_path")
+    weights = sorted(file.name for file in source.glob("model*.safetensors"))
+    remedy = (
+        f'Merge it into its base with peft: AutoPeftModelForCausalLM.from_pretrained("{source}").merge_and_unload()'
+        '.save_pretrained("a new path"), and save the tokenizer there.'
+    )
+    if weights:
+        remedy = f"Delete adapter_config.json if {weights[0]} is the whole model. If not: {remedy}"
+    raise ModelError(
+        f"a model must be a whole checkpoint, but received {source}, which is an adapter "
+        f"({adapter.get('peft_type', 'of no named type')}) of the base {base!r}"
+        f"{f' with {weights[0]} beside it' if weights else ''}. {remedy}"
+    )
+
+
+def read_tokenizer(described: Description) -> Tokenizer:
+    """The tokenizer of a checkpoint, if each id that a text may be given has a row of the embedding.
+
+    Special tokens that stand in no text, such as a padding token that was added last, may go without one.
+    """
+    source, rows = described.source, described.config.vocab_size
+    tokenizer = Tokenizer.load(source)
+    tokenizer.rows = rows
+    if tokenizer.vocab_size <= rows:
+        return tokenizer
+    backend = tokenizer.backend
+    added = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
+    beyond = [number for number in backend.get_vocab(with_added_tokens=True).values() if number >= rows]
+    embedded = sorted((set(beyond) - added) | (set(beyond) & {tokenizer.eos_id}))
+    if embedded:
+        raise ModelError(
+            f"a tokenizer's ids must fit the model's vocabulary of {rows}, but received that of {source} with "
+            f"{tokenizer.vocab_size}, such as {backend.id_to_token(embedded[0])!r}. Use the tokenizer that belongs to "
+            "these weights, or give the weights more rows with transformers: resize_token_embeddings."
+        )
+    tokenizer.probe()
+    return tokenizer
 
 
 def save(
@@ -288,58 +341,11 @@ def write_tensors(directory: Path, module: T5 | Decoder, max_shard_bytes: int) -
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def open_tensors(source: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Open the weights of a checkpoint; return the file that holds each tensor, by its name."""
-    shards = [WEIGHTS]
-    if (source / INDEX).is_file():
-        try:
-            shards = sorted(
-                {str(shard) for shard in orjson.loads((source / INDEX).read_bytes())["weight_map"].values()}
-            )
-        except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(
-                f"{INDEX} must map tensors to files, but received one in {source} that does not. Copy it again."
-            ) from error
-    elif not (source / WEIGHTS).is_file():
-        raise FileNotFoundError(
-            f"a checkpoint must hold {WEIGHTS} or {INDEX}, but received {source} with neither. Save its weights as "
-            f"safetensors."
-        )
-    tensors: dict[str, Any] = {}
-    for shard in shards:
-        if Path(shard).name != shard:
-            raise ModelError(
-                f"{INDEX} must name files of its own directory, but received {shard!r} in {source}. Copy it again."
-            )
-        if not (source / shard).is_file():
-            raise FileNotFoundError(
-                f"{INDEX} must name files that are there, but received {shard} in {source}. Copy it again."
-            )
-        try:
-            file = stack.enter_context(safe_open(source / shard, framework="np"))
-        except SafetensorError as error:
-            raise ModelError(
-                f"{source / shard} must be a whole safetensors file, but received one that is not "
-                f"({error}). Copy it again."
-            ) from error
-        tensors |= dict.fromkeys(file.keys(), file)
-    return {name: file for name, file in tensors.items() if not IGNORED.search(name)}
-
-
-def drop_copies(tensors: dict[str, Any], raw: Mapping[str, Any]) -> bool:
-    """Leave out copies of the embedding under other names; return whether the head is the embedding.
-
-    A head that differs from the embedding is its own, whatever `tie_word_embeddings` says.
-    """
-    embedding = "shared.weight" if "shared.weight" in tensors else "model.embed_tokens.weight"
-    tied = bool(raw.get("tie_word_embeddings", raw.get("model_type") in ("t5", "mt5")))
-    copies = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *(["lm_head.weight"] if tied else [])]
-    for copy in copies:
-        if copy in tensors and embedding in tensors:
-            original = tensors[embedding].get_tensor(embedding)
-            if np.array_equal(tensors[copy].get_tensor(copy), original):
-                del tensors[copy]
-    return tied and "lm_head.weight" not in tensors
+def renamed(name: str) -> str:
+    """The name that a tensor is saved with."""
+    for beginning, usual in RENAMED:
+        name = beginning.sub(usual, name)
+    return name
 
 
 def abstract_module(config: T5Config | DecoderConfig) -> T5 | Decoder:

@@ -12,6 +12,9 @@ from fastpref.runs import checkpoints
 Model = LanguageModel | str | Path
 """A model, a Hugging Face directory, a run directory (its final model), or one checkpoint of a run."""
 
+WEIGHTS = ("*.safetensors", "adapter_config.json", "model.safetensors.index.json", "pytorch_model*.bin")
+"""Files by which a directory is a model's, also where `load` then says why it cannot be read."""
+
 
 def locate(source: str | Path) -> Path:
     """Where a model is read from, without reading it.
@@ -29,7 +32,7 @@ def locate(source: str | Path) -> Path:
     if (path / "manifest").is_file():
         return path
     for folder in (path, path / "policy", path / "model"):
-        if any(folder.glob("*.safetensors")):
+        if any(match for pattern in WEIGHTS for match in folder.glob(pattern)):
             return folder
     if saved := checkpoints.steps(path / "checkpoints"):
         raise FileNotFoundError(

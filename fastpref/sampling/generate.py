@@ -4,7 +4,7 @@ log π̂ = (1 − β) log π + β log π_ref + const at every token (IPO-MD, sec
 whatever the number of completions; the loop ends when every row has its EOS.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from fastpref.method.choices import TruncationSide
 from fastpref.method.errors import DivergedError
 from fastpref.models import LanguageModel
 from fastpref.models.policy import Policy
+from fastpref.models.rows import shared_rows
 from fastpref.sampling.completions import Completions, ended
 
 
@@ -229,6 +230,8 @@ def write(
     Warns:
       CutWarning: prompts were cut.
     """
+    if ref is not None:
+        model, ref = shared_rows([model, ref])
     texts = read_prompts(prompts, model.tokenizer, chat_template_kwargs=chat_template_kwargs)
     encoded = fit_prompts(texts, model.tokenizer, max_prompt_tokens=max_prompt_tokens, truncation_side=truncation_side)
     empty = [index for index, tokens in enumerate(encoded) if not tokens]

@@ -1,0 +1,115 @@
+"""Memory of a run of `train`, from shapes alone: counted where it is an array, compiled where it is a temporary."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fastpref.data.packing import pack_pairs
+from fastpref.data.ragged import Ragged
+from fastpref.learning import update
+from fastpref.learning.row_plan import plan_rows
+from fastpref.method.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class TrainMemory:
+    """Bytes that a run of `train` needs at its peak on its device, without what JAX and the program take themselves."""
+
+    policy: int
+    """Parameters of π, counted."""
+    ref: int
+    """Parameters of π_ref, counted: the policy as it was given, of which the run learns a copy."""
+    round: int
+    """Parameters of π_t, counted; 0 in methods without rounds."""
+    optimizer: int
+    """State of the optimiser, counted."""
+    cache: int
+    """Keys and values of both models while they write, counted; 0 offline."""
+    temporaries: int
+    """Temporaries of the update, gradients among them, as the compiler lays them out on this machine."""
+    gradients: int
+    """Gradients, counted; they are part of `temporaries`."""
+
+    @property
+    def total(self) -> int:
+        """The peak: sampling and the update do not overlap."""
+        return self.policy + self.ref + self.round + self.optimizer + max(self.cache, self.temporaries)
+
+
+def train_memory(config: TrainConfig, definition: Any, params: Any) -> TrainMemory:
+    """Memory of a run at its longest prompts and completions.
+
+    Args:
+      config: the settings.
+      definition: GraphDef of the policy.
+      params: its parameters, or their shapes; nothing is computed with them.
+
+    Returns:
+      `TrainMemory`.
+
+    Raises:
+      ConfigError: the settings contradict each other or the model.
+    """
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    module = nnx.merge(definition, params)
+    optimizer, method = update.build(config), config.method
+    opt_state = jax.eval_shape(partial(update.initial_state, optimizer), params)
+    completions = 1 if method.pairs == "first" else 2
+    prompts, longest, tokens = config.batch_size, config.max_prompt_tokens, config.max_new_tokens
+    plan = plan_rows(
+        config, decoder_start=module.decoder_start, prompts=Ragged.from_rows([np.zeros(longest, np.int32)])
+    )
+    pairs, _ = pack_pairs(
+        np.zeros((prompts, longest), np.int32),
+        np.full(prompts, longest, np.int32),
+        np.zeros((prompts, completions, tokens), np.int32),
+        np.full((prompts, completions), tokens, np.int32),
+        counts=plan.counts,
+        **plan.shape,
+    )
+    compiled = update.update.lower(
+        definition,
+        params,
+        opt_state,
+        pairs,
+        np.float32(1),
+        optimizer=optimizer,
+        objective=method.objective,
+        gradient_accumulation=config.gradient_accumulation,
+        length_normalize=config.length_normalize,
+    ).compile()
+    measured = compiled.memory_analysis()
+    # Results that take the place of arguments are counted with the arguments.
+    fresh = max(0, measured.output_size_in_bytes - measured.alias_size_in_bytes)
+    cache = 0
+    if not method.offline:
+        shape = (prompts, longest)
+
+        def prefill(state: Any) -> Any:
+            return nnx.merge(definition, state).prefill(
+                jnp.zeros(shape, jnp.int32),
+                jnp.ones(shape, bool),
+                completions=len(method.mixture_betas(0.5, config.completions)),
+                max_new_tokens=tokens,
+            )[1]
+
+        cache = 2 * size(jax.eval_shape(prefill, params))
+    return TrainMemory(
+        policy=size(params),
+        ref=size(params),
+        round=size(params) if method.in_rounds else 0,
+        optimizer=size(opt_state),
+        cache=cache,
+        temporaries=measured.temp_size_in_bytes + fresh,
+        gradients=size(params),
+    )
+
+
+def size(tree: Any) -> int:
+    """Bytes of the arrays of a tree, or of those that its shapes stand for."""
+    return sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
