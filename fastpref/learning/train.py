@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -34,6 +35,7 @@ from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError, DataError, require
 from fastpref.method.schedules import value_at
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
+from fastpref.models.policy import check_length
 from fastpref.runs.report import finish
 
 Prompts = str | Path | Iterable[str | Mapping[str, Any]]
@@ -372,6 +374,8 @@ def _source(prompts: Prompts, policy: LanguageModel, config: TrainConfig, cache:
         _require_some(config, prompts, len(tokens), report)
         plan = plan_rows(config, decoder_start=start, prompts=tokens.prompts)
         chosen, rejected = tokens.completions
+        lengths, *of_completions = (np.diff(rows.offsets) for rows in (tokens.prompts, chosen, rejected))
+        check_length(policy.module, int((lengths + np.maximum(*of_completions)).max()) - 1)
         sizes = pair_sizes(tokens.prompts, chosen, rejected, layout=plan.layout)
         pairs = PairBatcher(
             tokens.prompts,
