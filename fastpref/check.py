@@ -86,7 +86,7 @@ def check(path: str | Path, settings: Mapping[str, Any]) -> Iterator[Line]:
     if judge is None:
         yield from memory_of(described, config)
     else:
-        parameters = size([variable for _, variable in described.places.values()])
+        parameters = size([variable for _, variable in described.leaves])
         yield "memory as a judge", f"{gib(parameters)} of parameters, float32, counted"
 
 
@@ -122,7 +122,7 @@ def size_of(described: Description) -> str:
         if isinstance(config, T5Config)
         else f"{config.layers} layers"
     )
-    count = sum(int(variable.size) for _, variable in described.places.values())
+    count = sum(int(variable.size) for _, variable in described.leaves)
     head = "the embedding is the head" if config.tied else "a head of its own"
     return f"{count:,} parameters, {layers}, width {config.width}, {config.vocab_size} rows, {head}"
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -34,6 +35,7 @@ from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError, DataError, require
 from fastpref.method.schedules import value_at
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
+from fastpref.models.policy import check_length
 from fastpref.models.rows import shared_rows
 from fastpref.runs import owner
 from fastpref.runs.report import finish
@@ -401,6 +403,8 @@ def _source(
             raise DataError(f"{config.algorithm} learns from recorded pairs: {error}") from error
         loop.report_drops(report, config, limits=LIMITS, source=named, quiet=quiet)
         plan = plan_recorded(config, decoder_start=start, pairs=tokens)
+        lengths, *of_completions = (np.diff(rows.offsets) for rows in (tokens.prompts, *tokens.completions))
+        check_length(policy.module, int((lengths + np.maximum(*of_completions)).max()) - 1)
         pairs = PairBatcher(
             tokens.prompts,
             tokens.completions[0],
