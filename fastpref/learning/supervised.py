@@ -32,7 +32,7 @@ from fastpref.learning.objectives import Objective, answer_loss, learn, measure,
 from fastpref.method.config import SupervisedConfig
 from fastpref.method.errors import require
 from fastpref.models import LanguageModel, as_model, save
-from fastpref.runs import metrics, plots
+from fastpref.runs import metrics, owner, plots
 from fastpref.runs.report import finish
 
 NO_LIMIT = 2**31 - 1
@@ -103,14 +103,13 @@ def _fit(
             best, best_value = copy(params), jnp.asarray(sign * value, jnp.float32)
         return loop.Outcome((params, opt_state, best, best_value), {criterion: value})
 
-    folder = None if run_dir is None else Path(run_dir)
     params = copy(start)
     (params, _, best, best_value), history = loop.drive(
         advance,
         (params, update.initial_state(chain, params), copy(start), jnp.asarray(-jnp.inf, jnp.float32)),
         source,
         config,
-        run_dir=folder,
+        run_dir=None if run_dir is None else Path(run_dir),
         fingerprint={
             "model": loop.digest(start),
             "objective": description,
@@ -218,7 +217,7 @@ def sft(
       CheckpointError: the run directory holds another run.
       DivergedError: five updates in a row were not finite.
       FileExistsError: `model` in the run directory holds other files than a model's.
-      KeyboardInterrupt, StopSignal: as `train` does.
+      OwnerError, KeyboardInterrupt, StopSignal: as `train` does.
     """
     config = SupervisedConfig() if config is None else config
     model = as_model(policy)
@@ -241,7 +240,7 @@ def sft(
             max_shapes=config.max_shapes,
         )
 
-    with batches(tokens) as batcher:
+    with owner.hold(run_dir), batches(tokens) as batcher:
 
         def validate(module: Any) -> float:
             definition, params = nnx.split(module)
@@ -263,10 +262,10 @@ def sft(
             description="sft",
             quiet=quiet,
         )
-    tuned = dataclasses.replace(model, module=module)
-    if run_dir is not None:
-        save(tuned, Path(run_dir) / "model")
-        finish(run_dir, "sft", plots.plot_supervised, data=report)
+        tuned = dataclasses.replace(model, module=module)
+        if run_dir is not None:
+            save(tuned, Path(run_dir) / "model")
+            finish(run_dir, "sft", plots.plot_supervised, data=report)
     return FitResult(tuned, metrics, best, report)
 
 
@@ -312,7 +311,7 @@ def fit_preference_model(
       CheckpointError: the run directory holds another run.
       DivergedError: five updates in a row were not finite.
       FileExistsError: `model` in the run directory holds other files than a model's.
-      KeyboardInterrupt, StopSignal: as `train` does.
+      OwnerError, KeyboardInterrupt, StopSignal: as `train` does.
     """
     config = SupervisedConfig() if config is None else config
     judge = PreferenceModel(
@@ -334,18 +333,21 @@ def fit_preference_model(
     opened, forward = judge.readings(prompts, chosen, rejected)
     _, backward = judge.readings(prompts, rejected, chosen)
     constants = {"answers": judge.answer_ids(), "symmetric": np.asarray(symmetric)}
-    with PaddedPairBatcher(
-        opened,
-        forward,
-        backward,
-        preference,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        max_prompt_tokens=config.max_prompt_tokens,
-        max_completion_tokens=max(map(len, forward + backward), default=1),
-        max_shapes=config.max_shapes,
-        vocab_size=judge.model.module.vocab_size,
-    ) as batcher:
+    with (
+        owner.hold(run_dir),
+        PaddedPairBatcher(
+            opened,
+            forward,
+            backward,
+            preference,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_completion_tokens=max(map(len, forward + backward), default=1),
+            max_shapes=config.max_shapes,
+            vocab_size=judge.model.module.vocab_size,
+        ) as batcher,
+    ):
 
         def with_module(module: Any) -> PreferenceModel:
             return dataclasses.replace(judge, model=dataclasses.replace(judge.model, module=module))
@@ -363,10 +365,10 @@ def fit_preference_model(
             description="preference model",
             quiet=quiet,
         )
-    fitted = with_module(module)
-    if run_dir is not None:
-        fitted.save(Path(run_dir) / "model")
-        finish(run_dir, "preference model", plots.plot_supervised, data=report)
+        fitted = with_module(module)
+        if run_dir is not None:
+            fitted.save(Path(run_dir) / "model")
+            finish(run_dir, "preference model", plots.plot_supervised, data=report)
     return FitResult(fitted, metrics, best, report)
 
 
@@ -403,7 +405,7 @@ def fit_reward_model(
       CheckpointError: the run directory holds another run.
       DivergedError: five updates in a row were not finite.
       FileExistsError: `model` in the run directory holds other files than a model's.
-      KeyboardInterrupt, StopSignal: as `train` does.
+      OwnerError, KeyboardInterrupt, StopSignal: as `train` does.
     """
     config = SupervisedConfig() if config is None else config
     judge = RewardModel.from_model(as_model(model), max_prompt_tokens=config.max_prompt_tokens)
@@ -414,18 +416,21 @@ def fit_reward_model(
     if held.read:
         _report("held_out", held, config, quiet)
     chosen, rejected = tokens.completions
-    with PaddedPairBatcher(
-        tokens.prompts,
-        chosen,
-        rejected,
-        tokens.preference,
-        ids=tokens.ids,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        max_prompt_tokens=config.max_prompt_tokens,
-        max_completion_tokens=config.max_completion_tokens,
-        max_shapes=config.max_shapes,
-    ) as batcher:
+    with (
+        owner.hold(run_dir),
+        PaddedPairBatcher(
+            tokens.prompts,
+            chosen,
+            rejected,
+            tokens.preference,
+            ids=tokens.ids,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_completion_tokens=config.max_completion_tokens,
+            max_shapes=config.max_shapes,
+        ) as batcher,
+    ):
 
         def with_module(module: Any) -> RewardModel:
             return dataclasses.replace(judge, module=module)
@@ -443,8 +448,8 @@ def fit_reward_model(
             description="reward model",
             quiet=quiet,
         )
-    fitted = with_module(module)
-    if run_dir is not None:
-        fitted.save(Path(run_dir) / "model")
-        finish(run_dir, "reward model", plots.plot_supervised, data=report)
+        fitted = with_module(module)
+        if run_dir is not None:
+            fitted.save(Path(run_dir) / "model")
+            finish(run_dir, "reward model", plots.plot_supervised, data=report)
     return FitResult(fitted, metrics, best, report)
