@@ -44,7 +44,7 @@ class Tokenizer:
       special_text: read special tokens that a plain text or a message names as the control tokens themselves.
       stop_ids: tokens that end a completion besides `eos_id` and those that `files` list.
       encoder_decoder: whether an encoder reads prompts apart from completions. None where nobody knows: it does where
-        texts end with EOS and begin with nothing, as T5's do.
+        texts end with EOS and begin with nothing, as T5's do, and the tokens are no merges, as decoders' are.
 
     Raises:
       ModelError: an id lies outside the vocabulary.
@@ -122,7 +122,7 @@ class Tokenizer:
         """Whether an encoder reads prompts, apart from their completions."""
         if self._encoder_decoder is None:
             begin, end = self._affixes
-            return not begin and self.eos_id in end
+            return not begin and self.eos_id in end and not isinstance(self.backend.model, tokenizers.models.BPE)
         return self._encoder_decoder
 
     @cached_property
