@@ -1,6 +1,7 @@
 """Text to token ids and back, by the tokenizer of a checkpoint."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 
@@ -124,6 +125,12 @@ class Tokenizer:
             begin, end = self._affixes
             return not begin and self.eos_id in end and not isinstance(self.backend.model, tokenizers.models.BPE)
         return self._encoder_decoder
+
+    def apart(self) -> "Tokenizer":
+        """The tokenizer of an encoder-decoder model."""
+        made = copy(self)
+        made._encoder_decoder = True
+        return made
 
     @cached_property
     def turn_end_id(self) -> int:
