@@ -216,7 +216,7 @@ def test_the_command_line_reads_conversations(
         f'policy = "run/checkpoints/00000002"\nbaseline = "sft"\n{files}judge = "tastes_of_chats:taste"\n'
         "[settings]\nmax_new_tokens = 4\n"
     )
-    assert read_tokenizer("run/checkpoints/00000002").files == read_tokenizer(model()).files
+    assert read_tokenizer("run/checkpoints/00000002").files == read_tokenizer("sft").files
     assert main(["evaluate", "evaluate.toml"]) == 0, capsys.readouterr().err
     assert "0.500" in capsys.readouterr().out
     Path("several.toml").write_text(

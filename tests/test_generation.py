@@ -224,6 +224,14 @@ def test_sequences_are_drawn_with_their_probabilities() -> None:
     assert statistic < 66.6
 
 
+def test_an_encoder_reads_prompts_alone_whatever_the_tokenizer_was_made_for() -> None:
+    bare = tokenizer.__wrapped__()
+    bare.backend.post_processor = None
+    assert not bare.encoder_decoder
+    assert dataclasses.replace(language_model("t5"), tokenizer=bare).tokenizer.encoder_decoder
+    assert not dataclasses.replace(language_model(), tokenizer=bare).tokenizer.encoder_decoder
+
+
 def test_an_empty_prompt_is_refused() -> None:
     bare = tokenizer.__wrapped__()
     bare.backend.post_processor = None

@@ -91,6 +91,13 @@ def test_an_encoder_reads_prompts_alone(tmp_path: Path) -> None:
     decoder = Tokenizer.load(directory(tmp_path, unigram(), SP, config={"model_type": "llama"}))
     assert names(decoder, decoder.encode_prompts(["ab"])[0]) == ["▁", "a", "b"]
     assert decoder.affixes == (0, 0)
+    backend = byte_level()
+    special = [("<|im_end|>", backend.token_to_id("<|im_end|>"))]
+    backend.post_processor = processors.TemplateProcessing(single="$A <|im_end|>", special_tokens=special)
+    merges = Tokenizer.load(directory(tmp_path / "bpe", backend, {"eos_token": "<|im_end|>"}))
+    assert names(merges, merges.encode_prompts(["ab"])[0]) == ["ab"]
+    assert names(merges, merges.apart().encode_prompts(["ab"])[0]) == ["ab", "<|im_end|>"]
+    assert not merges.encoder_decoder
 
 
 ENDED = [" yes", " yes<|im_end|>", " yes<|im_end|>\n", " yes<|im_end|><|im_end|>", " yes<|im_end|>\n<|endoftext|>"]

@@ -389,7 +389,7 @@ def test_held_out_evaluation_needs_prompts() -> None:
 
 
 def test_long_prompts_are_dropped_and_counted() -> None:
-    config = TrainConfig(**SMALL | {"max_prompt_tokens": 4}, steps=1)
+    config = TrainConfig(**SMALL | {"max_prompt_tokens": 4, "max_lost": 0.7}, steps=1)
     result = train(language_model(), PROMPTS, prefers_w1, config, quiet=True)
     kept = sum(len(prompt.split()) + 1 <= 4 for prompt in PROMPTS)
     assert (result.report.read, result.report.delivered) == (24, kept)

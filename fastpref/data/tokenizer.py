@@ -1,6 +1,7 @@
 """Text to token ids and back, by the tokenizer of a checkpoint."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class Tokenizer:
       special_text: read special tokens that a plain text or a message names as the control tokens themselves.
       stop_ids: tokens that end a completion besides `eos_id` and those that `files` list.
       encoder_decoder: whether an encoder reads prompts apart from completions. None where nobody knows: it does where
-        texts end with EOS and begin with nothing, as T5's do.
+        texts end with EOS and begin with nothing, as T5's do, and the tokens are no merges, as decoders' are.
 
     Raises:
       ModelError: an id lies outside the vocabulary.
@@ -125,8 +126,14 @@ class Tokenizer:
         """Whether an encoder reads prompts, apart from their completions."""
         if self._encoder_decoder is None:
             begin, end = self._affixes
-            return not begin and self.eos_id in end
+            return not begin and self.eos_id in end and not isinstance(self.backend.model, tokenizers.models.BPE)
         return self._encoder_decoder
+
+    def apart(self) -> "Tokenizer":
+        """The tokenizer of an encoder-decoder model."""
+        made = copy(self)
+        made._encoder_decoder = True
+        return made
 
     @cached_property
     def turn_end_id(self) -> int:

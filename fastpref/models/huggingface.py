@@ -89,6 +89,11 @@ class LanguageModel:
     config: Mapping[str, Any] = field(default_factory=dict)
     """`config.json` as loaded, with entries that only other libraries read; empty writes one from the module."""
 
+    def __post_init__(self) -> None:
+        # Whatever the tokenizer was made for, an encoder reads prompts alone.
+        if getattr(self.module, "decoder_start", None) is not None and not self.tokenizer.encoder_decoder:
+            object.__setattr__(self, "tokenizer", self.tokenizer.apart())
+
 
 def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = True, body: bool = False) -> LanguageModel:
     """Read a checkpoint directory in Hugging Face's layout.
