@@ -214,6 +214,15 @@ class ChatTemplate:
         )
         return common, [self._completion(whole, literals, cut) for whole, literals in wholes]
 
+    def whole(self, said: Conversation) -> Rendered:
+        """A conversation to its end, with all that closes its last message, as `apply_chat_template` writes it.
+
+        Raises:
+          ChatError: the template refuses the conversation.
+        """
+        text, literals = self._written(said, opened=False)
+        return Rendered(text, literals=literals)
+
     def _completion(self, whole: str, literals: Sequence[Span], cut: int) -> Rendered:
         text, end = unended(whole[cut:], self.ends)
         spans = [(start - cut, stop - cut) for start, stop in literals if start >= cut]
@@ -225,6 +234,13 @@ class ChatTemplate:
             return alike(prompt, self._text(said, opened=False))
         except ChatError:  # it writes only conversations that are answered
             return 0
+
+    def wrote(self, prompt: str) -> bool:
+        """Whether this template, with these options or where it has none, wrote a prompt."""
+        writer = prompt.template if isinstance(prompt, Rendered) else None
+        if not isinstance(writer, ChatTemplate) or writer.identity[:-1] != self.identity[:-1]:
+            return False
+        return not self.options or self.options == writer.options
 
     def shorter(self, prompt: Rendered) -> Rendered | None:
         """A prompt without its oldest turn, that is up to the next message of the user; None where it has one alone."""

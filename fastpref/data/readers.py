@@ -1,16 +1,21 @@
 """Records in, from files, tables and iterables: each one delivered, or counted with its reason."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastpref.data.chat import ChatTemplate, is_conversation
 from fastpref.data.records import IDENTICAL, BadRecord, DropReport, Ledger, OnBadRecord, Record
+from fastpref.data.rendered import Rendered
 from fastpref.data.sources import COLUMNS, Row, Source, open_rows
 from fastpref.data.tokenizer import Tokenizer
 from fastpref.method.errors import ChatError
+
+Prompts = str | Path | Iterable[str | Mapping[str, Any]]
+"""Texts, mappings with a `prompt`, or a JSONL, Parquet or Arrow file with that column."""
 
 
 def read_records(
@@ -57,7 +62,7 @@ def read_prompts(
     """Read prompts as text; conversations by the chat template of `tokenizer`, where it brings one.
 
     Args:
-      source: as for `read_records`.
+      source: as for `read_records`; conversations that another model's template wrote are written anew.
       tokenizer: of the model that they are for; None where all are text.
       on_bad_record: what becomes of bad records, as for `read_records`.
       chat_template_kwargs: options of the chat template, such as `enable_thinking`.
@@ -67,10 +72,33 @@ def read_prompts(
 
     Raises:
       DataError: as `read_records` does.
+      ChatError: a prompt is a conversation that another template wrote, and the tokenizer brings none.
     """
     template = None if tokenizer is None else ChatTemplate.find(tokenizer, chat_template_kwargs)
     records, _ = read_records(source, on_bad_record=on_bad_record, template=template)
-    return [record.prompt for record in records]
+    prompts = [record.prompt for record in records]
+    return prompts if tokenizer is None else written_by(template, prompts)
+
+
+def written_by(template: ChatTemplate | None, prompts: Iterable[str]) -> list[str]:
+    """Prompts as a template writes them: each conversation that another template wrote is written anew.
+
+    Raises:
+      ChatError: a prompt is a conversation, and there is no template or it refuses the conversation.
+    """
+    written: list[str] = []
+    for prompt in prompts:
+        said = prompt.conversation if isinstance(prompt, Rendered) else None
+        if said is None or (template is not None and template.wrote(prompt)):
+            written.append(prompt)
+        elif template is None:
+            raise ChatError(
+                "a model that reads conversations must bring a chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json), but received none. Save its template beside it, or give the prompts as text."
+            )
+        else:
+            written.append(template.prompt(said.messages, said.tools, said.options))
+    return written
 
 
 class RecordStream:
@@ -155,6 +183,11 @@ def _record(index: int, row: object, columns: tuple[str, ...], template: ChatTem
         except UnicodeError as error:
             raise BadRecord("bad UTF-8", f"messages must hold valid UTF-8, but received {error}") from None
     prompt = _text(row, "prompt")
+    if isinstance(prompt, Rendered) and template is not None and columns == ("prompt",):
+        try:
+            (prompt,) = written_by(template, [prompt])
+        except ChatError as error:
+            raise BadRecord("bad conversation", str(error)) from None
     if not prompt.strip():
         raise BadRecord("empty prompt", "the prompt must hold more than white space")
     if "completion" in columns:

@@ -39,14 +39,16 @@ class Rendered(str):
       conversation: of a prompt, what it was made of; a judge with a template of its own reads this.
       template: what wrote it, where it may be asked for a shorter one: a `ChatTemplate`.
       tail: what the template wrote behind the text, and was taken off because answers do not begin with it.
+      finished: False of a completion that was cut off, as for `Unfinished`.
     """
 
-    __slots__ = ("conversation", "end", "literals", "tail", "template")
+    __slots__ = ("conversation", "end", "finished", "literals", "tail", "template")
     literals: tuple[Span, ...]
     end: str
     conversation: Conversation | None
     template: Any
     tail: str
+    finished: bool
 
     def __new__(
         cls,
@@ -57,6 +59,7 @@ class Rendered(str):
         conversation: Conversation | None = None,
         template: Any = None,
         tail: str = "",
+        finished: bool = True,
     ) -> "Rendered":
         """The text with its marks."""
         made = super().__new__(cls, text)
@@ -65,11 +68,13 @@ class Rendered(str):
         made.conversation = conversation
         made.template = template
         made.tail = tail
+        made.finished = finished
         return made
 
     def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, Any]]:
         # All but the template, which is a program.
-        return (str(self),), {name: getattr(self, name) for name in ("literals", "end", "conversation", "tail")}
+        names = ("literals", "end", "conversation", "tail", "finished")
+        return (str(self),), {name: getattr(self, name) for name in names}
 
     def __getstate__(self) -> None:
         return None
@@ -86,6 +91,18 @@ class Rendered(str):
         text, literals, made_of = json.loads(content)
         conversation = None if made_of is None else Conversation(*made_of)
         return cls(text, literals=[(start, end) for start, end in literals], conversation=conversation)
+
+
+class Unfinished(str):
+    """A completion that was cut off before it ended: it is encoded without EOS behind it."""
+
+    __slots__ = ()
+    finished = False
+
+
+def is_finished(completion: str) -> bool:
+    """False for a completion that was cut off; recorded ones have ended."""
+    return bool(getattr(completion, "finished", True))
 
 
 class Frame(NamedTuple):

@@ -12,7 +12,7 @@ import xxhash
 from fastpref.data.chat import FOLDER, ChatTemplate, templates_of
 from fastpref.data.controls import Controls
 from fastpref.data.files import check_manifest
-from fastpref.data.rendered import Rendered, Span, alike, unended
+from fastpref.data.rendered import Rendered, Span, Unfinished, alike, is_finished, unended
 from fastpref.data.token_files import (
     APART,
     FILES,
@@ -229,10 +229,15 @@ class Tokenizer:
         ]
 
     def encode_completions(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each completion alone, without special tokens, followed by EOS, also where it holds that."""
+        """Token ids of each completion alone, without special tokens, followed by EOS, also where it holds that.
+
+        One that was cut off, `Unfinished` say, has no EOS behind it.
+        """
         closed = [self._closed(text, self.eos_id) for text in texts]
         bodies = self._encode([body for body, _ in closed], False)
-        return [[*ids, end] for ids, (_, end) in zip(bodies, closed, strict=True)]
+        ended = zip(texts, bodies, closed, strict=True)
+        ended = ((text, self._tidy(text, ids, True), end) for text, ids, end in ended)
+        return [[*ids, end] if is_finished(text) else ids for text, ids, (_, end) in ended]
 
     def _closed(self, text: str, otherwise: int) -> tuple[str, int]:
         """A completion without the token that ends it, and that token."""
@@ -263,7 +268,7 @@ class Tokenizer:
         ]
         apart = self.encoder_decoder
         wholes = [
-            body if apart else self._joined(prompt, body)
+            body if apart else self.joined(prompt, body)
             for prompt, row in zip(known, closed, strict=True)
             for body, _ in row
         ]
@@ -281,15 +286,21 @@ class Tokenizer:
             records.append([head[: cut or None], *([*tail[cut:], end] for tail, (_, end) in pairs)])
         return records
 
-    def _joined(self, prompt: str, body: str) -> str:
-        """The whole text, special tokens of a plain completion as letters."""
+    def joined(self, prompt: str, body: str) -> str:
+        """Prompt and completion as one text, special tokens of a plain completion as letters.
+
+        `encode_completions` ends it as `encode_records` ends the completion.
+        """
+        prompt, finished = self.recognised(prompt), is_finished(body)
         if not isinstance(prompt, Rendered):
-            return str(prompt) + str(body)
+            return str(prompt) + str(body) if finished else Unfinished(str(prompt) + str(body))
+        closing = body.end if isinstance(body, Rendered) else ""
         literals: Sequence[Span] = ()
         if not self.special_text:
             literals = body.literals if isinstance(body, Rendered) else self._controls.places(body)
         moved = [(start + len(prompt), end + len(prompt)) for start, end in literals]
-        return Rendered(str(prompt) + str(body), literals=[*prompt.literals, *moved])
+        end = closing or str(self.backend.id_to_token(self.turn_end_id))
+        return Rendered(str(prompt) + str(body), literals=[*prompt.literals, *moved], end=end, finished=finished)
 
     @property
     def fingerprint(self) -> bytes:

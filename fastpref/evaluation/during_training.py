@@ -149,7 +149,8 @@ class HeldOut:
 
     def fingerprint(self) -> dict[str, Any]:
         """Judge and prompts as JSON, for the fingerprint of the run: a curve is measured by one judge on one set."""
-        return {"judge": self._judge.identity.fingerprint(), "prompts": digest(self._prompts)}
+        # As text: what else a prompt knows of itself decides nothing.
+        return {"judge": self._judge.identity.fingerprint(), "prompts": digest(list(map(str, self._prompts)))}
 
     def measure(self, policy: LanguageModel, step: int) -> dict[str, float]:
         """Metrics of the policy as it is now, under `eval/`; `fastpref.runs.metrics` says what they mean.

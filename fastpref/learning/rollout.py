@@ -111,7 +111,16 @@ def judge(
     prompts = [texts[int(index)] for index in batch.ids]
     written = decode(policy, drawn, prompts)
     tokens, lengths = np.asarray(drawn.tokens), np.asarray(drawn.lengths)
-    jury = Jury(judge, prompts, written, tokens, lengths, ids=batch.ids, step=step)
+    jury = Jury(
+        judge,
+        prompts,
+        written,
+        tokens,
+        lengths,
+        ids=batch.ids,
+        step=step,
+        missing_eos_penalty=config.missing_eos_penalty,
+    )
     selection = select(config.method.pairs, jury, seed=config.seed, baseline=config.baseline)
     by_policy = [writer == "policy" for writer in config.method.writers]
     metrics = sampling_metrics(drawn, by_policy if any(by_policy) else None, policy.tokenizer.stop_ids)

@@ -314,9 +314,8 @@ def fit_preference_model(
       OwnerError, KeyboardInterrupt, StopSignal: as `train` does.
     """
     config = SupervisedConfig() if config is None else config
-    judge = PreferenceModel(
-        as_model(model), template, answers, symmetric=symmetric, max_tokens=config.max_prompt_tokens
-    )
+    read: dict[str, Any] = {"max_tokens": config.max_prompt_tokens, "chat_template_kwargs": config.chat_template_kwargs}
+    judge = PreferenceModel(as_model(model), template, answers, symmetric=symmetric, **read)
     require(
         config.overlong != "truncate",
         "overlong must be 'drop' or 'raise' for a preference model, which reads completions as text",
@@ -408,7 +407,8 @@ def fit_reward_model(
       OwnerError, KeyboardInterrupt, StopSignal: as `train` does.
     """
     config = SupervisedConfig() if config is None else config
-    judge = RewardModel.from_model(as_model(model), max_prompt_tokens=config.max_prompt_tokens)
+    read = {"max_prompt_tokens": config.max_prompt_tokens, "chat_template_kwargs": config.chat_template_kwargs}
+    judge = RewardModel.from_model(as_model(model), **read)
     _check_destination(run_dir, "reward_model.json", "reward_head.safetensors")
     tokens, report = _tokens(data, judge.model, PAIR_COLUMNS, config, cache)
     _report(data, report, config, quiet)

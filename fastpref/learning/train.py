@@ -1,7 +1,7 @@
 """Training by preferences, online and offline: `train`, and the step of every method in one place, `Trainer.step`."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,12 @@ from fastpref.data import (
 )
 from fastpref.data.batches import PackedPairs, PromptBatch
 from fastpref.data.packing import pair_sizes
+from fastpref.data.readers import Prompts
 from fastpref.data.tokenization import PromptTexts, fit_prompts
 from fastpref.evaluation.during_training import HeldOut
 from fastpref.judging.identity import identity, name_of
 from fastpref.judging.judgements import FILE, Judgements
-from fastpref.judging.protocol import Judge, Rewarder
+from fastpref.judging.protocol import Judge, Rewarder, by_scores
 from fastpref.judging.recorded import RecordedJudge
 from fastpref.learning import loop, rollout, update
 from fastpref.learning.row_plan import RowPlan, plan_rows
@@ -39,9 +40,6 @@ from fastpref.runs.report import finish
 
 LIMITS = {"prompt too long": "max_prompt_tokens", "completion too long": "max_new_tokens"}
 """The setting that a record is dropped for, by the reason."""
-
-Prompts = str | Path | Iterable[str | Mapping[str, Any]]
-"""Texts, mappings with a `prompt`, or a JSONL, Parquet or Arrow file with that column."""
 
 
 @dataclass(frozen=True)
@@ -341,6 +339,12 @@ def _check_sources(config: TrainConfig, judge: Judge | Rewarder | None, behaviou
         f"{name} is judged by rewards: its judge must have scores(prompts, completions)",
         judge,
         "Pass a RewardModel; a judge of pairs goes with an algorithm such as online-ipo.",
+    )
+    require(
+        config.missing_eos_penalty is None or method.judged_by == "reward" or by_scores(judge),
+        "missing_eos_penalty must be None where no reward is there to subtract it from",
+        config.missing_eos_penalty,
+        "Pass a RewardModel as the judge, or have a judge of pairs ask for `finished` (fastpref.Judge).",
     )
     wanted = config.mixture_partner == "behaviour"
     require(

@@ -1,6 +1,7 @@
 """What a run is asked to do: frozen, validated, and written to the run directory as JSON."""
 
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +45,12 @@ RULES: tuple[Rule, ...] = (
     ("temperature", lambda x: x > 0, "must be above 0", "The losses assume 1."),
     ("eval_every", lambda x: x >= 0, "must not be negative", "0 switches it off."),
     ("max_lost", lambda x: 0 <= x <= 1, "must lie in [0, 1]", "It is the share of records that a run may lose."),
+    (
+        "missing_eos_penalty",
+        lambda x: x is None or 0 < x < math.inf,
+        "must be a finite number above 0, or None for no penalty",
+        "It is subtracted from the reward of a completion that was cut off.",
+    ),
     (
         "judge_timeout",
         lambda x: x is None or 0 < x < threading.TIMEOUT_MAX,
@@ -156,6 +163,9 @@ class TrainConfig(Settings):
       eval_every: steps between held-out evaluations against the reference; 0 for none.
       eval_prompts: at most this many held-out prompts are used.
       judge_timeout: seconds that a call of the judge may take before the run stops, its state saved; None for any.
+      missing_eos_penalty: subtracted from the reward of a completion that was cut off at `max_new_tokens`, as TRL does;
+        None for nothing. It needs rewards: a `RewardModel`, as the judge of any algorithm. Held-out comparisons are
+        made without it.
 
     Raises:
       ConfigError: a setting breaks its rule.
@@ -179,6 +189,7 @@ class TrainConfig(Settings):
     sample_every: int = 10
     eval_prompts: int = 256
     judge_timeout: float | None = None
+    missing_eos_penalty: float | None = None
 
     def __post_init__(self) -> None:
         require(

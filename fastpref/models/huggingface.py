@@ -36,6 +36,9 @@ FLOATS = ("F16", "BF16", "F32", "F64")
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias")
 """Tensors of old checkpoints that no model reads."""
 
+SCALAR_HEAD = re.compile(r"(score|v_head\.summary|value_head|reward_head)\.(weight|bias)")
+"""Tensors of a scalar head, by which a directory is a reward model's: of transformers, of TRL, and of others."""
+
 OURS = re.compile(
     "|".join([r"config\.json", r"model.*\.safetensors", *map(re.escape, (INDEX, files.MANIFEST, *FILES, FOLDER[:-1]))])
 )
@@ -101,7 +104,7 @@ class LanguageModel:
             object.__setattr__(self, "tokenizer", self.tokenizer.apart())
 
 
-def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = True) -> LanguageModel:
+def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = True, body: bool = False) -> LanguageModel:
     """Read a checkpoint directory in Hugging Face's layout.
 
     Supported are `t5` and `mt5` (both forms of T5), `llama`, and `mistral` and `qwen2` without sliding windows.
@@ -110,6 +113,8 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = Tru
       path: holds `config.json`, `model.safetensors` (or its shards and their index) and `tokenizer.json`.
       dtype: of the parameters, whatever the file has.
       finite: refuse weights that hold NaN or infinity.
+      body: read a model whose states alone are used, by a reward model: scalar heads are passed over, and the embedding
+        stands for a head of the vocabulary that is not there.
 
     Returns:
       The module, a `Policy`, and its tokenizer.
@@ -131,9 +136,19 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = Tru
     config = read_config(raw, tied=False)
     with contextlib.ExitStack() as stack:
         tensors = open_tensors(source, stack)
+        scalar_heads = [name for name in tensors if SCALAR_HEAD.fullmatch(name)]
+        if scalar_heads and not body:
+            raise ModelError(
+                f"a language model must have a head of its vocabulary, but received {source} with {scalar_heads[0]}, "
+                f"a reward model ({', '.join(raw.get('architectures') or ['no architecture named'])}). Read it with "
+                "fastpref.load_judge, or give the directory as the judge."
+            )
+        for name in scalar_heads:
+            del tensors[name]
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in tensors.items()}
         check_sizes(config, shapes)
-        config = replace(config, tied=drop_copies(tensors, raw))
+        tied = drop_copies(tensors, raw) or (body and "lm_head.weight" not in tensors)
+        config = replace(config, tied=tied)
         graph, state = nnx.split(abstract_module(config))
         places = named_leaves(config, state)
         if missing := sorted(places.keys() - tensors.keys()):

@@ -66,7 +66,9 @@ METRICS: dict[str, Metric] = {
         "nats/completion",
         SAMPLED,
     ),
-    "objective/scores": Metric("reward of a completion", "reward", SAMPLED, "higher"),
+    "objective/scores": Metric(
+        "reward of a completion, less `missing_eos_penalty` where it was cut off", "reward", SAMPLED, "higher"
+    ),
     "objective/rlhf_reward": Metric("reward − τ·(log π − log π_ref)", "reward", SAMPLED, "higher"),
     "objective/entropy": Metric(
         "−log π of the token that was drawn: an estimate of π's entropy", "nats/token", "tokens that π wrote"

@@ -4,7 +4,7 @@ log π̂ = (1 − β) log π + β log π_ref + const at every token (IPO-MD, sec
 whatever the number of completions; the loop ends when every row has its EOS.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,10 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from fastpref.data import read_prompts
 from fastpref.data.batches import token_mask
+from fastpref.data.readers import Prompts
+from fastpref.data.rendered import Unfinished
 from fastpref.data.tokenization import TruncationSide, fit_prompts
 from fastpref.kernels import mixture_sample
 from fastpref.method.errors import DivergedError
@@ -166,7 +169,7 @@ class Written(NamedTuple):
     """Completions as text, with what the sampler knows of them."""
 
     texts: list[list[str]]
-    """P lists of K texts, special tokens removed."""
+    """P lists of K texts, special tokens removed; `Unfinished` where a completion was cut off."""
     lengths: Int[np.ndarray, "P K"]
     """Tokens of each, EOS included."""
     policy_logps: Float[np.ndarray, "P K"]
@@ -184,13 +187,14 @@ class Written(NamedTuple):
 
 def write(
     model: LanguageModel,
-    prompts: Sequence[str],
+    prompts: Prompts,
     *,
     seed: int,
     max_new_tokens: int,
     ref: LanguageModel | None = None,
     max_prompt_tokens: int = 512,
     truncation_side: TruncationSide = "right",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     temperature: float = 1.0,
     completions: int = 1,
     batch_size: int = 64,
@@ -200,12 +204,14 @@ def write(
 
     Args:
       model: the model and its tokenizer.
-      prompts: P texts. A chat above max_prompt_tokens loses its oldest turns; another text is cut.
+      prompts: P texts; or mappings, messages or a file, as `train` takes them, which the chat template of this model's
+        tokenizer writes. A chat above max_prompt_tokens loses its oldest turns; another text is cut.
       seed: of the draw: the same seed, prompts and weights give the same texts, whatever the batch size.
       max_new_tokens: longest completion, EOS included.
       ref: also score the completions under this model.
       max_prompt_tokens: longest prompt.
       truncation_side: where a longer text is cut: "right" keeps its first tokens, "left" its last.
+      chat_template_kwargs: options of the chat template, such as `enable_thinking`.
       temperature: of the draw; 0 takes the most likely token.
       completions: K, how many for each prompt.
       batch_size: prompts decoded at once.
@@ -216,19 +222,18 @@ def write(
 
     Raises:
       ValueError: a prompt without tokens.
-      DataError: a chat above max_prompt_tokens has no turn that could be left out.
+      DataError: the prompts cannot be read, or a chat above max_prompt_tokens has no turn that could be left out.
       DivergedError: a model's logits are not finite.
 
     Warns:
       CutWarning: prompts were cut.
     """
-    encoded = fit_prompts(
-        prompts, model.tokenizer, max_prompt_tokens=max_prompt_tokens, truncation_side=truncation_side
-    )
+    texts = read_prompts(prompts, model.tokenizer, chat_template_kwargs=chat_template_kwargs)
+    encoded = fit_prompts(texts, model.tokenizer, max_prompt_tokens=max_prompt_tokens, truncation_side=truncation_side)
     empty = [index for index, tokens in enumerate(encoded) if not tokens]
     if empty:
         raise ValueError(
-            f"a prompt must have at least one token, but prompt {empty[0]} has none ({prompts[empty[0]]!r}). "
+            f"a prompt must have at least one token, but prompt {empty[0]} has none ({texts[empty[0]]!r}). "
             "Remove empty prompts."
         )
     definition, params = nnx.split(model.module)
@@ -236,7 +241,7 @@ def write(
     width = round_up(max((len(tokens) for tokens in encoded), default=1), 16)
     parts: list[Written] = []
     for start in range(0, len(encoded), batch_size):
-        part, of = encoded[start : start + batch_size], list(prompts[start : start + batch_size])
+        part, of = encoded[start : start + batch_size], texts[start : start + batch_size]
         # A short last batch is filled up, so that one shape is compiled.
         missing = min(batch_size, len(encoded)) - len(part)
         rows, of = part + part[:1] * missing, of + of[:1] * missing
@@ -303,7 +308,7 @@ def round_up(value: int, multiple: int) -> int:
 
 
 def decode(model: LanguageModel, completions: Completions, prompts: Sequence[str]) -> list[list[str]]:
-    """Completions of P prompts as text: P lists of K, special tokens removed."""
+    """Completions of P prompts as text: P lists of K, special tokens removed; `Unfinished` where one was cut off."""
     tokens, lengths = np.asarray(completions.tokens), np.asarray(completions.lengths)
     count, per_prompt, _ = tokens.shape
     flat = [
@@ -311,7 +316,9 @@ def decode(model: LanguageModel, completions: Completions, prompts: Sequence[str
         for prompt in range(count)
         for which in range(per_prompt)
     ]
-    texts = model.tokenizer.decode_completions(flat, [prompt for prompt in prompts for _ in range(per_prompt)])
+    written = model.tokenizer.decode_completions(flat, [prompt for prompt in prompts for _ in range(per_prompt)])
+    ends = ended(tokens, lengths, model.tokenizer.stop_ids).reshape(-1)
+    texts = [text if end else Unfinished(text) for text, end in zip(written, ends, strict=True)]
     return [texts[start : start + per_prompt] for start in range(0, len(texts), per_prompt)]
 
 
