@@ -104,6 +104,10 @@ def test_what_is_no_reward_model_is_refused_with_a_way_out(tmp_path: Path) -> No
         ):
             load_judge(ranker)
     one = write_checkpoint(tmp_path / "one", "llama")
+    (one / "model.safetensors").rename(one / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"weights as safetensors, but received .*one without"):
+        load_judge(one)
+    (one / "pytorch_model.bin").rename(one / "model.safetensors")
     with pytest.raises(
         ModelError, match=r"score.weight, a reward model \(LlamaForSequenceClassification\).*load_judge"
     ):

@@ -81,6 +81,11 @@ def read_reward_model(path: str | Path) -> RewardModel:
             f"here. {FUNCTION}"
         )
     head = _scalar_head(source)
+    if not head and not any(source.glob("model*.safetensors")):
+        raise FileNotFoundError(
+            f"a reward model must have its weights as safetensors, but received {source} without. Save them anew with "
+            "transformers: AutoModelForSequenceClassification.from_pretrained(...).save_pretrained(...)."
+        )
     if not head:
         raise ModelError(
             f"a judge must be the directory of a preference or reward model, but received {source}, which holds no "
