@@ -282,8 +282,30 @@ COMPILED = Table(
 # Prose
 
 
-def demo(*path: Any, shown: Callable[[Any], str]) -> Figure:
-    return Figure("demo_small_cpu", ("runs", "*", *path), shown)
+def demo(*path: Any, shown: Callable[[Any], str], result: str = "demo_cpu") -> Figure:
+    return Figure(result, ("runs", "*", *path), shown)
+
+
+def processor(name: str) -> str:
+    """Processor and cores, of the name of a machine."""
+    return ", ".join(name.split(", ")[:2])
+
+
+def least(ends: Sequence[float]) -> str:
+    """The least of some numbers, rounded down."""
+    return f"{int(100 * min(ends)) / 100:.2f}"
+
+
+SHOWN = 4
+
+
+def demo_samples() -> str:
+    """The first samples of the first seed, greedy, as the recorded run lists them."""
+    lines = ["| article | the model as it came | aligned |", "| --- | --- | --- |"]
+    for sample in read("demo_cpu")["runs"][0]["samples"][:SHOWN]:
+        greedy = (sample[side].partition("\n\n")[0].removeprefix("greedy: ") for side in ("before", "after"))
+        lines.append(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in (sample['article'], *greedy))} |")
+    return "\n".join(lines)
 
 
 def win_rate(study: str, **which: str) -> Figure:
@@ -311,29 +333,39 @@ Block = Table | Prose | Callable[[], str]
 BLOCKS: dict[str, Block] = {
     "demo": Prose(
         (
-            "The small demo ends with the win rate of the aligned model over the one it started from: ",
+            "On ",
+            Figure("demo_cpu", ("machine",), processor),
+            ", the aligned model wins ",
             demo("win_rate", shown=listed(decimals(2))),
-            " for seeds ",
+            " of the comparisons with the one that came, for seeds ",
             demo("seed", shown=listed(str)),
             " (95 % intervals all above ",
-            demo("win_rate_low", shown=lambda lows: f"{int(100 * min(lows)) / 100:.2f}"),
-            "). The gold judge compares them, whose labels the preference model learned from, on articles that none of "
-            "the three has seen. It took ",
-            demo("total_seconds", shown=spread(decimals(0))),
-            " seconds (timed for ",
-            Figure(
-                "demo_small_cpu",
-                ("runs",),
-                lambda runs: f"{sum('total_seconds' in run for run in runs)} of {len(runs)} seeds",
-            ),
-            ").",
+            demo("win_rate_low", shown=least),
+            "; ",
+            demo("prompts", shown=spread(str)),
+            " articles). From an empty folder, download included, that takes ",
+            demo("total_seconds", shown=spread(decimals(1, scale=1 / 60))),
+            " minutes and ",
+            demo("peak_gib", shown=spread(decimals(1))),
+            " GiB. Greedy summaries of the first articles of the comparison; drawn ones stand beside them in "
+            "`bench/results/demo_cpu.md`:",
+        )
+    ),
+    "demo-samples": demo_samples,
+    "demo-small": Prose(
+        (
+            "The small demo ends with win rates of ",
+            demo("win_rate", shown=listed(decimals(2)), result="demo_small_cpu"),
+            " (95 % intervals all above ",
+            demo("win_rate_low", shown=least, result="demo_small_cpu"),
+            "): its T5 gains form, and no knowledge of the article.",
         )
     ),
     "measured": MEASURED,
     "machine": Prose(
         (
             "On ",
-            Figure("kernels_cpu", ("machine",), lambda name: ", ".join(name.split(", ")[:2])),
+            Figure("kernels_cpu", ("machine",), processor),
             ", float32 unless it says otherwise: medians, and in brackets our time over the other side's, so that more "
             "than 1 is a loss. Spread, floors, all other cases and the use of the machine meanwhile are in "
             "`bench/results/`, each with its command. `make bench` times all again; a busy machine records nothing.",

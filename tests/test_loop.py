@@ -9,7 +9,7 @@ import pytest
 
 from fastpref.learning import loop
 from fastpref.method.config import SupervisedConfig
-from fastpref.method.errors import OwnerError, RunWarning
+from fastpref.method.errors import RunWarning
 
 
 class Counter:
@@ -71,20 +71,6 @@ def test_a_finished_run_mends_its_metrics_too(tmp_path: Path) -> None:
     with pytest.warns(RunWarning, match="lines 1, 2, 3, 4 are damaged or missing"):
         drive(tmp_path, 4)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
-
-
-def test_a_run_has_one_owner_while_it_steps(tmp_path: Path) -> None:
-    refused = []
-
-    def on_step(done: int, metrics: dict[str, float], arrays: Any) -> None:
-        with pytest.raises(OwnerError) as second:
-            drive(tmp_path, 2)
-        refused.append(str(second.value))
-
-    drive(tmp_path, 2, on_step=on_step)
-    assert len(refused) == 2
-    assert "must have one owner" in refused[0]
-    drive(tmp_path, 3)
 
 
 def test_a_disk_that_refuses_all_but_checkpoints_does_not_stop_a_run(tmp_path: Path) -> None:

@@ -127,4 +127,20 @@ def test_every_kind_of_run_takes_the_lock_and_leaves_the_directory_alone(kind: s
     with hold(tmp_path):
         with pytest.raises(OwnerError, match="must have one owner"):
             RUNS[kind](tmp_path)
-        assert {path.name for path in tmp_path.iterdir()} <= {"owner", "judged.sqlite", "judged.sqlite.lock"}
+        assert {path.name for path in tmp_path.iterdir()} == {"owner"}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_every_kind_of_run_holds_its_directory_until_model_and_report_are_written(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finish(run_dir: Path, *_: object, **__: object) -> None:
+        with pytest.raises(OwnerError, match="must have one owner"), hold(run_dir):
+            pass
+        written.append(Path(run_dir))
+
+    written: list[Path] = []
+    for module in ("train", "supervised"):
+        monkeypatch.setattr(f"fastpref.learning.{module}.finish", finish)
+    RUNS[kind](tmp_path)
+    assert written == [tmp_path]

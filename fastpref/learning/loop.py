@@ -20,7 +20,7 @@ from fastpref.learning import signals
 from fastpref.method.config import SupervisedConfig, TrainConfig, to_json
 from fastpref.method.errors import DivergedError
 from fastpref.models.huggingface import OURS
-from fastpref.runs import checkpoints, log, owner, terminal
+from fastpref.runs import checkpoints, log, terminal
 
 UNHEALTHY_LIMIT = 5
 """So many skipped updates in a row end a run: the state before them is what the last checkpoint holds."""
@@ -86,7 +86,7 @@ def drive(
       arrays: the arrays at step 0.
       source: the batcher that `advance` reads.
       config: steps, intervals and all else that belongs to the run.
-      run_dir: where the run is written, or None to write nothing.
+      run_dir: where the run is written, held by the caller; or None to write nothing.
       fingerprint: what must be equal for a continuation besides the settings, as JSON values.
       description: what the progress bar says.
       measure: called after each step, once its result is safe.
@@ -99,7 +99,6 @@ def drive(
     Raises:
       CheckpointError: the run directory holds another run, or nothing readable.
       DivergedError: `UNHEALTHY_LIMIT` updates in a row were skipped, those of earlier processes counted.
-      OwnerError: another process is writing the run directory.
       KeyboardInterrupt: INT was received; the step was finished and saved.
       StopSignal: the same of TERM and HUP.
     """
@@ -110,7 +109,6 @@ def drive(
     history: list[dict[str, float]] = []
     with ExitStack() as stack:
         stop = stack.enter_context(signals.stopping())
-        stack.enter_context(owner.hold(run_dir))
         run = folder = None
         if run_dir is not None:
             folder = run_dir / "checkpoints"

@@ -34,7 +34,7 @@ from fastpref.learning.objectives import Objective, answer_loss, learn, measure,
 from fastpref.method.config import SupervisedConfig
 from fastpref.method.errors import DataError, require
 from fastpref.models import LanguageModel, as_model, save
-from fastpref.runs import metrics, plots
+from fastpref.runs import metrics, owner, plots
 from fastpref.runs.report import finish
 
 NO_LIMIT = 2**31 - 1
@@ -100,14 +100,13 @@ def _fit(
             best, best_value = copy(params), jnp.asarray(sign * value, jnp.float32)
         return loop.Outcome((params, opt_state, best, best_value), {criterion: value})
 
-    folder = None if run_dir is None else Path(run_dir)
     params = copy(start)
     (params, _, best, best_value), history = loop.drive(
         advance,
         (params, update.initial_state(chain, params), copy(start), jnp.asarray(-jnp.inf, jnp.float32)),
         source,
         config,
-        run_dir=folder,
+        run_dir=None if run_dir is None else Path(run_dir),
         fingerprint={
             "model": loop.digest(start),
             "objective": description,
@@ -128,11 +127,7 @@ def _arrays(batch: CompletionBatch) -> dict[str, Any]:
 
 
 def _tokens(
-    data: Source,
-    model: LanguageModel,
-    columns: Sequence[str],
-    config: SupervisedConfig,
-    cache: str | Path | None = None,
+    data: Source, model: LanguageModel, columns: Sequence[str], config: SupervisedConfig, cache: Any = None
 ) -> tuple[TokenRecords, DropReport]:
     return tokenized(
         data,
@@ -202,8 +197,7 @@ def sft(
 
     Args:
       policy: a `LanguageModel`, or the directory of a Hugging Face checkpoint. It is not changed.
-      data: records with `prompt` and `completion`, from files, a table or an iterable, as for
-        `fastpref.data.read_records`. Messages may stand for text, as in `train`.
+      data: records with `prompt` and `completion`, read as those of `train`.
       config: settings.
       held_out: records of the same form; the model with the lowest loss on them is returned.
       run_dir: where config, metrics, checkpoints, plots and the model are written; the same call goes on from there.
@@ -220,7 +214,7 @@ def sft(
       CheckpointError: the run directory holds another run.
       DivergedError: five updates in a row were not finite.
       FileExistsError: `model` in the run directory holds other files than a model's.
-      KeyboardInterrupt, StopSignal: as `train` does.
+      OwnerError, KeyboardInterrupt, StopSignal: as `train` does.
     """
     config = SupervisedConfig() if config is None else config
     model = as_model(policy)
@@ -243,7 +237,7 @@ def sft(
             max_shapes=config.max_shapes,
         )
 
-    with batches(tokens) as batcher:
+    with owner.hold(run_dir), batches(tokens) as batcher:
 
         def validate(module: Any) -> float:
             definition, params = nnx.split(module)
@@ -266,10 +260,10 @@ def sft(
             description="sft",
             quiet=quiet,
         )
-    tuned = dataclasses.replace(model, module=module)
-    if run_dir is not None:
-        save(tuned, Path(run_dir) / "model")
-        finish(run_dir, "sft", plots.plot_supervised, data=report)
+        tuned = dataclasses.replace(model, module=module)
+        if run_dir is not None:
+            save(tuned, Path(run_dir) / "model")
+            finish(run_dir, "sft", plots.plot_supervised, data=report)
     return FitResult(tuned, metrics, best, report)
 
 
@@ -293,8 +287,7 @@ def fit_preference_model(
 
     Args:
       model: where to start; a `LanguageModel` or the directory of a checkpoint. It is not changed.
-      data: records with `prompt`, `chosen`, `rejected` and optionally `preference`, in a file or an iterable; messages
-        may stand for text, as in `train`.
+      data: records with `prompt`, `chosen`, `rejected` and optionally `preference`, read as those of `train`.
       config: settings; `max_prompt_tokens` limits a reading up to the end of the prompt, which is shortened to fit;
         completions above `max_completion_tokens` are dropped, counted, or refused, as `overlong` says.
       held_out: records of the same form; the model with the highest agreement with them is returned.
@@ -315,7 +308,7 @@ def fit_preference_model(
       CheckpointError: the run directory holds another run.
       DivergedError: five updates in a row were not finite.
       FileExistsError: `model` in the run directory holds other files than a model's.
-      KeyboardInterrupt, StopSignal: as `train` does.
+      OwnerError, KeyboardInterrupt, StopSignal: as `train` does.
     """
     config = SupervisedConfig() if config is None else config
     judge = PreferenceModel(
@@ -335,18 +328,21 @@ def fit_preference_model(
     opened, forward = judge.readings(prompts, chosen, rejected)
     _, backward = judge.readings(prompts, rejected, chosen)
     constants = {"answers": judge.answer_ids(), "symmetric": np.asarray(symmetric)}
-    with PaddedPairBatcher(
-        opened,
-        forward,
-        backward,
-        preference,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        max_prompt_tokens=config.max_prompt_tokens,
-        max_completion_tokens=max(map(len, forward + backward), default=1),
-        max_shapes=config.max_shapes,
-        vocab_size=judge.model.module.vocab_size,
-    ) as batcher:
+    with (
+        owner.hold(run_dir),
+        PaddedPairBatcher(
+            opened,
+            forward,
+            backward,
+            preference,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_completion_tokens=max(map(len, forward + backward), default=1),
+            max_shapes=config.max_shapes,
+            vocab_size=judge.model.module.vocab_size,
+        ) as batcher,
+    ):
 
         def with_module(module: Any) -> PreferenceModel:
             return dataclasses.replace(judge, model=dataclasses.replace(judge.model, module=module))
@@ -365,10 +361,10 @@ def fit_preference_model(
             description="preference model",
             quiet=quiet,
         )
-    fitted = with_module(module)
-    if run_dir is not None:
-        fitted.save(Path(run_dir) / "model")
-        finish(run_dir, "preference model", plots.plot_supervised, data=report)
+        fitted = with_module(module)
+        if run_dir is not None:
+            fitted.save(Path(run_dir) / "model")
+            finish(run_dir, "preference model", plots.plot_supervised, data=report)
     return FitResult(fitted, metrics, best, report)
 
 
@@ -387,8 +383,7 @@ def fit_reward_model(
 
     Args:
       model: where to start; a `LanguageModel` or the directory of a checkpoint. It is not changed.
-      data: records with `prompt`, `chosen`, `rejected` and optionally `preference`, in a file or an iterable; messages
-        may stand for text, as in `train`.
+      data: records with `prompt`, `chosen`, `rejected` and optionally `preference`, read as those of `train`.
       config: settings.
       held_out: records of the same form; the model with the highest agreement with them is returned.
       run_dir: where everything is written; the same call goes on from there.
@@ -405,7 +400,7 @@ def fit_reward_model(
       CheckpointError: the run directory holds another run.
       DivergedError: five updates in a row were not finite.
       FileExistsError: `model` in the run directory holds other files than a model's.
-      KeyboardInterrupt, StopSignal: as `train` does.
+      OwnerError, KeyboardInterrupt, StopSignal: as `train` does.
     """
     config = SupervisedConfig() if config is None else config
     judge = RewardModel.from_model(as_model(model), max_prompt_tokens=config.max_prompt_tokens)
@@ -413,18 +408,21 @@ def fit_reward_model(
     tokens, report = _tokens(data, judge.model, PAIR_COLUMNS, config, cache)
     _require_some(data, len(tokens), report, quiet)
     checks, _ = _pairs(held_out, judge.model, config)
-    with PaddedPairBatcher(
-        tokens.prompts,
-        tokens.completions[0],
-        tokens.completions[1],
-        tokens.preference,
-        ids=tokens.ids,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        max_prompt_tokens=config.max_prompt_tokens,
-        max_completion_tokens=config.max_completion_tokens,
-        max_shapes=config.max_shapes,
-    ) as batcher:
+    with (
+        owner.hold(run_dir),
+        PaddedPairBatcher(
+            tokens.prompts,
+            tokens.completions[0],
+            tokens.completions[1],
+            tokens.preference,
+            ids=tokens.ids,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            max_prompt_tokens=config.max_prompt_tokens,
+            max_completion_tokens=config.max_completion_tokens,
+            max_shapes=config.max_shapes,
+        ) as batcher,
+    ):
 
         def with_module(module: Any) -> RewardModel:
             return dataclasses.replace(judge, module=module)
@@ -443,8 +441,8 @@ def fit_reward_model(
             description="reward model",
             quiet=quiet,
         )
-    fitted = with_module(module)
-    if run_dir is not None:
-        fitted.save(Path(run_dir) / "model")
-        finish(run_dir, "reward model", plots.plot_supervised, data=report)
+        fitted = with_module(module)
+        if run_dir is not None:
+            fitted.save(Path(run_dir) / "model")
+            finish(run_dir, "reward model", plots.plot_supervised, data=report)
     return FitResult(fitted, metrics, best, report)

@@ -34,6 +34,7 @@ from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError, DataError, require
 from fastpref.method.schedules import value_at
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
+from fastpref.runs import owner
 from fastpref.runs.report import finish
 
 Prompts: TypeAlias = Source
@@ -235,6 +236,7 @@ def train(
       JudgeError: the judge failed; the steps before are saved.
       JudgementsError: what the judge said before is damaged, or cannot be written.
       CheckpointError: the run directory holds another run.
+      OwnerError: another process is writing the run directory.
       DivergedError: five updates in a row were not finite, or the logits of a model that writes.
       FileExistsError: `policy` in the run directory holds other files than a model's.
       KeyboardInterrupt: INT was received; the step was finished and saved. A second one stops at once.
@@ -256,6 +258,7 @@ def train(
     source = _source(prompts, policy, config, cache)
     loop.report_drops(source.report, quiet)
     with ExitStack() as stack:
+        stack.enter_context(owner.hold(folder))
         stack.enter_context(source.batches)
         log = None
         if folder is not None and (judge is not None or eval_judge is not None):
@@ -307,11 +310,11 @@ def train(
             on_step=report,
             quiet=quiet,
         )
-    aligned = trainer.current(learned)
-    if folder is not None:
-        if destination is not None:
-            save(aligned, destination)
-        finish(folder, config.algorithm, data=source.report, judge=None if judge is None else name_of(judge))
+        aligned = trainer.current(learned)
+        if folder is not None:
+            if destination is not None:
+                save(aligned, destination)
+            finish(folder, config.algorithm, data=source.report, judge=None if judge is None else name_of(judge))
     return TrainResult(policy=aligned, ref=ref, metrics=history, run_dir=folder, report=source.report)
 
 

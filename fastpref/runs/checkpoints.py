@@ -185,7 +185,7 @@ class _Damage(Exception):
 def _one_process() -> None:
     if jax.process_count() > 1:
         raise CheckpointError(
-            f"checkpoints are written and read by one process, and this run has {jax.process_count()}. "
+            f"checkpoints must be written and read by one process, but received a run of {jax.process_count()}. "
             "Use Orbax's CheckpointManager from a callback."
         )
 
@@ -209,8 +209,8 @@ def _later_steps(directory: Path, step: int) -> list[Path]:
         except _Damage:
             continue
         raise CheckpointError(
-            f"step {step} cannot be saved to {directory}: step {number} is already there, so this is another run's "
-            "directory. Resume from it, or choose another directory."
+            f"a checkpoint must be the newest of its directory, but received step {step} beside step {number} of "
+            f"another run in {directory}. Resume from that, or choose another directory."
         )
     return [path for _, path in later]
 
@@ -252,7 +252,9 @@ def _plain_json(value: Mapping[str, Any]) -> dict[str, Any]:
     try:
         plain: dict[str, Any] = orjson.loads(orjson.dumps(dict(value)))
     except TypeError as error:
-        raise ValueError(f"fingerprint must be JSON; {error} in {dict(value)}") from error
+        raise ValueError(
+            f"fingerprint must be JSON, but received {dict(value)}: {error}. Convert its values to text or numbers."
+        ) from error
     return plain
 
 
@@ -315,16 +317,19 @@ def _leaves(tree: Any, argument: str, kinds: Any) -> dict[str, Any]:
     for name, leaf in leaves.items():
         if not isinstance(leaf, kinds):
             raise ValueError(
-                f"every leaf of {argument} must be a jax.Array; {argument}{name} is {type(leaf).__name__}. "
-                "Convert it with jnp.asarray, or save it in extra."
+                f"every leaf of {argument} must be a jax.Array, but received {type(leaf).__name__} at "
+                f"{argument}{name}. Convert it with jnp.asarray, or save it in extra."
             )
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise ValueError(
-                f"{argument}{name} is a typed PRNG key, {leaf.dtype}. Save jax.random.key_data(key), "
-                "and make the key again with jax.random.wrap_key_data."
+                f"every leaf of {argument} must be plain numbers, but received a typed PRNG key, {leaf.dtype}, at "
+                f"{argument}{name}. Save jax.random.key_data(key), and make it again with jax.random.wrap_key_data."
             )
     if not any(leaf.size for leaf in leaves.values()):
-        raise ValueError(f"{argument} must hold at least one number; it has {len(leaves)} leaves, all empty")
+        raise ValueError(
+            f"{argument} must hold at least one number, but received {len(leaves)} leaves, all empty. "
+            "Save its values in extra."
+        )
     return leaves
 
 
