@@ -184,8 +184,8 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path) -> None:
             assert "is damaged and made anew: " in str(caught[0].message)
             assert path.read_bytes() == data
         warned += len(caught)
-    # A flipped bit in the padding between buffers changes nothing.
-    assert warned > len(damaged) * 0.8
+    # A flipped bit in the padding between buffers, or in the schema at the head, changes nothing.
+    assert warned > len(damaged) * 0.75
 
 
 def test_a_cache_of_other_data_is_not_taken(tmp_path: Path) -> None:

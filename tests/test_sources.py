@@ -326,6 +326,8 @@ def test_columns_that_nothing_is_read_from_are_named(tmp_path: Path) -> None:
         assert str(report) == "5 records read, 5 delivered, 0 dropped; columns not used: score, source"
         assert read_records(source)[1].unused == ("chosen", "rejected", "score", "source")
     assert read_records(tmp_path / "a.parquet", columns=PAIR)[1].unused == ("none", "score", "source")
+    many = DropReport(1, 1, unused=tuple(f"c{n:02}" for n in range(23)))
+    assert str(many).endswith("c18, c19 and 3 more")
     for _ in range(2):  # encoded, and from the cache
         assert tokenized(
             tmp_path / "a.jsonl", Words(), columns=PAIR, max_prompt_tokens=9, max_completion_tokens=30, cache=tmp_path
@@ -364,6 +366,13 @@ def test_a_prompt_that_its_conversations_do_not_hold_is_not_ignored() -> None:
     for prompt in ("How deep?", [{"role": "user", "content": "How deep?"}]):
         with pytest.raises(DataError, match=r"a prompt beside whole conversations must be their beginning or what the"):
             read_records([{**row, "prompt": prompt}], columns=PAIR, template=CHAT)
+        with pytest.raises(DataError, match=r"a prompt beside whole conversations must be their beginning or what the"):
+            read_records(
+                [{"messages": row["chosen"], "prompt": prompt}], columns=("prompt", "completion"), template=CHAT
+            )
+    supervised = [{"messages": row["chosen"], "prompt": "How high?"}]
+    assert read_records(supervised, columns=("prompt", "completion"), template=CHAT)[1] == DropReport(1, 1)
+    assert read_records(supervised, template=CHAT)[1].unused == ("messages",)
 
 
 def test_what_a_template_reads_is_never_lost() -> None:

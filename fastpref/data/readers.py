@@ -186,12 +186,10 @@ def _record(
         raise BadRecord(
             "not a record", f"a record must map {', '.join(columns)} to text, but received {type(row).__name__}"
         )
-    conversation = _is_conversation(row, columns, template)
-    read = {*columns, "preference"} if "chosen" in columns else {*columns}
-    if conversation:
-        read |= {"messages", *FOR_TEMPLATES}
+    written = _written(row, columns, template)
+    read = {*columns, *written, *["preference"] * ("chosen" in columns)}
     unused.update(str(name) for name, value in row.items() if name not in read and value is not None)
-    if template is not None and conversation:
+    if template is not None and written:
         try:
             row = {**row, **template.texts(row, columns)}
         except ChatError as error:
@@ -238,8 +236,8 @@ def _columns_of(record: Record) -> dict[str, Any]:
     return {"prompt": record.prompt, **dict(zip(names, record.completions, strict=True)), **preference}
 
 
-def _is_conversation(row: Mapping[str, Any], columns: tuple[str, ...], template: ChatTemplate | None) -> bool:
-    """Whether a record is messages, or text with what only a template can put beside it.
+def _written(row: Mapping[str, Any], columns: tuple[str, ...], template: ChatTemplate | None) -> set[str]:
+    """What a template reads beside the columns of messages, or of text with a system; nothing where all is plain text.
 
     Raises:
       BadRecord: what stands beside its text or messages would be lost.
@@ -250,19 +248,20 @@ def _is_conversation(row: Mapping[str, Any], columns: tuple[str, ...], template:
             raise BadRecord(
                 "bad conversation", f"{' and '.join(given)} must stand beside messages, but received text alone"
             )
-        return False
+        return set()
     if given and template is None:
         raise BadRecord(
             "bad conversation", f"{' and '.join(given)} must be written by a chat template, but received none"
         )
-    whole = [row[name] for name in columns if name != "prompt" and _begins(row.get(name))]
+    messages = ["messages"] * ("messages" in row and any(name not in row for name in columns if name != "preference"))
+    whole = [row[name] for name in (*columns, *messages) if name != "prompt" and _begins(row.get(name))]
     if whole and not _empty(row.get("prompt")) and not _is_start(row["prompt"], whole[0]):
         raise BadRecord(
             "bad conversation",
             "a prompt beside whole conversations must be their beginning or what the user says there, but received "
             f"{row['prompt']!r:.50}",
         )
-    return True
+    return {*FOR_TEMPLATES, *messages}
 
 
 def _empty(value: object) -> bool:

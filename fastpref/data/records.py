@@ -18,6 +18,9 @@ class BadRecord(Exception):
         self.size = size
 
 
+MOST_NAMES = 20
+"""So many unused columns are named in a line."""
+
 IDENTICAL = "identical completions"
 """The reason of a pair that teaches nothing."""
 
@@ -68,7 +71,8 @@ class DropReport:
             text += f" ({', '.join(f'{count} {reason}' for reason, count in reasons)})"
         if self.truncated:
             text += f", {self.truncated} truncated"
-        return text + (f"; columns not used: {', '.join(self.unused)}" if self.unused else "")
+        more = f" and {len(self.unused) - MOST_NAMES} more" * (len(self.unused) > MOST_NAMES)
+        return text + (f"; columns not used: {', '.join(self.unused[:MOST_NAMES])}{more}" if self.unused else "")
 
     @property
     def shares(self) -> str:

@@ -130,11 +130,7 @@ def _arrays(batch: CompletionBatch) -> dict[str, Any]:
 
 
 def _tokens(
-    data: Source,
-    model: LanguageModel,
-    columns: Sequence[str],
-    config: SupervisedConfig,
-    cache: str | Path | None = None,
+    data: Source, model: LanguageModel, columns: Sequence[str], config: SupervisedConfig, cache: Any = None
 ) -> tuple[TokenRecords, DropReport]:
     return tokenized(
         data,
@@ -200,8 +196,7 @@ def sft(
 
     Args:
       policy: a `LanguageModel`, or the directory of a Hugging Face checkpoint. It is not changed.
-      data: records with `prompt` and `completion`, from files, a table or an iterable, as for
-        `fastpref.data.read_records`. Messages may stand for text, as in `train`.
+      data: records with `prompt` and `completion`, read as those of `train`.
       config: settings.
       held_out: records of the same form; the model with the lowest loss on them is returned.
       run_dir: where config, metrics, checkpoints, plots and the model are written; the same call goes on from there.
@@ -291,8 +286,7 @@ def fit_preference_model(
 
     Args:
       model: where to start; a `LanguageModel` or the directory of a checkpoint. It is not changed.
-      data: records with `prompt`, `chosen`, `rejected` and optionally `preference`, in a file or an iterable; messages
-        may stand for text, as in `train`.
+      data: records with `prompt`, `chosen`, `rejected` and optionally `preference`, read as those of `train`.
       config: settings; `max_prompt_tokens` limits a reading up to the end of the prompt, which is shortened to fit;
         completions above `max_completion_tokens` are dropped, counted, or refused, as `overlong` says.
       held_out: records of the same form; the model with the highest agreement with them is returned.
@@ -389,8 +383,7 @@ def fit_reward_model(
 
     Args:
       model: where to start; a `LanguageModel` or the directory of a checkpoint. It is not changed.
-      data: records with `prompt`, `chosen`, `rejected` and optionally `preference`, in a file or an iterable; messages
-        may stand for text, as in `train`.
+      data: records with `prompt`, `chosen`, `rejected` and optionally `preference`, read as those of `train`.
       config: settings.
       held_out: records of the same form; the model with the highest agreement with them is returned.
       run_dir: where everything is written; the same call goes on from there.
