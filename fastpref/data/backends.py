@@ -84,7 +84,7 @@ def convert(
     add_tokens(backend, {**settings, **defaults}, numbered)
     special = [text for text in (*named.values(), *sentinels) if text is not None]
     backend.add_tokens([AddedToken(text, normalized=False, special=True) for text in special])
-    around = [named.get(part, part) for part in template]
+    around = [named.get(part) or part for part in template]
     if len(around) > 1:
         backend.post_processor = processors.TemplateProcessing(
             single=around, special_tokens=[(part, backend.token_to_id(part)) for part in {*around} - {"$A"}]
@@ -104,11 +104,10 @@ def unigram(proto: Any, settings: Mapping[str, Any]) -> Converted:
     backend = Tokenizer(models.Unigram(vocabulary, unk_id=proto.trainer_spec.unk_id, byte_fallback=False))
     if charsmap := proto.normalizer_spec.precompiled_charsmap:
         backend.normalizer = normalizers.Precompiled(charsmap)
-    blanks = {"replacement": BLANK, "prepend_scheme": "always", "split": True}
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**blanks)]
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(BLANK, "always", True)]
     )
-    backend.decoder = decoders.Metaspace(**blanks)
+    backend.decoder = decoders.Metaspace(BLANK, "always", True)
     return backend, sentinels, ["$A", "eos_token"]
 
 
@@ -180,8 +179,8 @@ def add_tokens(backend: Tokenizer, settings: Mapping[str, Any], numbered: Mappin
     # Others stand in no text that is read here: where the vocabulary lacks them they need no id of their own.
     read = ("bos_token", "eos_token")
     needed = [text for key, text in named.items() if key in read or backend.token_to_id(text or "") is not None]
-    special = [text for text in (*needed, *map(text_of, further)) if text]
-    backend.add_tokens([AddedToken(text, normalized=False, special=True) for text in special if text not in present])
+    texts = [text for text in (*needed, *map(text_of, further)) if text and text not in present]
+    backend.add_tokens([AddedToken(text, normalized=False, special=True) for text in texts])
 
 
 def _listed(tokens: object) -> list[object]:
