@@ -120,8 +120,9 @@ def stepper(model: LanguageModel, config: TrainConfig, chain: Any, compiling: di
         batch, number = take(), next(step)
         completions: Any = jax.tree.map(np.asarray, generate_jit(*draw(batch, number), **drawing))
         clocks.append((time.perf_counter(), time.process_time()))
-        first, second = zip(*decode(model, completions), strict=True)
-        preference: Any = ask(likes_low_words, [texts[int(index)] for index in batch.ids], first, second)
+        asked = [texts[int(index)] for index in batch.ids]
+        first, second = zip(*decode(model, completions, asked), strict=True)
+        preference: Any = ask(likes_low_words, asked, first, second)
         clocks.append((time.perf_counter(), time.process_time()))
         pairs, _ = pack_pairs(
             batch.tokens,

@@ -134,14 +134,20 @@ inline std::int32_t max_pairs_from(py::handle object, std::int64_t rows) {
   return most;
 }
 
-inline PackConfig pack_config_from(py::handle shapes, py::handle max_pairs, py::handle window, py::handle seed, bool encoder) {
-  const std::string rule = "shapes must be 1 to " + std::to_string(kMaxRowShapes) +
-                           " triples (rows, decoder places, encoder places), no row smaller than the one before in "
-                           "either stream and no two equal, encoder places 0 exactly without an encoder, but received ";
+inline PackConfig pack_config_from(py::handle shapes, py::handle batch_pairs, py::handle max_pairs, py::handle window,
+                                   py::handle seed, bool encoder) {
+  PackConfig config{};
+  config.batch_pairs = static_cast<std::int32_t>(integer<std::int64_t>(batch_pairs, "batch_pairs", 0, kMaxWindow));
+  const bool counted = config.batch_pairs > 0;
+  const std::size_t most_shapes = counted ? kMaxRowCounts : kMaxRowShapes;
+  const std::string rule = "shapes must be 1 to " + std::to_string(most_shapes) +
+                           " triples (rows, decoder places, encoder places), " +
+                           (counted ? "rows growing to at least batch_pairs and places alike"
+                                    : "no row smaller than the one before in either stream and no two equal") +
+                           ", encoder places 0 exactly without an encoder, but received ";
   if (!py::isinstance<py::sequence>(shapes) || py::isinstance<py::str>(shapes)) {
     throw py::type_error(rule + describe(shapes));
   }
-  PackConfig config{};
   bool chain = true;
   std::int64_t most_rows = 0;
   for (const py::handle item : py::reinterpret_borrow<py::sequence>(shapes)) {
@@ -153,13 +159,14 @@ inline PackConfig pack_config_from(py::handle shapes, py::handle max_pairs, py::
          static_cast<std::int32_t>(integer<std::int64_t>(triple[2], "prompt_row_tokens", 0, kMaxRowTokens))}};
     chain = chain && (shape.capacity.prompt > 0) == encoder;
     if (!config.shapes.empty()) {
-      const Size before = config.shapes.back().capacity;
-      chain = chain && fits(before, shape.capacity) && before != shape.capacity;
+      const RowShape& before = config.shapes.back();
+      const bool alike = before.capacity == shape.capacity;
+      chain = chain && (counted ? alike && before.rows < shape.rows : !alike && fits(before.capacity, shape.capacity));
     }
     most_rows = std::max<std::int64_t>(most_rows, shape.rows);
     config.shapes.push_back(shape);
   }
-  if (!chain || config.shapes.empty() || config.shapes.size() > kMaxRowShapes) {
+  if (!chain || config.shapes.empty() || config.shapes.size() > most_shapes || most_rows < config.batch_pairs) {
     throw py::value_error(rule + describe(shapes));
   }
   config.max_pairs = max_pairs_from(max_pairs, most_rows);

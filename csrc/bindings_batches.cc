@@ -43,15 +43,15 @@ py::array py_pair_sizes(const Column& prompts, const Column& first, const Column
 }
 
 py::tuple py_plan_pairs(const py::object& tokens, const py::object& prompt_tokens, const py::object& shapes,
-                        const py::object& max_pairs, const py::object& window, const py::object& seed,
-                        const py::object& epoch) {
+                        const py::object& batch_pairs, const py::object& max_pairs, const py::object& window,
+                        const py::object& seed, const py::object& epoch) {
   const auto decoder = vector<std::int32_t>(tokens, "tokens");
   const auto encoder = vector<std::int32_t>(prompt_tokens, "prompt_tokens");
   if (decoder.empty() || decoder.size() >= static_cast<std::size_t>(kMaxInt32)) {
     throw py::value_error("tokens must have 1 to 2^31 - 2 entries, but received " + std::to_string(decoder.size()));
   }
   if (!encoder.empty()) check_count("prompt_tokens", encoder.size(), decoder.size());
-  const PackConfig config = pack_config_from(shapes, max_pairs, window, seed, !encoder.empty());
+  const PackConfig config = pack_config_from(shapes, batch_pairs, max_pairs, window, seed, !encoder.empty());
   const auto turn = integer<std::uint64_t>(epoch, "epoch", 0, static_cast<std::uint64_t>(kMaxInt64));
   std::vector<Size> sizes(decoder.size());
   for (std::size_t i = 0; i < sizes.size(); ++i) {
@@ -62,12 +62,13 @@ py::tuple py_plan_pairs(const py::object& tokens, const py::object& prompt_token
     }
   }
   std::optional<PairPlan> plan;
-  Buffer<std::int32_t> members(sizes.size());
+  std::optional<Buffer<std::int32_t>> members;
   std::optional<Buffer<std::int64_t>> ends, batches;
   {
     const py::gil_scoped_release release;
     plan.emplace(plan_pairs(sizes, config, turn));
-    std::copy(plan->rows.pairs.begin(), plan->rows.pairs.end(), members.data());
+    members.emplace(plan->rows.pairs.size());
+    std::copy(plan->rows.pairs.begin(), plan->rows.pairs.end(), members->data());
     ends.emplace(plan->rows.ends.size());
     std::copy(plan->rows.ends.begin(), plan->rows.ends.end(), ends->data());
     batches.emplace(3 * plan->batches.size());
@@ -77,9 +78,10 @@ py::tuple py_plan_pairs(const py::object& tokens, const py::object& prompt_token
       (*batches)[3 * i + 2] = plan->batches[i].shape;
     }
   }
+  const auto pairs = static_cast<py::ssize_t>(plan->rows.pairs.size());
   const auto rows = static_cast<py::ssize_t>(plan->rows.ends.size());
   const auto number = static_cast<py::ssize_t>(plan->batches.size());
-  return py::make_tuple(to_numpy(std::move(members), {static_cast<py::ssize_t>(sizes.size())}),
+  return py::make_tuple(to_numpy(std::move(*members), {pairs}),
                         to_numpy(std::move(*ends), {rows}), to_numpy(std::move(*batches), {number, 3}), plan->hash);
 }
 
@@ -88,8 +90,8 @@ class PairLoader {
  public:
   PairLoader(const py::object& prompts, const py::object& first, const py::object& second, const py::object& preference,
              const py::object& ref_logps, const py::object& ids, const py::object& layout, const py::object& start_token,
-             const py::object& shapes, const py::object& max_pairs, const py::object& window, const py::object& seed,
-             const py::object& records, const py::object& host, const py::object& hosts,
+             const py::object& shapes, const py::object& batch_pairs, const py::object& max_pairs,
+             const py::object& window, const py::object& seed, const py::object& records, const py::object& host, const py::object& hosts,
              const py::object& threads, const py::object& prefetch)
       : kept_(py::make_tuple(prompts, first, second, preference, ref_logps, ids)) {
     PairSource source{&column(prompts, "prompts"), &column(first, "first"), &column(second, "second"),
@@ -109,7 +111,8 @@ class PairLoader {
     }
     LoaderConfig config{};
     config.layout = layout_from(layout, start_token);
-    config.pack = pack_config_from(shapes, max_pairs, window, seed, config.layout.style == Style::kEncoderDecoder);
+    config.pack = pack_config_from(shapes, batch_pairs, max_pairs, window, seed,
+                                   config.layout.style == Style::kEncoderDecoder);
     config.hosts = static_cast<std::int32_t>(integer<std::int64_t>(hosts, "hosts", 1, kMaxInt32));
     config.host = static_cast<std::int32_t>(integer<std::int64_t>(host, "host", 0, config.hosts - 1));
     for (const RowShape& shape : config.pack.shapes) {
@@ -174,12 +177,16 @@ class PairLoader {
       const py::gil_scoped_release release;
       plan = loader_->plan(turn);
     }
-    std::int64_t places = 0;
-    for (const PairBatchPlan& batch : plan->batches) {
-      const RowShape& shape = shapes_[static_cast<std::size_t>(batch.shape)];
-      places += static_cast<std::int64_t>(shape.rows) * shape.capacity.tokens;
+    std::int64_t places = 0, used = 0;
+    {
+      const py::gil_scoped_release release;
+      for (const PairBatchPlan& batch : plan->batches) {
+        const RowShape& shape = shapes_[static_cast<std::size_t>(batch.shape)];
+        places += static_cast<std::int64_t>(shape.rows) * shape.capacity.tokens;
+      }
+      used = loader_->tokens(*plan);
     }
-    return py::make_tuple(plan->batches.size(), plan->rows.ends.size(), places, loader_->tokens());
+    return py::make_tuple(plan->batches.size(), plan->rows.ends.size(), places, used);
   }
 
   // Goes on behind `batch` batches of an epoch whose plan has the hash `saved`.
@@ -294,10 +301,10 @@ void define_batches(py::module_& module) {
       .def(py::init<const py::object&, const py::object&, const py::object&, const py::object&, const py::object&,
                     const py::object&, const py::object&, const py::object&, const py::object&, const py::object&,
                     const py::object&, const py::object&, const py::object&, const py::object&, const py::object&,
-                    const py::object&, const py::object&>(),
+                    const py::object&, const py::object&, const py::object&>(),
            py::arg("prompts"), py::arg("first"), py::arg("second"), py::arg("preference"), py::arg("ref_logps"),
            py::arg("ids"), py::kw_only(), py::arg("layout"), py::arg("decoder_start"), py::arg("shapes"),
-           py::arg("max_pairs_per_row"), py::arg("window"), py::arg("seed"), py::arg("records"), py::arg("host"),
+           py::arg("batch_pairs") = 0, py::arg("max_pairs_per_row"), py::arg("window"), py::arg("seed"), py::arg("records"), py::arg("host"),
            py::arg("hosts"), py::arg("threads"), py::arg("prefetch"))
       .def("next", &PairLoader::next)
       .def("position", &PairLoader::position)
@@ -307,7 +314,7 @@ void define_batches(py::module_& module) {
   module.def("pair_sizes", &py_pair_sizes, py::arg("prompts"), py::arg("first"), py::arg("second"), py::kw_only(),
              py::arg("layout"));
   module.def("plan_pairs", &py_plan_pairs, py::arg("tokens"), py::arg("prompt_tokens"), py::kw_only(),
-             py::arg("shapes"), py::arg("max_pairs_per_row"), py::arg("window"), py::arg("seed"), py::arg("epoch"));
+             py::arg("shapes"), py::arg("batch_pairs") = 0, py::arg("max_pairs_per_row"), py::arg("window"), py::arg("seed"), py::arg("epoch"));
   module.def("pack_step", &py_pack_step, py::arg("prompt_tokens"), py::arg("prompt_lengths"),
              py::arg("completion_tokens"), py::arg("completion_lengths"), py::arg("preference"), py::arg("ref_logps"),
              py::arg("scores"), py::arg("where"), py::arg("ids"), py::kw_only(), py::arg("layout"), py::arg("decoder_start"),

@@ -24,7 +24,6 @@ Loader::Loader(const PairSource& source, std::vector<std::int32_t> records, std:
       config_(config),
       pool_(std::make_shared<SlabPool>(static_cast<std::size_t>(config.prefetch) + 2, config.poison)),
       process_(getpid()) {
-  for (const Size& size : sizes_) tokens_ += size.tokens;
   if (config_.prefetch == 0) return;
   try {
     threads_.emplace_back([this](const std::stop_token& stop) { plan_ahead(stop); });
@@ -112,6 +111,12 @@ std::shared_ptr<const PairPlan> Loader::plan(std::uint64_t epoch) {
     }
   }
   return made.get();
+}
+
+std::int64_t Loader::tokens(const PairPlan& plan) const {
+  std::int64_t tokens = 0;
+  for (const std::int32_t pair : plan.rows.pairs) tokens += sizes_[static_cast<std::size_t>(pair)].tokens;
+  return tokens;
 }
 
 PackedBatch Loader::assemble(const PairPlan& plan, std::int64_t number) const {
@@ -210,9 +215,13 @@ std::optional<PackedBatch> Loader::next(std::chrono::milliseconds patience) {
     const std::lock_guard turn(one_at_a_time_);
     check(&closed_);
     const Standing now = standing();
-    const bool over = now.position.batch >= now.batches;
-    const Position at = over ? Position{now.position.epoch + 1, 0} : now.position;
-    const Plan made = plan(at.epoch);
+    Position at = now.position;
+    Plan made = plan(at.epoch);
+    // An epoch of fewer pairs than a batch may have none.
+    while (at.batch >= static_cast<std::int64_t>(made->batches.size())) {
+      at = {at.epoch + 1, 0};
+      made = plan(at.epoch);
+    }
     PackedBatch batch = assemble(*made, at.batch);
     const std::lock_guard lock(mutex_);
     issued_ = {at.epoch, at.batch + 1};

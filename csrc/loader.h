@@ -88,8 +88,8 @@ class Loader {
   // the epoch has another plan than one of that hash, or fewer batches.
   void seek(std::uint64_t epoch, std::int64_t batch, std::uint64_t hash);
 
-  // Decoder places of all pairs.
-  std::int64_t tokens() const noexcept { return tokens_; }
+  // Decoder places of all pairs of a plan.
+  std::int64_t tokens(const PairPlan& plan) const;
 
   // Ends the threads and lets go of everything but batches that were handed out. May be called again.
   void close();
@@ -118,7 +118,6 @@ class Loader {
   std::vector<Size> sizes_;
   LoaderConfig config_;
   std::shared_ptr<SlabPool> pool_;
-  std::int64_t tokens_ = 0;
   pid_t process_;
   std::atomic<bool> closed_ = false;
 

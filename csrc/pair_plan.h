@@ -1,9 +1,15 @@
 // Which pairs share a row and which rows a batch: a pure function of sizes, seed, epoch and configuration.
 //
-// Order. Epoch e permutes all N pairs and deals them to the shapes: each to the first that holds it.
+// Rows are filled (`batch_pairs` is 0), or pairs are counted.
+//
+// Filled: epoch e permutes all N pairs and deals them to the shapes: each to the first that holds it.
 // Within a shape every `window` consecutive pairs are packed into rows by themselves. The rows of a shape are permuted and
 // cut into batches, the last of which may have empty rows; then the batches of all shapes are permuted. So each epoch
 // hands out each pair exactly once, and what shares a batch is not sorted by length.
+//
+// Counted: the permutations of epochs 0, 1, 2, ... are one endless stream, and every `batch_pairs` consecutive pairs of it
+// are one batch, packed by itself into the first shape with rows enough. The batches of epoch e are those that begin in its
+// part of the stream, so the last may be filled up from the next epoch. An epoch of fewer pairs than a batch may have none.
 #pragma once
 
 #include <atomic>
@@ -15,10 +21,12 @@
 
 namespace fastpref {
 
-inline constexpr std::size_t kMaxRowShapes = 8;
+inline constexpr std::size_t kMaxRowShapes = 8;   // where rows are filled
+inline constexpr std::size_t kMaxRowCounts = 64;   // where pairs are counted
 
-// A batch of `rows` rows that hold `capacity` each. Shapes form a chain: each row is at least as large as the one before
-// in both streams, and not equal.
+// A batch of `rows` rows that hold `capacity` each. Shapes form a chain: where rows are filled, each row is at least as
+// large as the one before in both streams, and not equal; where pairs are counted, all rows are alike, their numbers grow,
+// and the last is at least `batch_pairs`.
 struct RowShape {
   std::int32_t rows;
   Size capacity;
@@ -26,10 +34,11 @@ struct RowShape {
 };
 
 struct PackConfig {
-  std::vector<RowShape> shapes;  // 1 to kMaxRowShapes
+  std::vector<RowShape> shapes;  // at least one
   std::int32_t max_pairs;        // in a row, at least 1
-  std::int32_t window;           // 1 to kMaxWindow
+  std::int32_t window;           // 1 to kMaxWindow; of no account where pairs are counted
   std::uint64_t seed;
+  std::int32_t batch_pairs = 0;  // 0 to kMaxWindow
 };
 
 struct PairBatchPlan {

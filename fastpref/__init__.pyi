@@ -12,9 +12,11 @@ from fastpref.evaluation.sweeps import sweep as sweep
 from fastpref.evaluation.win_rates import WinRate as WinRate
 from fastpref.evaluation.win_rates import WinRates as WinRates
 from fastpref.evaluation.win_rates import win_rate as win_rate
+from fastpref.judging.http import HttpJudge as HttpJudge
 from fastpref.judging.models import PreferenceModel as PreferenceModel
 from fastpref.judging.models import RewardModel as RewardModel
 from fastpref.judging.protocol import Judge as Judge
+from fastpref.judging.sources import load_judge as load_judge
 from fastpref.learning.supervised import FitResult as FitResult
 from fastpref.learning.supervised import fit_preference_model as fit_preference_model
 from fastpref.learning.supervised import fit_reward_model as fit_reward_model
@@ -47,6 +49,7 @@ __all__ = [
     "ConfigError",
     "FastprefError",
     "FitResult",
+    "HttpJudge",
     "Judge",
     "JudgeError",
     "LanguageModel",
@@ -73,6 +76,7 @@ __all__ = [
     "games",
     "kernels",
     "load",
+    "load_judge",
     "losses",
     "models",
     "psi",

@@ -12,6 +12,7 @@ EXTRAS = {
         "flax", "jinja2", "matplotlib", "optax", "orbax.checkpoint", "orjson", "pyarrow", "rich", "safetensors",
         "tensorboardX", "tokenizers",
     ),
+    "http": ("httpx",),
 }  # fmt: skip
 """Modules that `pip install fastpref` leaves out, by the extra that brings them."""
 

@@ -9,7 +9,8 @@ import orjson
 from flax import nnx
 
 from fastpref.data.chat import ChatTemplate
-from fastpref.data.tokenizer import Tokenizer, read_json
+from fastpref.data.token_files import read_json
+from fastpref.data.tokenizer import Tokenizer
 from fastpref.judging.models import PreferenceModel, RewardModel
 from fastpref.learning.memory import TrainMemory, size, train_memory
 from fastpref.method.config import TrainConfig, from_mapping
@@ -85,7 +86,7 @@ def check(path: str | Path, settings: Mapping[str, Any]) -> Iterator[Line]:
     if judge is None:
         yield from memory_of(described, config)
     else:
-        parameters = size([variable for _, variable in described.places.values()])
+        parameters = size([variable for _, variable in described.leaves])
         yield "memory as a judge", f"{gib(parameters)} of parameters, float32, counted"
 
 
@@ -121,7 +122,7 @@ def size_of(described: Description) -> str:
         if isinstance(config, T5Config)
         else f"{config.layers} layers"
     )
-    count = sum(int(variable.size) for _, variable in described.places.values())
+    count = sum(int(variable.size) for _, variable in described.leaves)
     head = "the embedding is the head" if config.tied else "a head of its own"
     return f"{count:,} parameters, {layers}, width {config.width}, {config.vocab_size} rows, {head}"
 

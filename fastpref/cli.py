@@ -4,7 +4,6 @@
 """
 
 import argparse
-import importlib
 import inspect
 import json
 import signal
@@ -15,19 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.check import check
-from fastpref.data import read_prompts
 from fastpref.demo import run as demo
 from fastpref.evaluation.side_by_side import compare, evaluate
 from fastpref.evaluation.sweeps import sweep
-from fastpref.judging.models import PreferenceModel, RewardModel
-from fastpref.judging.protocol import Judge
+from fastpref.judging.sources import load_judge
 from fastpref.learning.supervised import FitResult, fit_preference_model, fit_reward_model, sft
 from fastpref.learning.train import train
 from fastpref.method.config import SupervisedConfig, TrainConfig, from_mapping
 from fastpref.method.errors import ConfigError, FastprefError, StopSignal
 from fastpref.reproduce import EXPERIMENTS, reproduce
 from fastpref.runs import terminal
-from fastpref.runs.read_model import locate, read_tokenizer
+from fastpref.runs.read_model import locate
 
 USER_ERRORS = (FastprefError, ValueError, OSError)
 """What ends a command with one line instead of a traceback."""
@@ -53,12 +50,18 @@ KEYS: dict[str, tuple[str, ...]] = {
 }
 """Keys of each command's TOML file: what its function takes, and its own."""
 
-KINDS: dict[str, tuple[type, str]] = {
+JUDGE = (str | dict, "a directory, package.module:function, or a table with url and model")
+FILES = (str | list, "text, the path of a file or a pattern of paths, or a list of them")
+
+KINDS: dict[str, tuple[Any, str]] = {
+    "judge": JUDGE,
+    "eval_judge": JUDGE,
     "settings": (dict, "a table"),
     "policies": (dict, "a table"),
     "grid": (dict, "a table"),
     "answers": (list, "a list of two texts"),
     "symmetric": (bool, "true or false"),
+    **dict.fromkeys(("prompts", "data", "held_out", "eval_prompts"), FILES),
 }
 """Types of values; those of other keys are text."""
 
@@ -69,34 +72,6 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "evaluate": ("prompts", "judge"),
     "sweep": ("policy", "prompts", "judge", "run_dir", "grid"),
 }
-
-
-def load_judge(name: str) -> Judge:
-    """The judge of that name: a directory of a preference or reward model, or `package.module:object`.
-
-    Raises:
-      ValueError: neither of the two.
-    """
-    path = Path(name)
-    if (path / "preference_model.json").exists():
-        return PreferenceModel.load(path)
-    if (path / "reward_model.json").exists():
-        return RewardModel.load(path)
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise ValueError(
-            "a judge must be the directory of a preference or reward model, or package.module:function, but received "
-            f"{name!r}. Train one with `fastpref preference`, or name a function that is importable from here."
-        )
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        judge: Judge = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"the judge {name!r} must be importable from {Path.cwd()}, but importing it failed: {error}. "
-            "Check the spelling of package.module:function."
-        ) from error
-    return judge
 
 
 def read_file(command: str, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -189,11 +164,6 @@ def _preference(values: Mapping[str, Any]) -> None:
     print(f"{result.report}\nThe {kind} model is in {Path(values['run_dir']) / 'model'}.{agreement}")
 
 
-def _prompts(source: str, policy: str | None) -> list[str]:
-    """The prompts of a file; conversations by the chat template that comes with a policy."""
-    return read_prompts(source, None if policy is None else read_tokenizer(policy))
-
-
 def _evaluate(values: Mapping[str, Any]) -> None:
     pair = [key for key in ("policy", "baseline") if key in values]
     if bool(pair) == ("policies" in values) or len(pair) == 1:
@@ -203,6 +173,7 @@ def _evaluate(values: Mapping[str, Any]) -> None:
             'Write name = "directory" in [policies] for each of them.'
         )
     known: dict[str, Any] = {"max_new_tokens": 64, "max_prompt_tokens": 512, "temperature": 1.0, "batch_size": 64}
+    known |= {"truncation_side": "right", "chat_template_kwargs": {}}
     known |= {"seed": 0} if pair else {"seeds": [0, 1, 2]}
     settings = {"max_new_tokens": 64, **values.get("settings", {})}
     for key, value in settings.items():
@@ -220,8 +191,7 @@ def _evaluate(values: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"a policy must be a directory or a list of them, but received {name} = {models!r}. Mind the quotes."
             )
-    first = next(iter(named.values()), None)
-    prompts = _prompts(values["prompts"], first[0] if isinstance(first, list) else first)
+    prompts = values["prompts"]
     if not pair:
         found = evaluate(values["policies"], prompts, judge, save=values.get("output"), **settings)
         found.table()
@@ -264,10 +234,12 @@ def _sweep(values: Mapping[str, Any]) -> None:
         return compare(
             folder,
             values["baseline"],
-            _prompts(held_out, values["baseline"]),
+            held_out,
             eval_judge,
             max_new_tokens=config.max_new_tokens,
             max_prompt_tokens=config.max_prompt_tokens,
+            truncation_side=config.truncation_side,
+            chat_template_kwargs=config.chat_template_kwargs,
         ).value
 
     if "baseline" in values:

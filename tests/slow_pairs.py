@@ -89,6 +89,20 @@ def plan(
     return [batches[batch] for batch in permutation(len(batches), seed, epoch, BATCHES)]
 
 
+def plan_counted(
+    sizes: Sequence[Size], shapes: Sequence[tuple[int, int, int]], most: int, batch: int, seed: int, epoch: int
+) -> list[tuple[int, list[list[int]]]]:
+    """The batches of an epoch of exactly `batch` pairs: those that begin in its part of the stream of permutations."""
+    count, batches = len(sizes), []
+    for number in range(-(-epoch * count // batch), -(-(epoch + 1) * count // batch)):
+        pairs = []
+        for place in range(number * batch, (number + 1) * batch):
+            pairs.append(permutation(count, seed, place // count, RECORDS)[place % count])
+        rows = pack(pairs, sizes, shapes[0][1:], most)
+        batches.append((next(i for i, shape in enumerate(shapes) if shape[0] >= len(rows)), rows))
+    return batches
+
+
 @dataclass(frozen=True)
 class SlowPair:
     prompt: list[int]
@@ -161,9 +175,16 @@ class SlowBatcher:
     seed: int = 0
     layout: str = "shared"
     start: int = 0
+    batch: int = 0
+    """Pairs of a batch; with 0 rows are filled."""
 
     def epoch(self, epoch: int) -> list[PackedPairs]:
         sizes = [pair.size(self.layout) for pair in self.pairs]
+        made = (
+            plan_counted(sizes, self.shapes, self.most, self.batch, self.seed, epoch)
+            if self.batch
+            else plan(sizes, self.shapes, self.most, self.window, self.seed, epoch)
+        )
         return [
             write(
                 [[self.pairs[pair] for pair in row] for row in rows],
@@ -172,7 +193,7 @@ class SlowBatcher:
                 self.layout,
                 self.start,
             )
-            for shape, rows in plan(sizes, self.shapes, self.most, self.window, self.seed, epoch)
+            for shape, rows in made
         ]
 
 

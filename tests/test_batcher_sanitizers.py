@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SURFACE = ["pairs", "native", "pair_refusals", "threads"]
+SURFACE = ["pairs", "counted", "native", "pair_refusals", "threads"]
 
 pytestmark = pytest.mark.slow
 

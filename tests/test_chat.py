@@ -78,7 +78,19 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": ["q"]}, LAYOUT, "must map role and content to text, but received 'q'"),
     ({"prompt": [says("user", None)]}, LAYOUT, "must map role and content to text, but received content None"),
     ({"prompt": [{"content": "q"}]}, LAYOUT, "must map role and content to text, but received role None"),
-    ({"prompt": [USER, YES]}, LAYOUT, "must end with a message that is not the assistant's"),
+    ({"prompt": [says("user", [{"type": "image", "url": "x"}])]}, LAYOUT, "must be of type 'text', but received"),
+    ({"tools": ["f"]}, LAYOUT, r"tools must be a list of JSON schemas, but received \['f'\]"),
+    ({"tools": "{"}, LAYOUT, "tools given as text must be JSON, but received an error at character"),
+    ({"chat_template_kwargs": 3}, LAYOUT, "chat_template_kwargs must be a mapping, but received 3"),
+    ({"chat_template_kwargs": {"messages": []}}, LAYOUT, "must have other names than .*, but received messages"),
+    ({"chat_template_kwargs": {"strftime_now": "now"}}, LAYOUT, "strftime_now must be a day such as .*received 'now'"),
+    (
+        {"chat_template_kwargs": {"chat_template": "t"}},
+        LAYOUT,
+        r"must be one of those .* \(default\), but received 't'",
+    ),
+    ({"system": 3}, LAYOUT, "system must be text, but received 3"),
+    ({"prompt": [says("system", "a"), USER], "system": "b"}, LAYOUT, "must have one system text, but received 'b'"),
     ({"chosen": [USER, YES], "rejected": [says("user", "r"), NO]}, LAYOUT, "must share all but the assistant's last"),
     ({"chosen": [USER, YES], "rejected": [USER]}, LAYOUT, "must hold at least one message of the assistant"),
     ({"rejected": [YES]}, "identical completions", "chosen and rejected must differ"),
@@ -151,8 +163,11 @@ def test_templates_run_as_they_do_elsewhere() -> None:
     assert rendered("{{ messages | tojson(ensure_ascii=True, indent=1) }}").count("\\u00e9") == 1
     assert rendered("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}") == "01"
     assert rendered("{% generation %}{{ bos_token }}{% endgeneration %}{{ nothing }}", bos_token="<s>") == "<s>"
-    # No clock: the same data gives the same tokens on every day.
-    assert rendered("{% if strftime_now is defined %}today{% else %}26 Jul 2024{% endif %}") == "26 Jul 2024"
+    # The same data gives the same tokens on every day.
+    assert rendered("{{ strftime_now('%d %b %Y') }}") == "26 Jul 2024"
+    today = ChatTemplate("{{ strftime_now('%d %b %Y') }}", options={"strftime_now": "2026-11-25"})
+    assert today.prompt([says("user", "x")]) == "25 Nov 2026"
+    assert rendered("{{ tools is none }}{{ documents is none }}{{ bos_token is defined }}") == "TrueTrueFalse"
 
 
 @pytest.mark.parametrize(
@@ -193,7 +208,7 @@ def test_rendered_prompts_get_no_second_special_tokens() -> None:
     assert template.tokens == TOKENS
     numbered = words({"tokenizer_config.json": orjson.dumps({"chat_template": CHATML})})
     assert ChatTemplate.of(numbered).tokens["eos_token"] == "</s>"
-    rows = [PAIRS[0], {"prompt": "q", "chosen": "yes", "rejected": "no"}]
+    rows = [PAIRS[0], {"prompt": "q", "chosen": " yes", "rejected": " no"}]
     records, _ = read_records(rows, columns=PAIR, template=template)
     limits = {"max_prompt_tokens": 9, "max_completion_tokens": 9}
     tokens, report = tokenize_completions(records, tokenizer, **limits)  # type: ignore[arg-type]
@@ -206,8 +221,8 @@ def test_rendered_prompts_get_no_second_special_tokens() -> None:
     texts = read_prompts(rows, tokenizer)
     assert texts == [WRITTEN, "q"]
     assert tokenizer.encode_prompts(texts[::-1]) == [[1, 4], [1, 2, 4, 0, 3]]
-    # The mark is lost with the text around it, as what is made of it begins anew.
-    assert tokenizer.encode_prompts(["" + texts[0] + " q"])[0][:2] == [1, 7]
+    # The mark is lost with the text around it; what begins with BOS is recognised again.
+    assert tokenizer.encode_prompts(["" + texts[0] + " q"])[0][:3] == [1, 2, 4]
 
 
 def test_the_template_of_a_directory_is_found() -> None:
@@ -218,8 +233,10 @@ def test_the_template_of_a_directory_is_found() -> None:
     assert ChatTemplate.of(words(both)).text == "j"
     with pytest.raises(ChatError, match=r"a tokenizer must bring a chat template .*but received none"):
         ChatTemplate.of(small_tokenizer())
-    with pytest.raises(ChatError, match="a tokenizer must bring a chat template"):
-        ChatTemplate.of(words({"tokenizer_config.json": orjson.dumps({"chat_template": several[:1]})}))
+    unnamed = ChatTemplate.of(words({"tokenizer_config.json": orjson.dumps({"chat_template": several[:1]})}))
+    with pytest.raises(ChatError, match=r"must be one of those of the checkpoint \(tools\), but received none"):
+        unnamed.prompt([USER])
+    assert unnamed.prompt([USER], options={"chat_template": "tools"}) == "t"
     with pytest.raises(
         ChatError, match=r"a chat template must be Jinja, but received one that does not compile: .*Copy it again"
     ):

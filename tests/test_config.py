@@ -87,6 +87,12 @@ def test_a_config_survives_json() -> None:
     config = TrainConfig(tau=Schedule(start=1.0, end=0.5, steps=10, kind="cosine"), steps=3)
     assert from_mapping(TrainConfig, to_json(config)) == config
     assert from_mapping(SupervisedConfig, to_json(SupervisedConfig(steps=7))) == SupervisedConfig(steps=7)
+    options = {"enable_thinking": False}
+    config = TrainConfig(chat_template_kwargs=options, truncation_side="left", max_lost=0.25)
+    assert from_mapping(TrainConfig, to_json(config)) == config
+    assert config.chat_template_kwargs == options
+    with pytest.raises(ConfigError, match=r"chat_template_kwargs must be of type dict, but received 3"):
+        from_mapping(TrainConfig, {"chat_template_kwargs": 3})
 
 
 def test_whole_numbers_are_taken_for_fractions() -> None:
@@ -134,6 +140,8 @@ def test_supervised_settings_keep_the_same_rules(unchecked: None) -> None:
         ({"eval_every": 0}, r"eval_every must be at least 1, but received 0"),
         ({"max_completion_tokens": 0}, r"max_completion_tokens must be a whole number of at least 1, but received 0"),
         ({"overlong": "cut"}, r"overlong must be 'drop', 'truncate' or 'raise', but received 'cut'"),
+        ({"truncation_side": "middle"}, r"truncation_side must be 'left' or 'right', but received 'middle'"),
+        ({"max_lost": 2.0}, r"max_lost must lie in \[0, 1\], but received 2.0"),
     ):
         with pytest.raises(ConfigError, match=text):
             SupervisedConfig(**settings)

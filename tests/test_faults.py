@@ -20,7 +20,7 @@ from test_training import SMALL, metrics_of
 
 from fastpref.judging.identity import identity
 from fastpref.learning import signals, update
-from fastpref.learning.supervised import fit_preference_model, sft
+from fastpref.learning.supervised import fit_preference_model, fit_reward_model, sft
 from fastpref.learning.train import Step, TrainResult, train
 from fastpref.method.config import SupervisedConfig, TrainConfig
 from fastpref.method.errors import CheckpointError, ConfigError, DataError, DivergedError, JudgeError, StopSignal
@@ -323,7 +323,41 @@ def test_what_is_dropped_is_said_before_training(capsys: pytest.CaptureFixture[s
     long = [{"prompt": "w1", "completion": "w1 w2 w3 w4 w5"}]
     sft(language_model(), EXAMPLES + long, SupervisedConfig(**TUNING, steps=1), optimizer=ADAM)
     out = capsys.readouterr().out
-    assert out.startswith("9 records read, 8 delivered, 1 dropped (1 completion too long)")
+    assert out.startswith("9 records read, 8 delivered, 1 dropped (1 completion too long): 11 % lost of the data")
+
+
+LOST: list[tuple[Any, dict[str, Any], str]] = [
+    (
+        sft,
+        {},
+        r"Raise max_completion_tokens, 4 now, to 6 to keep all of them\. To learn from the rest alone, raise max_l",
+    ),
+    (sft, {"on_bad_record": "skip"}, r"6 to keep all of them\. Check the records\. To learn from the rest"),
+    (fit_reward_model, {}, r"Raise max_completion_tokens, 4 now, to 6 to keep"),
+    (train, {}, r"Raise max_new_tokens, 4 now, to 6 to keep"),
+]
+
+
+@pytest.mark.parametrize(("training", "settings", "remedy"), LOST, ids=range(len(LOST)))
+def test_a_run_that_would_lose_more_than_half_does_not_begin(
+    training: Any, settings: dict[str, Any], remedy: str
+) -> None:
+    long = [{"prompt": "w1", "completion": "w1 w2 w3 w4 w5", "chosen": "w1 w2 w3 w4 w5", "rejected": "w1"}] * 9
+    short = [row | {"chosen": row["completion"], "rejected": "w9"} for row in EXAMPLES]
+    broken: list[dict[str, Any]] = [{"prompt": 1}] if settings else []
+    tuned = {name: value for name, value in TUNING.items() if name != "max_completion_tokens"}
+
+    def go_on(**more: Any) -> Any:
+        if training is train:
+            config = TrainConfig(algorithm="offline-dpo", steps=1, max_new_tokens=4, **tuned, **more)
+            return train(language_model(), [*short, *long], None, config, quiet=True)
+        config = SupervisedConfig(steps=1, **TUNING, **settings, **more)
+        return training(language_model(), [*short, *long, *broken], config, quiet=True)
+
+    with pytest.raises(DataError, match=rf"must keep 50% of its records, but received this from .*9 comp.*{remedy}"):
+        go_on()
+    if training is sft and not settings:
+        assert go_on(max_lost=0.6).report.dropped == {"completion too long": 9}
 
 
 def test_a_preference_model_keeps_to_the_limit_of_completions() -> None:

@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 from small import PROMPTS, language_model, tokenizer
 
+from fastpref.method.errors import CutWarning
 from fastpref.models.policy import hidden_states
-from fastpref.sampling.completions import Completions
+from fastpref.sampling.completions import Completions, ended
 from fastpref.sampling.generate import generate, generate_jit, num_valid_tokens, write
 
 FAMILIES = ["decoder", "t5"]
@@ -111,6 +112,40 @@ def test_a_completion_includes_its_eos_and_nothing_after_it(family: str) -> None
         assert row[length - 1] == 1 or length == 40
     assert ended > 0
     assert len(set(drawn.lengths.reshape(-1).tolist())) > 3
+
+
+def test_each_of_several_tokens_ends_a_completion() -> None:
+    settings: dict[str, Any] = {"completions": 16, "betas": 0.5, "max_new_tokens": 40}
+    alone, drawn = sample("decoder", **settings), sample("decoder", **settings, eos_id=(1, 7, 9))
+    assert ended(drawn.tokens, drawn.lengths, (1, 7, 9)).sum() > ended(alone.tokens, alone.lengths, 1).sum() > 0
+    places = zip(*(one.reshape(64, *one.shape[2:]) for one in (alone.tokens, drawn.tokens, drawn.lengths)), strict=True)
+    for before, row, length in places:
+        # The same draws, up to the first of the three.
+        first = next((at for at, token in enumerate(before) if token in (1, 7, 9)), 39)
+        assert length == first + 1
+        np.testing.assert_array_equal(row[:length], before[:length])
+        assert not row[length:].any()
+
+
+def test_writing_says_what_it_cuts_and_what_has_ended() -> None:
+    long = [" ".join(["w1"] * 12), "w2 w3"]
+    for side, kept in (("right", "w4 w1 w1"), ("left", "w1 w1 w5")):
+        text = f"w4 {long[0]} w5"
+        with pytest.warns(
+            CutWarning, match=r"1 of 2 prompts \(50 %\) are cut to max_prompt_tokens=4; .* has 15 tokens"
+        ):
+            written = write(
+                language_model(),
+                [text, long[1]],
+                seed=0,
+                max_new_tokens=3,
+                max_prompt_tokens=4,
+                truncation_side=side,  # type: ignore[arg-type]
+            )
+        expected = tokenizer().encode_prompts([kept])[0]
+        assert written.prompt_tokens[0, : written.prompt_lengths[0]].tolist() == expected
+        assert expected[-1] == 1
+        assert written.finished.tolist() == ended(written.tokens, written.lengths, 1).tolist()
 
 
 def test_without_an_eos_every_completion_has_all_its_tokens() -> None:

@@ -93,6 +93,7 @@ def test_kernels_import_nothing_of_the_trainer() -> None:
             {
                 "fastpref.data.columns",
                 "fastpref.data.packing",
+                "fastpref.data.row_shapes",
             },
         ),
         ("matplotlib", {"fastpref.reproduce.figures", "fastpref.runs.plots"}),

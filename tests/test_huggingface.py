@@ -77,10 +77,10 @@ def test_the_goldens_are_those_of_the_committed_script() -> None:
     }
     assert hashes == manifest["files"]
     assert {"torch", "transformers", "tokenizers", "safetensors", "python"} == set(manifest["versions"])
-    assert sum(path.stat().st_size for path in files) < 2_000_000
+    assert sum(path.stat().st_size for path in files) < 5_000_000
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "llama_sharded"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("llama_sharded", "gemma3_images")])
 def test_saving_what_was_loaded_writes_the_original_bytes(name: str, tmp_path: Path) -> None:
     dtype = jnp.bfloat16 if name.endswith("bfloat16") else jnp.float32
     save(load(GOLDEN / name, dtype=dtype), tmp_path / "again")
@@ -275,14 +275,14 @@ def test_broken_directories_are_named(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type must be one of llama, mistral, mt5, qwen2, t5, but received 'gpt2'"),
+        ({"model_type": "mamba"}, "model_type must be one of gemma, .*, smollm3, t5, but received 'mamba'"),
         ({"model_type": "umt5"}, "model_type must be one of .*, but received 'umt5'"),
         ({"hidden_size": None}, "hidden_size of config.json must be a whole number"),
-        ({"hidden_act": "gelu"}, "hidden_act of a llama must be 'silu', but received 'gelu'"),
-        ({"mlp_bias": True}, "mlp_bias of a llama must be False, but received True"),
+        ({"hidden_act": "relu2"}, "hidden_act of a llama must be 'gelu' or .*, but received 'relu2'"),
+        ({"model_type": "mistral", "mlp_bias": True}, "mlp_bias of a mistral must be False, but received True"),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
-            "rope_type of a llama must be .*, but received 'yarn'",
+            {"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}},
+            "rope_type of a llama must be .*, but received 'mrope'",
         ),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "config.json must hold factor"),
         (
@@ -290,15 +290,14 @@ def test_broken_directories_are_named(
             "partial_rotary_factor of a llama must be 1, but received 0.5",
         ),
         ({"quantization_config": {"bits": 4}}, "quantization_config of a llama must be left out"),
-        ({"model_type": "mistral", "sliding_window": 64}, "sliding_window of a mistral must be None, but received 64"),
         (
-            {"model_type": "qwen2", "use_sliding_window": True},
-            "use_sliding_window of a qwen2 must be False, but received True",
+            {"use_sliding_window": True},
+            "use_sliding_window of a llama must be False, but received True",
         ),
         ({"layer_types": ["sliding_attention"]}, "layer_types of a llama must be left out"),
         (
             {"intermediate_size": 50},
-            r"mlp.down_proj.weight must have shape \(48, 50\) by config.json, but received \(48, 52\)",
+            r"mlp.gate_proj.weight must have shape \(50, 48\) by config.json, but received \(52, 48\)",
         ),
     ],
 )
@@ -422,7 +421,8 @@ def test_only_what_a_checkpoint_can_hold_is_saved(tmp_path: Path) -> None:
     model = make(SMALL)
     with pytest.raises(ValueError, match="the config of a LanguageModel must describe its module"):
         save(replace(model, config=load(GOLDEN / "llama_sharded").config), tmp_path / "a")
-    with pytest.raises(ValueError, match="output_bias must come with attention_bias, but received it alone"):
+    message = r"options of a Decoder must be those of one family .*, but received {'output_bias': True}. Change them"
+    with pytest.raises(ValueError, match=message):
         write_config(replace(SMALL, output_bias=True), eos_id=1, pad_id=0)
     with pytest.raises(ValueError, match=r"projection of a T5 checkpoint must be .*, but received silu with no gate"):
         write_config(replace(SMALL_T5, activation="silu", gated=False), eos_id=1, pad_id=0)

@@ -16,7 +16,7 @@ import pytest
 from fastpref.judging import judgements
 from fastpref.judging.identity import Identity
 from fastpref.judging.judgements import FILE, Judgements
-from fastpref.method.errors import JudgementsError, OwnerError
+from fastpref.method.errors import JudgeError, JudgementsError, OwnerError
 
 PROMPTS = ["p0", "p1", "é\n\0"]
 FIRST = ["a", "", "long " * 50]
@@ -117,7 +117,7 @@ def test_judgements_read_back_as_plain_records(tmp_path: Path) -> None:
         records = list(judgements.read(tmp_path))
     expected = [
         {"judge": "alice", "judge_key": "key of alice", "purpose": "training", "step": 7}
-        | {"prompt": prompt, "first": a, "second": b, "answer": p}
+        | {"prompt": prompt, "first": a, "second": b, "finished": None, "answer": p}
         for prompt, a, b, p in zip(PROMPTS, FIRST, SECOND, answers.tolist(), strict=True)
     ]
     assert records == list(judgements.read(tmp_path / FILE)) == expected
@@ -136,6 +136,45 @@ def test_a_judge_that_fails_leaves_the_log_as_it_was(tmp_path: Path) -> None:
         assert len(log) == 0
         ask(log, Judge())
     assert len(list(judgements.read(tmp_path))) == 3
+
+
+def test_a_judge_that_fails_midway_keeps_what_it_answered(tmp_path: Path) -> None:
+    def fails(missing: list[int]) -> np.ndarray:
+        raise JudgeError("no more", {0: 0.25, 2: 1 / 3})
+
+    with Judgements(tmp_path / FILE) as log:
+        with pytest.raises(JudgeError, match="no more"):
+            ask(log, fails)
+        assert len(log) == 2
+    with Judgements(tmp_path / FILE) as log:
+        judge = Judge(7)
+        assert ask(log, judge).tolist() == [0.25, 7 / 1024, float(np.float32(1 / 3))]
+        assert judge.calls == [[1]]
+
+
+def test_answers_by_content_are_those_of_any_step_and_purpose(tmp_path: Path) -> None:
+    judge = Judge()
+    with Judgements(tmp_path / FILE) as log:
+        first = ask(log, judge, 3)
+        assert ask(log, never, 4, purpose="evaluation", by_content=True).tolist() == first.tolist()
+        ask(log, judge, 4, who=BOB, by_content=True)
+        assert len(log) == 6
+    with Judgements(tmp_path / FILE) as log:
+        assert ask(log, never, 9, by_content=True).tolist() == first.tolist()
+        # Asked for their step, the answers are that step's.
+        assert ask(log, judge, 9).tolist() != first.tolist()
+
+
+def test_what_is_told_of_completions_is_part_of_the_question(tmp_path: Path) -> None:
+    judge = Judge()
+    both = [[True, True, False], [True, False, True]]
+    with Judgements(tmp_path / FILE) as log:
+        for finished in (None, both, [[True] * 3, both[1]], both):
+            ask(log, judge, finished=finished)
+        assert judge.calls == [[0, 1, 2], [0, 1, 2], [2]]
+        log.answers(ALICE, "training", 0, ["p"], ["a"], finished=[[False]], answer=judge)
+    words = [record["finished"] for record in judgements.read(tmp_path)]
+    assert words == [None] * 3 + ["ended ended", "ended cut", "cut ended"] + ["ended ended", "cut"]
 
 
 def test_every_flipped_bit_is_harmless_or_named(tmp_path: Path) -> None:
@@ -167,7 +206,7 @@ def test_a_changed_answer_is_named_by_its_row_and_can_be_gone_on_without(tmp_pat
         ("UPDATE judged SET judge_key = 'key of bob' WHERE id = 2", "row 2 is not as it was written"),
         ("DELETE FROM judged WHERE id = 4", "row 4 is not as it was written"),
         ("DELETE FROM judged WHERE id > 7", "it holds 7 rows, and 9 were written"),
-        ("PRAGMA user_version = 2", "another version of fastpref"),
+        ("PRAGMA user_version = 1", "another version of fastpref"),
         ("DROP TABLE judged", "row 1 cannot be read"),
     ):
         copy = tmp_path / "copy.sqlite"

@@ -11,8 +11,8 @@ from small import PROMPTS, language_model, prefers_w1
 from fastpref.learning.supervised import fit_preference_model, sft
 from fastpref.learning.train import train
 from fastpref.method.config import SupervisedConfig, TrainConfig
-from fastpref.runs.metrics import METRICS, ended, markdown, pair_metrics, sampling_metrics
-from fastpref.sampling.completions import Completions
+from fastpref.runs.metrics import METRICS, markdown, pair_metrics, sampling_metrics
+from fastpref.sampling.completions import Completions, ended
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "metrics.md"
 

@@ -12,12 +12,13 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from fastpref.method.errors import ModelError
 from fastpref.models import T5, Decoder, DecoderConfig, Policy, RopeScaling, T5Config, load
 from fastpref.models.attention import Own, Shared, attend
-from fastpref.models.decoder import inverse_frequencies
 from fastpref.models.layers import right_padded
-from fastpref.models.masks import Distances, Mask, Places, toeplitz
+from fastpref.models.masks import Distances, Mask, Masks, Places, causal_mask, toeplitz
 from fastpref.models.policy import hidden_states
+from fastpref.models.rope import inverse_frequencies
 from fastpref.models.t5 import relative_buckets
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,6 +39,45 @@ ENCODER_DECODER = T5Config(
 CONFIGS: dict[str, Any] = {
     "decoder": DECODER,
     "decoder-tied-biased": replace(DECODER, tied=True, attention_bias=True, output_bias=True),
+    "decoder-local": replace(
+        DECODER,
+        norm="rms+1",
+        norms="both",
+        qk_norm="head",
+        window=4,
+        local=(0,),
+        local_rope_theta=30.0,
+        embedding_scale=24**0.5,
+        attention_scale=0.3,
+        attention_cap=2.0,
+        logit_cap=3.0,
+        activation="gelu_pytorch_tanh",
+    ),
+    "decoder-after": replace(
+        DECODER,
+        norms="after",
+        qk_norm="width",
+        unrotated=(1,),
+        rotary_dim=4,
+        window=3,
+        local=(0,),
+        residual_scale=0.7,
+        logit_scale=0.5,
+        feed_forward_bias=True,
+    ),
+    "decoder-learned": replace(
+        DECODER,
+        kv_heads=6,
+        norm="layer",
+        learned_positions=True,
+        max_positions=32,
+        gated=False,
+        activation="gelu_new",
+        attention_bias=True,
+        output_bias=True,
+        feed_forward_bias=True,
+        tied=True,
+    ),
     "t5-v1.1": ENCODER_DECODER,
     "t5-original": replace(
         ENCODER_DECODER, activation="relu", gated=False, tied=True, scaled_output=True, decoder_layers=2
@@ -64,6 +104,12 @@ def make(name: str) -> Any:
         return jnp.asarray(1 + 0.2 * values if len(shape) == 1 else 1.3 * shape[0] ** -0.5 * values, jnp.float32)
 
     return nnx.merge(graph, jax.tree.map(lambda abstract: leaf(abstract.shape), state))
+
+
+def with_weights_of(name: str, **options: Any) -> Any:
+    """A model with other options and the same weights."""
+    abstract = nnx.eval_shape(lambda: Decoder(replace(CONFIGS[name], **options), rngs=nnx.Rngs(0)))
+    return nnx.merge(nnx.split(abstract)[0], nnx.state(make(name)))
 
 
 def forced_states(model: Any, *arguments: jax.Array) -> jax.Array:
@@ -127,6 +173,7 @@ def chunks_of(static: tuple[Any, tuple[int, ...]], state: Any, *arguments: jax.A
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:.*tensors of images")
 def test_logits_equal_the_original_implementation(name: str) -> None:
     golden = load_file(GOLDEN / f"{name}.safetensors")
     model = load(GOLDEN / name).module
@@ -261,7 +308,7 @@ def test_attention_is_one_softmax_over_prompt_and_completion() -> None:
         np.testing.assert_allclose(ours_leaf, plain_leaf, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["decoder", "t5-v1.1"])
+@pytest.mark.parametrize("name", ["decoder", "decoder-learned", "t5-v1.1"])
 def test_bfloat16_runs_and_stays_near_float32(name: str) -> None:
     graph, state = nnx.split(make(name))
     narrow = nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state))
@@ -297,6 +344,33 @@ def test_the_protocol_is_kept_and_prompts_are_cached_once(name: str) -> None:
     states, kept = jax.eval_shape(model.decode, cache, jax.ShapeDtypeStruct((P, 5, 3), jnp.int32), 0)
     assert states.shape == (P, 5, 3, 24)
     assert jax.tree.leaves(kept) == jax.tree.leaves(cache), "without room nothing is kept"
+
+
+def test_a_window_ends_where_it_should() -> None:
+    """With local layers alone, a state sees as far back as their windows reach together, and no farther."""
+    model = with_weights_of("decoder-after", local=(0, 1))
+    prompts, mask, completions = draw()
+    before = np.asarray(forced_states(model, prompts, mask, completions))
+    for place in range(S):
+        changed = prompts.at[0, place].set((prompts[0, place] + 1) % 61)
+        after = np.asarray(forced_states(model, changed, mask, completions))
+        seen = np.abs(after - before)[0].max((0, 2)) > 1e-7
+        # Two layers of three positions each see four positions back; state t is that of position S - 1 + t.
+        np.testing.assert_array_equal(seen, S - 1 + np.arange(T) - place <= 4)
+
+
+def test_what_has_no_position_is_refused_or_no_number() -> None:
+    model = make("decoder-learned")
+    prompts, mask, completions = draw()
+    message = "must be at most 32 tokens together, .* but received room for 35. Lower max_prompt_tokens"
+    with pytest.raises(ModelError, match=message):
+        model.prefill(prompts, mask, max_new_tokens=25)
+    with pytest.raises(ModelError, match=message):
+        hidden_states(model, prompts, mask, jnp.zeros((P, 1, 25), jnp.int32))
+    limited = with_weights_of("decoder", rope_scaling=RopeScaling("dynamic", 2.0), max_positions=16)
+    assert np.isfinite(forced_states(limited, prompts, mask, completions)).all()
+    states = limited.forward(prompts[:, None], jnp.arange(S)[None, None] + 8, Masks(causal_mask(S)))[0]
+    assert not np.isfinite(states[:, :, 16 - 8 :]).any()
 
 
 def test_initial_values_follow_each_family() -> None:
@@ -359,19 +433,20 @@ def test_relative_buckets_are_exact_when_near_and_shared_when_far() -> None:
 
 
 def test_rope_scaling_keeps_high_and_stretches_low_frequencies() -> None:
-    config = replace(DECODER, head_dim=64)
-    plain = inverse_frequencies(config)
-    np.testing.assert_allclose(
-        inverse_frequencies(replace(config, rope_scaling=RopeScaling("linear", 4.0))), plain / 4, rtol=1e-6
-    )
-    scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
-    ratio = plain / inverse_frequencies(replace(config, rope_scaling=scaling))
-    turns = 8192 * plain / (2 * np.pi)
-    np.testing.assert_allclose(ratio[turns > 4], 1, rtol=1e-6)
-    np.testing.assert_allclose(ratio[turns < 1], 8, rtol=1e-6)
-    between = (turns > 1) & (turns < 4)
-    assert between.any()
-    assert ((ratio[between] > 1) & (ratio[between] < 8)).all()
+    plain = inverse_frequencies(64, 10_000.0, None)
+    linear = inverse_frequencies(64, 10_000.0, RopeScaling("linear", 4.0))
+    np.testing.assert_allclose(linear, plain / 4, rtol=1e-6)
+    for kind in ("llama3", "yarn"):
+        scaling = RopeScaling(kind, 8.0, 1.0, 4.0, 8192, beta_fast=4.0)
+        ratio = plain / inverse_frequencies(64, 10_000.0, scaling)
+        turns = 8192 * plain / (2 * np.pi)
+        # The ramp of YaRN begins and ends at whole places.
+        more, fewer = (4, 1) if kind == "llama3" else (6, 0.7)
+        np.testing.assert_allclose(ratio[turns > more], 1, rtol=1e-6)
+        np.testing.assert_allclose(ratio[turns < fewer], 8, rtol=1e-6)
+        between = (turns > 1.2) & (turns < 3.5)
+        assert between.any()
+        assert ((ratio[between] > 1) & (ratio[between] < 8)).all()
 
 
 @pytest.mark.parametrize(
@@ -380,6 +455,17 @@ def test_rope_scaling_keeps_high_and_stretches_low_frequencies() -> None:
         (DECODER, {"layers": 0}, "layers must be at least 1, but received 0"),
         (DECODER, {"kv_heads": 4}, "heads must be a multiple of kv_heads, but received 6 and 4"),
         (DECODER, {"head_dim": 5}, "head_dim must be even for rotary positions, but received 5"),
+        (DECODER, {"rotary_dim": 8}, "rotary_dim must be even and at most head_dim, 6, but received 8"),
+        (DECODER, {"activation": "tanh"}, "activation must be one of .*, but received 'tanh'"),
+        (DECODER, {"norm": "batch"}, "norm must be one of .*, but received 'batch'"),
+        (
+            DECODER,
+            {"window": 4},
+            "window must be at least 1 where layers are local, .* but received 4 with 0 local layers",
+        ),
+        (DECODER, {"local": (1,)}, "window must be at least 1 where .* but received None with 1 local layers"),
+        (DECODER, {"unrotated": (2,)}, "must hold numbers below 2, the number of layers, but received 2"),
+        (DECODER, {"learned_positions": True}, "max_positions must come with learned_positions, but received None"),
         (ENCODER_DECODER, {"decoder_layers": 0}, "decoder_layers must be at least 1, but received 0"),
         (ENCODER_DECODER, {"activation": "tanh"}, "activation must be one of .*, but received 'tanh'"),
         (ENCODER_DECODER, {"buckets": 6}, "buckets must be a multiple of 4 .* but received 6 and 9"),
@@ -392,5 +478,5 @@ def test_impossible_configurations_are_refused(config: Any, change: dict[str, An
 
 
 def test_an_unknown_rope_scaling_is_refused() -> None:
-    with pytest.raises(ValueError, match="rope scaling must be 'linear' or 'llama3', but received 'yarn'"):
-        RopeScaling("yarn", 2.0)
+    with pytest.raises(ValueError, match=r"rope scaling must be one of linear, .*, longrope, but received 'mrope'"):
+        RopeScaling("mrope", 2.0)

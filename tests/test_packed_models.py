@@ -34,6 +34,9 @@ CASES = [
         "decoder-tied-biased": ("shared", "separate"),
         "t5-v1.1": ("encoder-decoder",),
         "t5-original": ("encoder-decoder",),
+        "decoder-local": ("shared", "separate"),
+        "decoder-after": ("shared",),
+        "decoder-learned": ("separate",),
     }.items()
     for layout in layouts
 ]
@@ -167,6 +170,22 @@ def test_masks_follow_from_the_rule(layout: str) -> None:
         np.testing.assert_array_equal(bias[:, 0, 0, 0], np.where(dense, 0, np.float32(masks.MASKED)))
 
 
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("window", [1, 3, 30])
+def test_windows_count_positions_of_the_sequence(window: int) -> None:
+    """Not places of the row: a second completion lies behind the first, and follows the prompt."""
+    for layout in ("shared", "separate"):
+        packed = packed_pairs(layout)
+        whole = masks.packed_mask(packed)
+        local = whole.within(window)
+        back = packed.positions[:, :, None] - packed.positions[:, None, :]
+        np.testing.assert_array_equal(local.dense[:, 0], np.asarray(whole.dense[:, 0]) & (back < window))
+        assert local.spans is not None
+        assert whole.spans is not None
+        assert (np.asarray(local.spans.first) >= np.asarray(whole.spans.first)).all()
+        assert (local.spans.first != whole.spans.first).any() == (window < 30)
+
+
 @each_case
 def test_scored_states_are_those_of_padded_pairs(name: str, layout: str) -> None:
     packed = packed_pairs(layout)
@@ -192,7 +211,7 @@ def test_losses_and_gradients_are_those_of_padded_pairs(name: str, layout: str) 
         np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=2e-6 * scale, err_msg=str(path))
 
 
-@pytest.mark.parametrize(("name", "layout"), [CASES[0], CASES[4]])
+@pytest.mark.parametrize(("name", "layout"), [CASES[0], CASES[4], ("decoder-local", "shared")])
 @pytest.mark.usefixtures("small_blocks")
 def test_rows_in_blocks_give_the_same(name: str, layout: str) -> None:
     packed, (padded_states, padded, expected) = packed_pairs(layout), padded_result(name)

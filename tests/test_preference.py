@@ -15,6 +15,7 @@ from tokenizers import models, pre_tokenizers
 from fastpref.data.tokenizer import Tokenizer
 from fastpref.judging.models import PreferenceModel, RewardModel
 from fastpref.judging.protocol import Judge, probability
+from fastpref.method.errors import CutWarning
 from fastpref.method.losses import bradley_terry
 from fastpref.models import save
 
@@ -131,7 +132,8 @@ def test_braces_in_texts_stay_as_they_are() -> None:
 def test_a_long_prompt_is_shortened_and_the_rest_stays() -> None:
     judge = preference_model(max_tokens=7)
     prompt = " ".join(f"w{number}" for number in range(20))
-    opened, closed = judge.readings([prompt, "w0 w1"], ["w21 w22"] * 2, ["w23"] * 2)
+    with pytest.warns(CutWarning, match=r"1 of 2 prompts are cut, .* keep to max_tokens=7"):
+        opened, closed = judge.readings([prompt, "w0 w1"], ["w21 w22"] * 2, ["w23"] * 2)
     # Seven tokens: six of the prompt and EOS.
     assert len(opened[0]) == 7
     assert judge.model.tokenizer.decode(opened) == ["w0 w1 w2 w3 w4 w5", "w0 w1"]

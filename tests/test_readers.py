@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import settings
 
-from fastpref.data import DropReport, Record, read_records, sources
+from fastpref.data import DropReport, Record, json_files, read_records
 from fastpref.data.readers import RecordStream
 from fastpref.method.errors import DataError
 
@@ -215,9 +215,12 @@ def test_a_source_that_is_none_is_named(tmp_path: Path) -> None:
             r"must be the path of a file, but received '.*absent.jsonl'. Put single prompts in a list",
         ),
         ("Write a poem.", "must be the path of a file, but received 'Write a poem.'"),
-        (tmp_path, "must be the path of a file"),
+        (tmp_path, r"a folder must be one that save_to_disk wrote, but received .* without state.json. Name the files"),
         (tmp_path / "x.csv", r"must end in .jsonl, .* or .ipc, but received 'x.csv'. Rename or convert it"),
-        ({"prompt": "p"}, "must be a path, a table or many records, but received dict. Make it a list"),
+        (
+            {"prompt": "p"},
+            r"a path, a table or many records, but received a dict of prompt. Pass one of its values .* or a list of",
+        ),
     ):
         with pytest.raises(DataError, match=message):
             read_records(source)
@@ -261,7 +264,7 @@ def test_good_records_pass_without_a_warning(tmp_path: Path) -> None:
 
 
 def test_a_huge_line_is_counted_and_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LINE_BYTES", 100)
+    monkeypatch.setattr(json_files, "LINE_BYTES", 100)
     path = tmp_path / "pairs.jsonl"
     exact = GOOD[:-1] + b" " * (99 - len(GOOD)) + b"}"
     for ending in (b"", b"\n"):

@@ -151,6 +151,9 @@ def test_a_run_directory_holds_everything_and_goes_on_bit_for_bit(
 
     with pytest.raises(CheckpointError, match=r"config\.batch_size"):
         tune(run_dir=tmp_path / "whole", **settings | {"batch_size": 4})
+    for others in (NEXT, SAME[1:], ()):
+        with pytest.raises(CheckpointError, match=r"held_out"):
+            tune(run_dir=tmp_path / "whole", **settings | {"held_out": others})
 
 
 def fit_preference(data: Any, held_out: Any = (), *, symmetric: bool = True, **settings: Any) -> FitResult:
@@ -186,8 +189,10 @@ def test_a_preference_model_is_fitted_to_soft_labels_in_both_orders(symmetric: b
     labels = np.repeat([0.25, 0.75], 32)
     expected = labels * np.log1p(np.exp(-margins)) + (1 - labels) * np.log1p(np.exp(margins))
     # A batch of 32 holds all the pairs, whatever their order.
-    first = fit_preference(pairs, steps=1, symmetric=symmetric).metrics[0]
-    assert first["loss"] == pytest.approx(expected.mean(), rel=1e-4)
+    records, _ = read_records(pairs, columns=("prompt", "chosen", "rejected"))
+    for data in (pairs, records):
+        first = fit_preference(data, steps=1, symmetric=symmetric).metrics[0]
+        assert first["loss"] == pytest.approx(expected.mean(), rel=1e-4)
 
 
 def test_a_reward_model_learns_what_is_preferred(tmp_path: Path) -> None:
@@ -237,5 +242,7 @@ def test_bad_records_are_refused_by_place_and_reason(tmp_path: Path) -> None:
 def test_no_record_left_is_refused() -> None:
     with pytest.raises(DataError, match=r"at least one record to learn from, but received none"):
         tune([{"prompt": "w1", "completion": "w1 w2 w3 w4 w5"}], steps=1)
+    with pytest.raises(DataError, match=r"received none from the data: 1 records read, .*1 completion too long"):
+        tune(held_out=[{"prompt": "w1", "completion": "w1 w2 w3 w4 w5"}], steps=1)
     with pytest.raises(DataError, match=r"at least one record to learn from, but received none"):
         fit_preference([], steps=1)

@@ -14,9 +14,9 @@
 that does not fit, `RecordStream` and `TokenStream` hand over the same records and tokens in parts. Conversations are
 written by `ChatTemplate.of(tokenizer)`, passed as `template`.
 
-The parts: `sources`, `readers` and `chat` make records of files, `tokenization` token ids of records, and `cache` keeps
-them; `batchers` pads, `packing` packs pairs, and `columns` checks what both are given. The last three alone import the
-native extension.
+The parts: `json_files`, `sources`, `readers` and `chat` make records of files, `tokenization` token ids of records, and
+`cache` keeps them; `batchers` pads, `packing` packs pairs into the rows of `row_shapes`, and `columns` checks what both
+are given. The last three alone import the native extension.
 """
 
 from fastpref._lazy import attach

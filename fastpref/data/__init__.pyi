@@ -8,20 +8,21 @@ from fastpref.data.chat import ChatTemplate as ChatTemplate
 from fastpref.data.packing import Packing as Packing
 from fastpref.data.packing import PairBatcher as PairBatcher
 from fastpref.data.packing import pack_pairs as pack_pairs
-from fastpref.data.packing import row_counts as row_counts
 from fastpref.data.ragged import Ragged as Ragged
 from fastpref.data.readers import RecordStream as RecordStream
 from fastpref.data.readers import read_prompts as read_prompts
 from fastpref.data.readers import read_records as read_records
 from fastpref.data.records import DropReport as DropReport
-from fastpref.data.records import OnBadRecord as OnBadRecord
 from fastpref.data.records import Record as Record
+from fastpref.data.row_shapes import row_counts as row_counts
 from fastpref.data.sources import Source as Source
 from fastpref.data.tokenization import Encoder as Encoder
 from fastpref.data.tokenization import TokenRecords as TokenRecords
 from fastpref.data.tokenization import TokenStream as TokenStream
 from fastpref.data.tokenization import tokenize_completions as tokenize_completions
 from fastpref.data.tokenization import tokenize_prompts as tokenize_prompts
+from fastpref.method.choices import OnBadRecord as OnBadRecord
+from fastpref.method.choices import Overlong as Overlong
 from fastpref.method.errors import CacheWarning as CacheWarning
 from fastpref.method.errors import ChatError as ChatError
 from fastpref.method.errors import DataError as DataError
@@ -35,6 +36,7 @@ __all__ = [
     "DropReport",
     "Encoder",
     "OnBadRecord",
+    "Overlong",
     "PackedPairs",
     "Packing",
     "PaddedPairBatcher",

@@ -32,13 +32,14 @@ from fastpref.data import files, hashes
 from fastpref.data.chat import ChatTemplate
 from fastpref.data.ragged import Ragged
 from fastpref.data.readers import RecordStream
-from fastpref.data.records import DropReport, OnBadRecord
-from fastpref.data.sources import Source, unchanged
-from fastpref.data.tokenization import CHUNK, Encoder, Overlong, TokenRecords, TokenStream
-from fastpref.data.tokenizer import Rendered
+from fastpref.data.records import DropReport
+from fastpref.data.rendered import Rendered
+from fastpref.data.sources import Source, files_of, format_of, unchanged
+from fastpref.data.tokenization import CHUNK, Encoder, TokenRecords, TokenStream
+from fastpref.method.choices import OnBadRecord, Overlong, TruncationSide
 from fastpref.method.errors import CacheWarning, DataError
 
-FORMAT = 2
+FORMAT = 3
 
 
 @runtime_checkable
@@ -60,6 +61,7 @@ def tokenized(
     columns: Sequence[str] = ("prompt",),
     vocab_size: int | None = None,
     overlong: Overlong = "drop",
+    truncation_side: TruncationSide = "right",
     on_bad_record: OnBadRecord = "raise",
     template: ChatTemplate | None = None,
     chunk: int = CHUNK,
@@ -79,6 +81,7 @@ def tokenized(
       columns: what the records hold, as for `read_records`.
       vocab_size: ids are below it.
       overlong: what becomes of a record over a limit.
+      truncation_side: of prompts that are cut.
       on_bad_record: what becomes of a bad one. A warning is given again where the tokens come from the cache.
       template: writes conversations as text.
       chunk: records that are in memory at a time.
@@ -94,11 +97,11 @@ def tokenized(
       CacheWarning: a damaged file was found and is replaced.
     """
     fingerprint = b"" if cache is None else _fingerprint(tokenizer)
-    paths = _files(source)
+    paths = files_of(source)
     with ExitStack() as stack:
         for path in paths:
             stack.enter_context(unchanged(path))
-        read = RecordStream(source, columns=columns, on_bad_record=on_bad_record, template=template)
+        read = RecordStream(paths or source, columns=columns, on_bad_record=on_bad_record, template=template)
         records = read if paths or cache is None else list(read)
         encoded = TokenStream(
             records,
@@ -107,6 +110,7 @@ def tokenized(
             max_completion_tokens=max_completion_tokens,
             vocab_size=vocab_size,
             overlong=overlong,
+            truncation_side=truncation_side,
             on_bad_record=on_bad_record,
             chunk=chunk,
         )
@@ -115,15 +119,15 @@ def tokenized(
             return tokens, read.report.then(encoded.report)
         described = {
             "format": FORMAT,
-            "content": [[path.suffix, hashes.of_file(path)["xxh3"]] for path in paths]
+            "content": [[format_of(path), hashes.of_file(path)["xxh3"]] for path in paths]
             if paths
             else _digest_records(records, read.report),
             "tokenizer": fingerprint.hex(),
             "tokenizers": tokenizers.__version__,
             "columns": list(columns),
             "limits": [max_prompt_tokens, max_completion_tokens, vocab_size or tokenizer.vocab_size],
-            "policies": [overlong, on_bad_record],
-            "template": None if template is None else [template.text, template.tokens],
+            "policies": [overlong, truncation_side, on_bad_record],
+            "template": None if template is None else template.identity,
         }
         key = hashes.of_bytes(orjson.dumps(described, option=orjson.OPT_SORT_KEYS))
         path = Path(cache) / f"{key}.arrow"
@@ -155,17 +159,13 @@ def _fingerprint(tokenizer: Encoder) -> bytes:
     return tokenizer.fingerprint
 
 
-def _files(source: Source) -> list[Path]:
-    if isinstance(source, str | Path):
-        return [Path(source)]
-    if isinstance(source, list | tuple) and source and all(isinstance(item, Path) for item in source):
-        return list(source)
-    return []
-
-
 def _digest_records(records: Any, report: DropReport) -> str:
-    parts = (orjson.dumps([record, isinstance(record.prompt, Rendered)]) for record in records)
+    parts = (orjson.dumps([record, *map(_marks, (record.prompt, *record.completions))]) for record in records)
     return hashes.of_buffers([orjson.dumps(asdict(report), option=orjson.OPT_SORT_KEYS), *parts]).hex()
+
+
+def _marks(text: str) -> list[Any]:
+    return [text.literals, text.end] if isinstance(text, Rendered) else []
 
 
 def _warn_again(report: DropReport, on_bad_record: OnBadRecord) -> None:
@@ -261,7 +261,12 @@ def _mapped_records(path: Path, key: str) -> tuple[TokenRecords, DropReport]:
     text = ragged.pop("text", None)
     prompts, *completions = ragged.values()
     preference, ids = (arrays[name].to_numpy(zero_copy_only=True) for name in ("preference", "id"))
-    return TokenRecords(prompts, tuple(completions), preference, ids, text), DropReport(**described["report"])
+    return TokenRecords(prompts, tuple(completions), preference, ids, text), _report(described["report"])
+
+
+def _report(described: Mapping[str, Any]) -> DropReport:
+    # JSON has no tuples.
+    return DropReport(**{**described, "unused": tuple(described["unused"])})
 
 
 def _only_chunk(column: pa.ChunkedArray) -> pa.Array:

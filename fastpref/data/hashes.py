@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import orjson
 import xxhash
 
 
@@ -26,6 +27,11 @@ def of_buffers(buffers: Iterable[Any]) -> bytes:
     for buffer in buffers:
         digest.update(buffer)
     return bytes(digest.digest())
+
+
+def of_json(value: Any) -> str:
+    """XXH3-128 of a value as JSON, its arrays and dataclasses included, in hexadecimal."""
+    return of_bytes(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
 def of_bytes(content: bytes) -> str:

@@ -1,8 +1,8 @@
 """Whole preference pairs packed into rows of fixed size: offline from a data set, online from one step's completions.
 
 Both pairs of tokens and their prompt always share a row, so that a loss over pairs never waits for another row; rows
-have one static shape, so that one program is compiled. Rows are filled best-fit, the largest pairs first, within a
-window of pairs that come one after another in a seeded order: a larger window wastes less, a smaller one mixes more.
+have few static shapes, so that few programs are compiled. Rows are filled best-fit, the largest pairs first, from pairs
+that come one after another in a seeded order: those of one batch, or of a window from which full rows are made.
 """
 
 import weakref
@@ -19,16 +19,15 @@ from fastpref.data.batches import PackedPairs
 from fastpref.data.columns import Numbers, Rows, column, fingerprint, per_record, preferences, ragged
 from fastpref.data.ragged import Ragged
 from fastpref.data.records import DropReport
-from fastpref.method.errors import DataError
+from fastpref.data.row_shapes import RowShape, batch_shapes, row_counts
+from fastpref.method.errors import DataError, require
 
 Layout = Literal["shared", "separate", "encoder-decoder"]
 """Where the tokens of a pair lie in a row: see `PackedPairs`."""
-RowShape = tuple[int, int, int]
-"""Rows of a batch, places of a row, and its places of the encoder's stream (0 without an encoder)."""
-
 Own = TypeVar("Own", bound="PairBatcher")
 
 MAX_PAIRS = 32
+MAX_BATCH = 65536
 TOO_LONG = "pair too long for a row"
 PLAN_VERSION = 1
 """Counts changes of csrc/pair_plan.cc that give the same arguments another order: a state of the old one is refused."""
@@ -37,8 +36,14 @@ PLAN_VERSION = 1
 class PairBatcher:
     """Endless iterator over packed batches of preference pairs, each `PackedPairs` on the host.
 
-    Every epoch hands out every pair exactly once, in an order that is a pure function of the lengths, the seed, the
-    epoch and the settings of the packing. The last batch of an epoch, and of each shape, may have empty rows. Neither
+    With `batch_size`, the order is as with `PromptBatcher`: a permutation for each epoch, one after another. Each
+    `batch_size` consecutive pairs are a batch, the last of an epoch filled up from the head of the next. Packing
+    decides only how many rows a batch has: the first of the `shapes` that holds them.
+
+    With `rows` instead, batches are full rows and hold as many pairs as that takes, for trainers that weigh tokens
+    alike. Every epoch hands out every pair exactly once; its last batch, and that of each shape, may have empty rows.
+
+    Either way batches are a pure function of the lengths, the seed, the epoch and the settings of the packing. Neither
     threads nor prefetching nor the number of hosts change what a batch is. Arrays are read-only, begin at multiples of
     64 bytes, so that JAX takes them without a copy, and own their memory: it is used again when nothing refers to any
     of them. `close()` ends the threads; so does the end of a `with` block and that of the process.
@@ -48,15 +53,19 @@ class PairBatcher:
       chosen: token ids of the first completion of each, its EOS included.
       rejected: token ids of the second.
       preference: probability that the first beats the second, in [0, 1]; None for 1.
-      rows: R, rows in a batch.
+      batch_size: P, pairs in every batch, 1 to 65536. With more than N, a batch holds some pairs several times.
+      rows: R, rows in a batch, where they are filled; give this or `batch_size`.
       row_tokens: L, places in a row.
       prompt_row_tokens: S, places of a row in the encoder's stream; for the "encoder-decoder" layout alone.
-      tail: larger shapes for the pairs that do not fit, growing: (rows, row_tokens), or (rows, row_tokens,
+      max_shapes: at most so many numbers of rows, 1 to 32, are chosen for the batches of the first epoch, with
+        `batch_size`. A later batch that needs more gets the next of `row_counts`.
+      multiple: divides these numbers of rows: devices, hosts or parts that share a batch.
+      tail: with `rows`, larger shapes for the pairs that do not fit, growing: (rows, row_tokens), or (rows, row_tokens,
         prompt_row_tokens) with an encoder. Each is compiled anew.
       layout: "shared" (the prompt once for both completions), "separate" or "encoder-decoder"; see `PackedPairs`.
       decoder_start: first decoder input of an encoder-decoder model.
-      max_pairs_per_row: M, at least 1.
-      window: pairs that are packed together, 1 to 65536.
+      max_pairs_per_row: M, at least 1; None for 32, or for `batch_size` where that is less.
+      window: with `rows`, pairs that are packed together, 1 to 65536.
       seed: of the order, in [0, 2^64).
       overlong: what to do with a pair that fits no shape: "raise", or "drop" and count it in `report`.
       ids: name of each record, for `PackedPairs.ids`; None for its position.
@@ -80,13 +89,16 @@ class PairBatcher:
         rejected: Rows,
         preference: Numbers | None = None,
         *,
-        rows: int,
+        batch_size: int | None = None,
+        rows: int | None = None,
         row_tokens: int,
         prompt_row_tokens: int | None = None,
+        max_shapes: int = 4,
+        multiple: int = 1,
         tail: Sequence[tuple[int, ...]] = (),
         layout: Layout = "shared",
         decoder_start: int | None = None,
-        max_pairs_per_row: int = MAX_PAIRS,
+        max_pairs_per_row: int | None = None,
         window: int = 1024,
         seed: int = 0,
         overlong: Literal["raise", "drop"] = "raise",
@@ -101,6 +113,21 @@ class PairBatcher:
     ) -> None:
         if overlong not in ("raise", "drop"):
             raise ValueError(f"overlong must be 'raise' or 'drop', but received {overlong!r}. Choose one of them.")
+        require(
+            (batch_size is None) != (rows is None) and not (batch_size and tail),
+            "batch_size or rows must be given, one of them, and tail with rows alone",
+            {"batch_size": batch_size, "rows": rows, "tail": tail},
+            "Give batch_size for so many pairs in every batch, rows for full rows.",
+        )
+        require(
+            batch_size is None or 1 <= batch_size <= MAX_BATCH,
+            f"batch_size must be in [1, {MAX_BATCH}]",
+            batch_size,
+            "Choose one of these numbers.",
+        )
+        most = min(MAX_PAIRS, batch_size or MAX_PAIRS) if max_pairs_per_row is None else max_pairs_per_row
+        self.shapes: tuple[RowShape, ...]
+        """Rows, places and encoder places of a batch, from small to large."""
         tables = {"prompts": ragged(prompts), "chosen": ragged(chosen), "rejected": ragged(rejected)}
         count = len(tables["prompts"])
         if count == 0:
@@ -112,13 +139,25 @@ class PairBatcher:
         chances = preferences(preference, count)
         logps = _ref_logps(ref_logps, count)
         encoder, start = _encoder(layout, prompt_row_tokens, decoder_start)
-        self.shapes: tuple[RowShape, ...] = ((rows, row_tokens, encoder), *(_shape(one, encoder) for one in tail))
-        """Rows, places and encoder places of a batch, from small to large."""
         sizes = _sizes(columns, layout)
-        fitting = np.all(sizes <= np.asarray(self.shapes[-1][1:]), axis=1)
+        largest = _shape(tail[-1], encoder)[1:] if tail else (row_tokens, encoder)
+        fitting = np.all(sizes <= np.asarray(largest), axis=1)
         if not fitting.all() and (overlong == "raise" or not fitting.any()):
-            _refuse(sizes, fitting, self.shapes[-1])
+            _refuse(sizes, fitting, largest, counted=rows is None)
         dropped = np.flatnonzero(~fitting)
+        if rows is not None:
+            self.shapes = ((rows, row_tokens, encoder), *(_shape(one, encoder) for one in tail))
+        elif batch_size is not None:
+            self.shapes, _ = batch_shapes(
+                sizes[fitting],
+                batch_size=batch_size,
+                row_tokens=row_tokens,
+                prompt_row_tokens=encoder,
+                max_pairs_per_row=most,
+                max_shapes=max_shapes,
+                multiple=multiple,
+                seed=seed,
+            )
         self._loader = _native.PairLoader(
             columns[0],
             columns[1],
@@ -129,7 +168,8 @@ class PairBatcher:
             layout=layout,
             decoder_start=start,
             shapes=self.shapes,
-            max_pairs_per_row=max_pairs_per_row,
+            batch_pairs=batch_size or 0,
+            max_pairs_per_row=most,
             window=window,
             seed=seed,
             records=np.flatnonzero(fitting).astype(np.int32) if len(dropped) else np.zeros(0, np.int32),
@@ -147,11 +187,13 @@ class PairBatcher:
             "seed": int(seed),
             "layout": layout,
             "decoder_start": start,
-            "max_pairs_per_row": int(max_pairs_per_row),
+            "batch_size": None if batch_size is None else int(batch_size),
+            "max_pairs_per_row": int(most),
             "window": int(window),
             "set of shapes (rows, row_tokens, prompt_row_tokens)": [list(map(int, shape)) for shape in self.shapes],
             "plan version": PLAN_VERSION,
         }
+        self._batch_size: int | None = batch_size
         self.dropped_ids: Int64[np.ndarray, " D"] = names[dropped]
         """Names of the records that fit no shape."""
         self.report = DropReport(count, count - len(dropped), {TOO_LONG: len(dropped)} if len(dropped) else {})
@@ -161,9 +203,12 @@ class PairBatcher:
 
     @property
     def epoch(self) -> int:
-        """Epoch that the next batch belongs to."""
+        """Epoch that the next batch, or its first pair, belongs to."""
         epoch, done, batches, _ = self._loader.position()
-        return epoch + (done == batches)
+        if self._batch_size is None:
+            return epoch + (done == batches)
+        before = -(-epoch * self.report.delivered // self._batch_size)
+        return (before + done) * self._batch_size // self.report.delivered
 
     def batches_in(self, epoch: int) -> int:
         """Number of batches of an epoch; it may differ a little between epochs. Plans the epoch."""
@@ -217,31 +262,6 @@ class Packing(NamedTuple):
     pairs: PackedPairs
     slots: Int32[np.ndarray, " P"]
     """Slot of each pair that was given, int32; -1 for those left out."""
-
-
-def row_counts(pairs: int, multiple: int = 1) -> tuple[int, ...]:
-    """Numbers of rows that `pack_pairs` rounds up to: 1, 2, 3, 4, 6, 8, 12, ... times `multiple`, up to `pairs` rows.
-
-    Args:
-      pairs: most pairs of a step, at least 1: they fit into as many rows.
-      multiple: rows that devices divide among them, at least 1.
-
-    Returns:
-      Growing numbers, none more than half as large again as the one before, from 3 rows on: as many programs at most.
-
-    Raises:
-      ValueError: an argument below 1.
-    """
-    for name, value in (("pairs", pairs), ("multiple", multiple)):
-        if value < 1:
-            raise ValueError(
-                f"{name} must be at least 1, but received {value}. Give the largest number that a step may have."
-            )
-    units, last = [1], -(-pairs // multiple)
-    while units[-1] < last:
-        power = 1 << (units[-1].bit_length() - 1)
-        units.append(units[-1] + max(power // 2, 1))
-    return tuple(multiple * min(unit, last) for unit in units)
 
 
 def pack_pairs(
@@ -342,16 +362,19 @@ def _sizes(columns: list[_native.Column], layout: str) -> Int32[np.ndarray, "N 2
         raise DataError(f"{error}. Drop such records as tokenize_completions does.") from None
 
 
-def _refuse(sizes: Int32[np.ndarray, "N 2"], fitting: Bool[np.ndarray, " N"], shape: RowShape) -> NoReturn:
+def _refuse(
+    sizes: Int32[np.ndarray, "N 2"], fitting: Bool[np.ndarray, " N"], places: tuple[int, int], *, counted: bool
+) -> NoReturn:
     """Name the first pair that fits no row."""
     at = int((~fitting).argmax())
-    rule, received = f"row_tokens {shape[1]}", f"{sizes[at, 0]}"
-    if shape[2]:
-        rule, received = f"{rule}, prompt_row_tokens {shape[2]}", f"{received} and {sizes[at, 1]}"
+    rule, received = f"row_tokens {places[0]}", f"{sizes[at, 0]}"
+    if places[1]:
+        rule, received = f"{rule}, prompt_row_tokens {places[1]}", f"{received} and {sizes[at, 1]}"
+    larger = "or enlarge row_tokens" if counted else "enlarge row_tokens, or add a larger shape to tail"
     raise DataError(
         f"a row must hold every pair whole, but received {rule} and {received} places at record {at} "
-        f"({(~fitting).sum()} of {len(fitting)} are too long). Shorten or drop such records (overlong='drop'), enlarge "
-        "row_tokens, or add a larger shape to tail."
+        f"({(~fitting).sum()} of {len(fitting)} are too long). Shorten or drop such records (overlong='drop'), "
+        f"{larger}."
     )
 
 

@@ -29,6 +29,7 @@ def choose_shapes(
     group: int,
     max_shapes: int,
     limit: Shape,
+    multiple: int = SIDE_MULTIPLE,
 ) -> tuple[Shape, ...]:
     """The growing shapes with the fewest padded tokens, by dynamic programming over chains of candidates.
 
@@ -38,8 +39,9 @@ def choose_shapes(
       group: K, completions of a prompt; 0 for prompts alone.
       max_shapes: at most so many, 1 to 32.
       limit: longest prompt and completion that are allowed; no side is larger.
+      multiple: divides the sides, but for the limit.
     """
-    rows, columns = _sides(prompts, limit[0]), _sides(completions, limit[1])
+    rows, columns = _sides(prompts, limit[0], multiple), _sides(completions, limit[1], multiple)
     held = np.zeros((len(rows), len(columns)), np.int64)
     np.add.at(held, (np.searchsorted(rows, prompts), np.searchsorted(columns, completions)), 1)
     records = held.cumsum(0).cumsum(1).ravel()
@@ -62,9 +64,9 @@ def choose_shapes(
     return tuple((int(rows[row[at]]), int(columns[column[at]])) for at in reversed(chain))
 
 
-def _sides(lengths: Int32[np.ndarray, " N"], limit: int) -> Int64[np.ndarray, " M"]:
+def _sides(lengths: Int32[np.ndarray, " N"], limit: int, multiple: int) -> Int64[np.ndarray, " M"]:
     """Side lengths worth trying, growing; the last holds every length."""
-    sides = np.sort(np.minimum(-(-lengths.astype(np.int64) // SIDE_MULTIPLE) * SIDE_MULTIPLE, limit))
+    sides = np.sort(np.minimum(-(-lengths.astype(np.int64) // multiple) * multiple, limit))
     distinct = np.unique(sides)
     if len(distinct) <= SIDE_CANDIDATES:
         return distinct

@@ -1,15 +1,17 @@
 """Records in, from files, tables and iterables: each one delivered, or counted with its reason."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from fastpref.data.chat import ChatTemplate, is_conversation
-from fastpref.data.records import IDENTICAL, BadRecord, DropReport, Ledger, OnBadRecord, Record
-from fastpref.data.sources import COLUMNS, Row, Source, open_rows
+from fastpref.data.records import IDENTICAL, BadRecord, DropReport, Ledger, Record
+from fastpref.data.rendered import Rendered
+from fastpref.data.sources import COLUMNS, FOR_TEMPLATES, Row, Source, names_file, open_rows
 from fastpref.data.tokenizer import Tokenizer
+from fastpref.method.choices import OnBadRecord
 from fastpref.method.errors import ChatError
 
 
@@ -23,17 +25,23 @@ def read_records(
     """Read prompts, supervised examples or preference pairs.
 
     Args:
-      source: the path of a JSONL (`.jsonl`, `.ndjson`, `.json`: one object a line), Parquet (`.parquet`) or Arrow
-        (`.arrow`, `.feather`, `.ipc`) file; a list of `Path`s of such files, read one after the other; an Arrow table;
-        or an iterable of mappings, or of strings for prompts.
+      source: one of
+        - a file: JSON (`.jsonl`, `.ndjson`, `.json`; one object a line or one array of objects; plain, `.gz` or
+          `.zst`), Parquet (`.parquet`) or Arrow (`.arrow`, `.feather`, `.ipc`); a folder that `save_to_disk` of the
+          datasets library wrote; a pattern such as `data/*.jsonl`, its files in the order of their names; or a list of
+          these, read one after the other. Text in a list that names a data file is a file, never a prompt;
+        - a table: an Arrow table, a data frame, a `datasets.Dataset`;
+        - an iterable of mappings, of strings for prompts, or of what this function returned.
       columns: `prompt`; `prompt, completion`; `prompt, chosen, rejected`, optionally `preference`. Where `preference`
-        is not named it is taken from the records that have it and is 1 for the others. Other columns are ignored.
+        is not named it is taken from the records that have it and is 1 for the others. The report names columns that
+        nothing is read from.
       on_bad_record: "raise" at the first; "skip" counts them; "warn" counts them and warns once. A record is bad for
         one of these reasons: broken JSON, line too long (above 64 MiB), blank line (before the last record), not a
-        record, missing column, not a string, bad UTF-8, bad conversation, empty prompt, empty completion, identical
-        completions, bad preference (not a number in [0, 1]).
+        record, missing column, not a string, bad UTF-8, bad conversation, empty prompt, name of a file, empty
+        completion, identical completions, bad preference (not a number in [0, 1]).
       template: writes records that hold messages, lists of `role` and `content`, as text; see `ChatTemplate.texts` for
-        where they may stand.
+        where they may stand. Such a record may also have `system`, text that becomes its first message, and `tools` (a
+        list) and `chat_template_kwargs` (a mapping), which the template reads; both may be JSON in text.
 
     Returns:
       The records in the order of the source, and the account of those dropped.
@@ -48,24 +56,52 @@ def read_records(
 
 
 def read_prompts(
-    source: Source, tokenizer: Tokenizer | None = None, *, on_bad_record: OnBadRecord = "raise"
+    source: Source,
+    tokenizer: Tokenizer | None = None,
+    *,
+    on_bad_record: OnBadRecord = "raise",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Read prompts as text; conversations by the chat template of `tokenizer`, where it brings one.
 
     Args:
-      source: as for `read_records`.
+      source: as for `read_records`; conversations that another model's template wrote are written anew.
       tokenizer: of the model that they are for; None where all are text.
       on_bad_record: what becomes of bad records, as for `read_records`.
+      chat_template_kwargs: options of the chat template, such as `enable_thinking`.
 
     Returns:
       The prompts; those that the template wrote are `Rendered`.
 
     Raises:
       DataError: as `read_records` does.
+      ChatError: a prompt is a conversation that another template wrote, and the tokenizer brings none.
     """
-    template = None if tokenizer is None else ChatTemplate.find(tokenizer)
+    template = None if tokenizer is None else ChatTemplate.find(tokenizer, chat_template_kwargs)
     records, _ = read_records(source, on_bad_record=on_bad_record, template=template)
-    return [record.prompt for record in records]
+    prompts = [record.prompt for record in records]
+    return prompts if tokenizer is None else written_by(template, prompts)
+
+
+def written_by(template: ChatTemplate | None, prompts: Iterable[str]) -> list[str]:
+    """Prompts as a template writes them: each conversation that another template wrote is written anew.
+
+    Raises:
+      ChatError: a prompt is a conversation, and there is no template or it refuses the conversation.
+    """
+    written: list[str] = []
+    for prompt in prompts:
+        said = prompt.conversation if isinstance(prompt, Rendered) else None
+        if said is None or (template is not None and template.wrote(prompt)):
+            written.append(prompt)
+        elif template is None:
+            raise ChatError(
+                "a model that reads conversations must bring a chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json), but received none. Save its template beside it, or give the prompts as text."
+            )
+        else:
+            written.append(template.prompt(said.messages, said.tools, said.options))
+    return written
 
 
 class RecordStream:
@@ -105,8 +141,10 @@ class RecordStream:
             raise ValueError(
                 f"start must be at least 0, but received {start}. Give the number of records to pass over."
             )
-        name, rows = open_rows(source)
+        unused: set[str] = set()
+        name, rows = open_rows(source, unused)
         self._ledger = Ledger(name, on_bad_record)
+        self._ledger.unused = unused
         self._template = template
         self._records = self._read(islice(enumerate(rows), start, None))
 
@@ -125,7 +163,7 @@ class RecordStream:
         for index, (name, unit, number, row) in rows:
             self._ledger.read += 1
             try:
-                record = _record(index, row, self._columns, self._template)
+                record = _record(index, row, self._columns, self._template, self._ledger.unused)
             except BadRecord as bad:
                 self._ledger.drop(f"{name}, {unit} {number}", bad)
                 continue
@@ -133,16 +171,27 @@ class RecordStream:
         self._ledger.close()
 
 
-def _record(index: int, row: object, columns: tuple[str, ...], template: ChatTemplate | None) -> Record:
+def _record(
+    index: int, row: object, columns: tuple[str, ...], template: ChatTemplate | None, unused: set[str]
+) -> Record:
     if isinstance(row, BadRecord):
         raise row
     if isinstance(row, str) and columns == ("prompt",):
+        if names_file(row):
+            raise BadRecord("name of a file", f"a prompt must be text, but received the name of a file, {row!r}")
         row = {"prompt": row}
+    if isinstance(row, Record):
+        row = _columns_of(row)
     if not isinstance(row, Mapping):
         raise BadRecord(
             "not a record", f"a record must map {', '.join(columns)} to text, but received {type(row).__name__}"
         )
-    if template is not None and is_conversation(row, columns):
+    conversation = _is_conversation(row, columns, template)
+    read = {*columns, "preference"} if "chosen" in columns else {*columns}
+    if conversation:
+        read |= {"messages", *FOR_TEMPLATES}
+    unused.update(str(name) for name, value in row.items() if name not in read and value is not None)
+    if template is not None and conversation:
         try:
             row = {**row, **template.texts(row, columns)}
         except ChatError as error:
@@ -150,6 +199,11 @@ def _record(index: int, row: object, columns: tuple[str, ...], template: ChatTem
         except UnicodeError as error:
             raise BadRecord("bad UTF-8", f"messages must hold valid UTF-8, but received {error}") from None
     prompt = _text(row, "prompt")
+    if isinstance(prompt, Rendered) and template is not None and columns == ("prompt",):
+        try:
+            (prompt,) = written_by(template, [prompt])
+        except ChatError as error:
+            raise BadRecord("bad conversation", str(error)) from None
     if not prompt.strip():
         raise BadRecord("empty prompt", "the prompt must hold more than white space")
     if "completion" in columns:
@@ -175,6 +229,64 @@ def _record(index: int, row: object, columns: tuple[str, ...], template: ChatTem
     ):
         raise BadRecord("bad preference", f"preference must be a number in [0, 1], but received {preference!r}")
     return Record(index, prompt, completions, float(preference))
+
+
+def _columns_of(record: Record) -> dict[str, Any]:
+    """The mapping that a record was read from, as far as it is text."""
+    names = {0: (), 1: ("completion",), 2: ("chosen", "rejected")}[len(record.completions)]
+    preference = {"preference": record.preference} if len(names) == 2 else {}
+    return {"prompt": record.prompt, **dict(zip(names, record.completions, strict=True)), **preference}
+
+
+def _is_conversation(row: Mapping[str, Any], columns: tuple[str, ...], template: ChatTemplate | None) -> bool:
+    """Whether a record is messages, or text with what only a template can put beside it.
+
+    Raises:
+      BadRecord: what stands beside its text or messages would be lost.
+    """
+    given = [name for name in FOR_TEMPLATES if not _empty(row.get(name))]
+    if not is_conversation(row, columns) and given != ["system"]:
+        if given:
+            raise BadRecord(
+                "bad conversation", f"{' and '.join(given)} must stand beside messages, but received text alone"
+            )
+        return False
+    if given and template is None:
+        raise BadRecord(
+            "bad conversation", f"{' and '.join(given)} must be written by a chat template, but received none"
+        )
+    whole = [row[name] for name in columns if name != "prompt" and _begins(row.get(name))]
+    if whole and not _empty(row.get("prompt")) and not _is_start(row["prompt"], whole[0]):
+        raise BadRecord(
+            "bad conversation",
+            "a prompt beside whole conversations must be their beginning or what the user says there, but received "
+            f"{row['prompt']!r:.50}",
+        )
+    return True
+
+
+def _empty(value: object) -> bool:
+    return value is None or (isinstance(value, Sized) and len(value) == 0)
+
+
+def _begins(value: object) -> bool:
+    """Whether messages begin a conversation, rather than answer one."""
+    if not isinstance(value, list | tuple) or not value or not isinstance(value[0], Mapping):
+        return False
+    return value[0].get("role") not in ("assistant", b"assistant")
+
+
+def _is_start(prompt: object, conversation: Sequence[Any]) -> bool:
+    """Whether a prompt is text that the user says in a conversation, or its first messages."""
+    messages = [message for message in conversation if isinstance(message, Mapping)]
+    if isinstance(prompt, list | tuple):
+        return list(prompt) == messages[: len(prompt)]
+    said = [message.get("content") for message in messages if message.get("role") in ("user", b"user")]
+    return _stripped(prompt) in map(_stripped, said)
+
+
+def _stripped(text: object) -> str:
+    return (text.decode(errors="replace") if isinstance(text, bytes) else str(text)).strip()
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:

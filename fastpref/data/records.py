@@ -5,22 +5,21 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fastpref.method.choices import OnBadRecord
 from fastpref.method.errors import DataError
 
 
 class BadRecord(Exception):
-    """One record that cannot be used: `reason` is counted, `detail` is shown."""
+    """One record that cannot be used: `reason` is counted, `detail` is shown; `size` is that of one over a limit."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, size: int = 0) -> None:
         super().__init__(detail)
         self.reason = reason
+        self.size = size
 
 
 IDENTICAL = "identical completions"
 """The reason of a pair that teaches nothing."""
-
-OnBadRecord = str
-""""raise", "skip" or "warn"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +49,10 @@ class DropReport:
     """Records by the reason they were dropped for."""
     truncated: int = 0
     """Records among the delivered that were cut to a limit."""
+    longest: Mapping[str, int] = field(default_factory=dict, compare=False)
+    """Tokens of the longest prompt or completion by the reason that it was dropped for."""
+    unused: tuple[str, ...] = field(default=(), compare=False)
+    """Names of columns of the source that nothing was read from."""
 
     def __post_init__(self) -> None:
         if self.delivered + sum(self.dropped.values()) != self.read:
@@ -63,7 +66,15 @@ class DropReport:
         if self.dropped:
             reasons = sorted(self.dropped.items(), key=lambda item: (-item[1], item[0]))
             text += f" ({', '.join(f'{count} {reason}' for reason, count in reasons)})"
-        return text + (f", {self.truncated} truncated" if self.truncated else "")
+        if self.truncated:
+            text += f", {self.truncated} truncated"
+        return text + (f"; columns not used: {', '.join(self.unused)}" if self.unused else "")
+
+    @property
+    def shares(self) -> str:
+        """Shares lost and cut, in per cent; "" where neither is."""
+        shares = ((self.read - self.delivered, "lost"), (self.truncated, "cut"))
+        return ", ".join(f"{share(part, self.read)} {word}" for part, word in shares if part)
 
     def then(self, later: "DropReport") -> "DropReport":
         """This report and that of a later stage, which read what this one delivered, as one.
@@ -77,7 +88,14 @@ class DropReport:
                 f"{later.read}. Join reports in the order of their stages."
             )
         dropped = dict(Counter(self.dropped) + Counter(later.dropped))
-        return DropReport(self.read, later.delivered, dropped, self.truncated + later.truncated)
+        longest = dict(Counter(self.longest) | Counter(later.longest))
+        unused = tuple(sorted({*self.unused, *later.unused}))
+        return DropReport(self.read, later.delivered, dropped, self.truncated + later.truncated, longest, unused)
+
+
+def share(part: int, whole: int) -> str:
+    """A share in per cent, rounded away from none and all."""
+    return f"{min(max(round(100 * part / whole), 1), 100 if part == whole else 99)} %"
 
 
 class Ledger:
@@ -93,7 +111,9 @@ class Ledger:
         self.read = 0
         self.dropped: Counter[str] = Counter()
         self.truncated = 0
+        self.longest: Counter[str] = Counter()
         self.first = ""
+        self.unused: set[str] = set()
 
     def drop(self, place: str, bad: BadRecord, *, counted: bool | None = None) -> None:
         """Count a bad record; raise DataError instead if the policy, or `counted=False`, says so."""
@@ -104,11 +124,14 @@ class Ledger:
             ) from None
         self.first = self.first or f"{place}: {bad}"
         self.dropped[bad.reason] += 1
+        if bad.size:
+            self.longest[bad.reason] = max(self.longest[bad.reason], bad.size)
 
     def account(self) -> DropReport:
         """The account so far."""
         delivered = self.read - sum(self.dropped.values())
-        return DropReport(self.read, delivered, dict(self.dropped), self.truncated)
+        unused = tuple(sorted(self.unused))
+        return DropReport(self.read, delivered, dict(self.dropped), self.truncated, dict(self.longest), unused)
 
     def close(self) -> None:
         """Warn, once for all, if that is the policy and a record was dropped."""

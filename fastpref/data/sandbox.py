@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
+from datetime import datetime
 from typing import Any
 
 import jinja2
@@ -167,6 +168,16 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+def clock(day: datetime) -> Callable[[str], str]:
+    """`strftime_now` on a given day."""
+
+    def strftime_now(form: str) -> str:
+        _check_format(form)
+        return day.strftime(form)
+
+    return strftime_now
 
 
 def _refuse(message: str) -> None:

@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
-from fastpref.data.records import BadRecord
+from fastpref.data.json_files import CODECS, LINES, json_rows
 from fastpref.method.errors import DataError
 
 COLUMNS = (
@@ -21,64 +21,172 @@ COLUMNS = (
 )
 """What a record may consist of."""
 
-_KNOWN = frozenset(name for names in COLUMNS for name in names) | {"messages"}
+FOR_TEMPLATES = ("system", "tools", "chat_template_kwargs")
+"""What may stand beside the messages of a record."""
 
-LINE_BYTES = 64 * 2**20
-"""A line of JSON longer than this is a bad record, and is never held as a whole."""
-
+KNOWN = frozenset(name for names in COLUMNS for name in names) | {"messages", *FOR_TEMPLATES}
 
 Source = str | Path | pa.Table | Iterable[Any]
-"""A path; an Arrow table; shards as a list of `Path`s, read one after the other; or an iterable of records."""
+"""A file, a folder of `save_to_disk`, a pattern of names, or a list of these, read one after the other; an Arrow table,
+a `datasets.Dataset`, a data frame; or an iterable of records."""
 
 
 Row = tuple[str, str, int, object]
 """Name of the file, what its numbers count, the number, and the record; a BadRecord where it cannot be read."""
 
+STATE, SPLITS = "state.json", "dataset_dict.json"
+"""Files of a folder that `save_to_disk` wrote: of a data set, and of several by name."""
 
-def open_rows(source: object) -> tuple[str, Iterator[Row]]:
-    """A name for messages, and the rows."""
-    if isinstance(source, str | Path):
-        path = Path(source)
-        return path.name, _file_rows(_existing(path))
-    if isinstance(source, pa.Table):
-        return "table", _whole("table", "Arrow table", iter(source.to_batches()))
-    if isinstance(source, Mapping) or not isinstance(source, Iterable):
-        raise DataError(
-            f"a source must be a path, a table or many records, but received {type(source).__name__}. Make it a list."
-        )
-    if isinstance(source, list | tuple) and source and all(isinstance(item, Path) for item in source):
-        paths = [_existing(path) for path in source]
-        name = f"{paths[0].name} to {paths[-1].name}, {len(paths)} files"
-        return name, (row for path in paths for row in _file_rows(path))
-    return "records", (("records", "record", number, row) for number, row in enumerate(source))
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise DataError(
-            f"a source given as text must be the path of a file, but received {str(path)!r}. Put single prompts in a "
-            f"list."
-        )
-    if path.suffix not in (*_LINES, *_ARROW, ".parquet"):
-        raise DataError(
-            "a file must end in .jsonl, .ndjson, .json, .parquet, .arrow, .feather or .ipc, "
-            f"but received {path.name!r}. Rename or convert it."
-        )
-    return path
-
-
-_LINES = (".jsonl", ".ndjson", ".json")
 _ARROW = (".arrow", ".feather", ".ipc")
+_SUFFIXES = (*LINES, *(line + packed for line in LINES for packed in CODECS), *_ARROW, ".parquet")
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
+def open_rows(source: object, unused: set[str]) -> tuple[str, Iterator[Row]]:
+    """A name for messages, and the rows.
+
+    Args:
+      source: where records come from.
+      unused: takes the names of columns that no record can use, as they are met.
+
+    Raises:
+      DataError: nothing that records could be read from.
+    """
+    if paths := files_of(source):
+        name = paths[0].name if len(paths) == 1 else f"{paths[0].name} to {paths[-1].name}, {len(paths)} files"
+        return name, (row for path in paths for row in _file_rows(path, unused))
+    if hasattr(source, "__arrow_c_stream__"):
+        table = source if isinstance(source, pa.Table) else pa.table(source)
+        return "table", _whole("table", "Arrow table", iter(table.to_batches()), unused)
+    if isinstance(source, Mapping):
+        raise DataError(
+            f"a source must be a path, a table or many records, but received a {type(source).__name__} of "
+            f"{', '.join(map(str, source)) or 'nothing'}. Pass one of its values if they are data sets, or a list of "
+            "mappings."
+        )
+    if hasattr(source, "column_names") and hasattr(source, "__getitem__"):
+        return "records", _numbered(_rows_of_columns(source, unused))
+    if not isinstance(source, Iterable) or hasattr(source, "columns"):
+        raise DataError(
+            f"a source must be a path, a table or many records, but received {type(source).__name__}. Make it a list "
+            "of mappings."
+        )
+    return "records", _numbered(source)
+
+
+def files_of(source: object) -> list[Path]:
+    """The files that a source names, in order; none where it holds the records itself.
+
+    Raises:
+      DataError: a file that is missing or of an unknown kind, or text among the names.
+    """
+    if isinstance(source, str | Path):
+        return _files(Path(source))
+    if not isinstance(source, list | tuple):
+        return []
+    named = [isinstance(item, Path) or (isinstance(item, str) and names_file(item)) for item in source]
+    if any(named) and not all(named):
+        raise DataError(
+            "a list must hold records or the names of files, but received "
+            f"{str(source[named.index(True)])!r} among others. Pass the files as a list of their own."
+        )
+    return [path for item in source for path in _files(Path(item))] if any(named) else []
+
+
+def names_file(text: str) -> bool:
+    """Whether a text is the name of a data file, of files or of a saved data set, which no prompt is."""
+    if len(text) > 4096 or "\n" in text:
+        return False
+    if any(map(str.isspace, text)):
+        return text.lower().endswith(_SUFFIXES) and _is_file(Path(text))
+    return text.lower().endswith(_SUFFIXES) or _is_file(Path(text, STATE)) or _is_file(Path(text, SPLITS))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, say
+        return False
+
+
+def format_of(path: Path) -> str:
+    """The suffix that says how a file is read.
+
+    Raises:
+      DataError: none that is known.
+    """
+    name = path.name.lower()
+    for suffix in sorted(_SUFFIXES, key=len, reverse=True):
+        if name.endswith(suffix):
+            return suffix
+    raise DataError(
+        "a file must end in .jsonl, .ndjson, .json (each plain, .gz or .zst), .parquet, .arrow, .feather or .ipc, "
+        f"but received {path.name!r}. Rename or convert it."
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return _saved(path)
+    if path.is_file():
+        format_of(path)
+        return [path]
+    if set("*?[") & set(str(path)):
+        anchor = Path(path.anchor)
+        matching = sorted(anchor.glob(str(path.relative_to(anchor))))
+        if matching:
+            return [file for match in matching for file in _files(match)]
+        raise DataError(f"a pattern must match at least one file, but received {str(path)!r}. Check the folder.")
+    raise DataError(
+        f"a source given as text must be the path of a file, but received {str(path)!r}. Put single prompts in a list."
+    )
+
+
+def _saved(folder: Path) -> list[Path]:
+    """The Arrow files of a folder that the datasets library's `save_to_disk` wrote."""
+    splits, state = folder / SPLITS, folder / STATE
+    try:
+        if splits.is_file():
+            names = [str(name) for name in orjson.loads(splits.read_bytes())["splits"]]
+            if len(names) == 1:
+                return _saved(folder / names[0])
+            raise DataError(
+                f"a folder must hold one data set, but received {folder} with {', '.join(names)}. "
+                f"Name one of them, as in {str(folder / names[0])!r}."
+            )
+        if not state.is_file():
+            raise DataError(
+                f"a folder must be one that save_to_disk wrote, but received {folder} without {STATE}. "
+                f"Name the files in it, as in {str(folder / '*.parquet')!r}."
+            )
+        described = orjson.loads(state.read_bytes())
+        if described.get("_indices_data_files"):
+            raise DataError(
+                f"a saved data set must hold its own records, but received {folder} with indices into others. Save it "
+                "anew with flatten_indices()."
+            )
+        paths = [folder / Path(str(entry["filename"])).name for entry in described["_data_files"]]
+    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"a folder must be as save_to_disk wrote it, but received {folder} with {type(error).__name__}: {error}. "
+            "Save it anew."
+        ) from error
+    for path in paths:
+        if not path.is_file():
+            raise DataError(
+                f"a saved data set must be whole, but received {folder} without {path.name}. Copy it again."
+            )
+    return paths
+
+
+def _file_rows(path: Path, unused: set[str]) -> Iterator[Row]:
+    kind = format_of(path)
     with unchanged(path):
-        if path.suffix in _LINES:
-            yield from ((path.name, "line", number, row) for number, row in _json_lines(path))
-        elif path.suffix == ".parquet":
-            yield from _whole(path.name, "Parquet file", _parquet_batches(path))
+        if kind == ".parquet":
+            yield from _whole(path.name, "Parquet file", _parquet_batches(path, unused), unused)
+        elif kind in _ARROW:
+            yield from _whole(path.name, "Arrow file", _arrow_batches(path), unused)
         else:
-            yield from _whole(path.name, "Arrow file", _arrow_batches(path))
+            yield from ((path.name, unit, number, row) for unit, number, row in json_rows(path))
 
 
 @contextmanager
@@ -98,46 +206,30 @@ def unchanged(path: Path) -> Iterator[None]:
         raise DataError(f"{path.name} must not change while it is read, but received one that did. Read it again.")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
-    blank: list[int] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), b""), 1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not line.strip():
-                blank.append(number)
-                continue
-            # Blank lines at the end are only an ending; between records one may stand for a record that was lost.
-            for empty in blank:
-                yield empty, BadRecord("blank line", "a line before the last record must not be blank")
-            blank.clear()
-            yield number, _json(line) if len(line) <= LINE_BYTES else _skip_line(file, line)
+def _numbered(records: Iterable[object]) -> Iterator[Row]:
+    return (("records", "record", number, row) for number, row in enumerate(records))
 
 
-def _skip_line(file: BinaryIO, line: bytes) -> BadRecord:
-    size = len(line)
-    while line and not line.endswith(b"\n"):
-        line = file.readline(LINE_BYTES)
-        size += len(line)
-    return BadRecord("line too long", f"a line must have at most {LINE_BYTES} bytes, but received {size}")
+def _rows_of_columns(source: Any, unused: set[str]) -> Iterator[object]:
+    """The rows of a `datasets.Dataset`, or of whatever else has names of columns and rows by number."""
+    # Columns that are not asked for may be costly to decode; but a transform of the user's may read them.
+    if hasattr(source, "select_columns") and (getattr(source, "format", None) or {}).get("type") != "custom":
+        names = list(source.column_names)
+        unused.update(name for name in names if name not in KNOWN)
+        source = source.select_columns([name for name in names if name in KNOWN])
+    for number in range(len(source)):
+        row = source[number]
+        yield {name: _filled(value) for name, value in row.items()} if isinstance(row, Mapping) else row
 
 
-def _json(line: bytes) -> object:
-    try:
-        line.decode()
-    except UnicodeDecodeError as error:
-        return BadRecord("bad UTF-8", f"a line must be valid UTF-8, but received {error.reason} at byte {error.start}")
-    try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        return BadRecord(
-            "broken JSON",
-            f"a line must be one JSON object, but received an error at character {error.pos}: {error.msg}",
-        )
+# Arrow --------------------------------------------------------------------------------------------------------------
 
 
-def _parquet_batches(path: Path) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(path: Path, unused: set[str]) -> Iterator[pa.RecordBatch]:
     with pyarrow.parquet.ParquetFile(path) as file:
-        yield from file.iter_batches(columns=[name for name in file.schema_arrow.names if name in _KNOWN])
+        names = file.schema_arrow.names
+        unused.update(name for name in names if name not in KNOWN)
+        yield from file.iter_batches(columns=[name for name in names if name in KNOWN])
 
 
 def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
@@ -151,10 +243,12 @@ def _arrow_batches(path: Path) -> Iterator[pa.RecordBatch]:
             yield from pyarrow.ipc.open_stream(file)
 
 
-def _table_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, object]]:
+def _table_rows(batches: Iterator[pa.RecordBatch], unused: set[str]) -> Iterator[tuple[int, object]]:
     number = 0
     for batch in batches:
-        names = [name for name in batch.schema.names if name in _KNOWN]
+        names = [name for name in batch.schema.names if name in KNOWN]
+        # A data frame's index is no column.
+        unused.update(name for name in batch.schema.names if name not in KNOWN and not name.startswith("__index_level"))
         values = [_plain(batch.column(name)) for name in names]
         for row in zip(*values, strict=True) if names else ((),) * batch.num_rows:
             yield number, dict(zip(names, row, strict=True))
@@ -163,13 +257,22 @@ def _table_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, object
 
 def _plain(column: pa.Array) -> list[Any]:
     """Python values, text as bytes: one row of bad UTF-8 then spoils that row and not the whole column."""
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     column = column.cast(_binary(column.type))
     # Arrow does not check offsets when it opens a file, and reads through them here.
     column.validate(full=True)
     values: list[Any] = column.to_pylist()
-    return values
+    return [_filled(value) for value in values] if pa.types.is_nested(column.type) else values
+
+
+def _filled(value: Any) -> Any:
+    """A nested value without the empty entries that tables fill mappings up with, so that all have the same keys."""
+    if isinstance(value, Mapping):
+        return {key: _filled(entry) for key, entry in value.items() if entry is not None}
+    return [_filled(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _binary(kind: pa.DataType) -> pa.DataType:
@@ -193,9 +296,9 @@ def _binary_field(field: pa.Field) -> pa.Field:
     return field.with_type(_binary(field.type))
 
 
-def _whole(name: str, kind: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
+def _whole(name: str, kind: str, batches: Iterator[pa.RecordBatch], unused: set[str]) -> Iterator[Row]:
     try:
-        yield from ((name, "record", number, row) for number, row in _table_rows(batches))
+        yield from ((name, "record", number, row) for number, row in _table_rows(batches, unused))
     except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise DataError(
             f"{name} must be a whole {kind} with one column of each name, but received {type(error).__name__}: "

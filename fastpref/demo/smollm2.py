@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from fastpref.data.tokenizer import FILES
+from fastpref.data.token_files import FILES
 from fastpref.demo.docstrings import cache_folder
 from fastpref.method.errors import ModelError, UnavailableError
 from fastpref.models import LanguageModel, load, save

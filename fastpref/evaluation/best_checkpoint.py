@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastpref.data import files
+from fastpref.data import files, read_prompts
+from fastpref.data.sources import Source
 from fastpref.evaluation.side_by_side import draw, kept
 from fastpref.evaluation.win_rates import WinRate, check_prompts, win_rate
 from fastpref.judging.protocol import Judge
 from fastpref.models import LanguageModel
 from fastpref.runs import checkpoints, terminal
-from fastpref.runs.read_model import Model, locate, read_model, step_directory
+from fastpref.runs.read_model import Model, locate, read_model, read_tokenizer, step_directory
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Ranking:
 def select_checkpoint(
     runs: Model | Sequence[Model],
     baseline: Model,
-    prompts: Sequence[str],
+    prompts: Source,
     judge: Judge,
     *,
     like: Model | None = None,
@@ -136,7 +137,8 @@ def select_checkpoint(
       runs: a run directory, of which every checkpoint is taken; or several of those, checkpoint directories, Hugging
         Face directories and `LanguageModel`s.
       baseline: what all are compared with; the paper takes a finished run of another method.
-      prompts: P texts of a validation split, at least 2.
+      prompts: P prompts of a validation split, at least 2, in any form that `train` takes; see `evaluate`. A function
+        that judges reads messages as the baseline's chat template writes them.
       judge: says p(first ≻ second).
       like: a model of the architecture of the checkpoints; None for their run's final model or, where that is not yet
         written, the baseline.
@@ -156,7 +158,8 @@ def select_checkpoint(
       CheckpointError: a checkpoint is damaged, or does not fit `like`.
       JudgeError: see `judging.protocol.ask`.
     """
-    check_prompts(prompts)
+    texts = read_prompts(prompts, read_tokenizer(baseline))
+    check_prompts(texts)
     found = _candidates([runs] if isinstance(runs, LanguageModel | str | Path) else list(runs))
     settings = {
         "max_new_tokens": max_new_tokens,
@@ -165,13 +168,13 @@ def select_checkpoint(
         "batch_size": batch_size,
     }
     against = read_model(baseline)
-    theirs = draw(against, prompts, stream=f"{seed} baseline", **settings)
+    theirs = draw(against, texts, stream=f"{seed} baseline", **settings)
     ranked = []
     with kept(judge, save) as asked:
         for name, run, step, source in found:
             model = read_model(source, like=like if like is not None or _finished(run) else against)
-            ours = draw(model, prompts, stream=f"{seed} policy", **settings)
-            ranked.append(Candidate(name, run, step, source, win_rate(prompts, ours, theirs, asked)))
+            ours = draw(model, texts, stream=f"{seed} policy", **settings)
+            ranked.append(Candidate(name, run, step, source, win_rate(texts, ours, theirs, asked)))
     return Ranking(sorted(ranked, key=lambda one: -one.win_rate.value))
 
 

@@ -1,5 +1,6 @@
 """Held-out evaluation during a run: win rate, distance from the reference, lengths, agreement with the judge."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,10 +18,9 @@ from fastpref.judging.recorded import RecordedJudge
 from fastpref.kernels import Divergence, divergence, token_logprobs
 from fastpref.kernels.divergence import xla
 from fastpref.method.config import TrainConfig
-from fastpref.method.errors import ConfigError, ModelError
+from fastpref.method.errors import ConfigError, CutWarning, ModelError
 from fastpref.models import LanguageModel
 from fastpref.models.policy import Policy, hidden_states
-from fastpref.runs.metrics import ended
 from fastpref.sampling.generate import Written, write
 
 PURPOSE = "evaluation"
@@ -149,7 +149,8 @@ class HeldOut:
 
     def fingerprint(self) -> dict[str, Any]:
         """Judge and prompts as JSON, for the fingerprint of the run: a curve is measured by one judge on one set."""
-        return {"judge": self._judge.identity.fingerprint(), "prompts": digest(self._prompts)}
+        # As text: what else a prompt knows of itself decides nothing.
+        return {"judge": self._judge.identity.fingerprint(), "prompts": digest(list(map(str, self._prompts)))}
 
     def measure(self, policy: LanguageModel, step: int) -> dict[str, float]:
         """Metrics of the policy as it is now, under `eval/`; `fastpref.runs.metrics` says what they mean.
@@ -188,7 +189,7 @@ class HeldOut:
             "eval/kl_per_token": float(kl.sum() / tokens),
             "eval/entropy": float(entropy.sum() / tokens),
             "eval/mean_length": float(written.lengths.mean()),
-            "eval/eos_rate": float(ended(written.tokens, written.lengths, policy.tokenizer.eos_id).mean()),
+            "eval/eos_rate": float(written.finished.mean()),
             "eval/agreement": float(agreed[differ].mean()) if differ.any() else float("nan"),
         }
 
@@ -200,16 +201,20 @@ class HeldOut:
         return _References(pairs, first, preference, tuple(self._score(self._ref, side) for side in pairs))
 
     def _write(self, model: LanguageModel, *, seed: int) -> Written:
-        return write(
-            model,
-            self._prompts,
-            ref=self._ref,
-            seed=seed,
-            max_new_tokens=self._config.max_new_tokens,
-            max_prompt_tokens=self._config.max_prompt_tokens,
-            temperature=self._config.temperature,
-            batch_size=self._rows,
-        )
+        with warnings.catch_warnings():
+            # Which prompts are cut was said before the run began.
+            warnings.simplefilter("ignore", CutWarning)
+            return write(
+                model,
+                self._prompts,
+                ref=self._ref,
+                seed=seed,
+                max_new_tokens=self._config.max_new_tokens,
+                max_prompt_tokens=self._config.max_prompt_tokens,
+                truncation_side=self._config.truncation_side,
+                temperature=self._config.temperature,
+                batch_size=self._rows,
+            )
 
     def _score(self, model: LanguageModel, written: Written) -> Float[np.ndarray, " P"]:
         definition, params = nnx.split(model.module)

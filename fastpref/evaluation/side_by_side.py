@@ -2,19 +2,24 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
+from fastpref.data import ChatTemplate, read_prompts
+from fastpref.data.readers import written_by
+from fastpref.data.rendered import Rendered
+from fastpref.data.sources import Source
 from fastpref.evaluation.win_rates import WinRate, WinRates, both_orders, check_prompts, summarise, tabulate
 from fastpref.judging.judgements import FILE, Judgements
 from fastpref.judging.protocol import Judge
 from fastpref.judging.recorded import RecordedJudge
+from fastpref.method.choices import TruncationSide
 from fastpref.models import LanguageModel
-from fastpref.runs.read_model import Model, locate, read_model
+from fastpref.runs.read_model import Model, locate, read_model, read_tokenizer
 from fastpref.sampling.generate import write
 
 Policies = Mapping[str, Model | Sequence[Model]] | Sequence[Model]
@@ -24,11 +29,13 @@ Policies = Mapping[str, Model | Sequence[Model]] | Sequence[Model]
 def compare(
     policy: Model,
     baseline: Model,
-    prompts: Sequence[str],
+    prompts: Source,
     judge: Judge,
     *,
     max_new_tokens: int,
     max_prompt_tokens: int = 512,
+    truncation_side: TruncationSide = "right",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
@@ -39,11 +46,12 @@ def compare(
     Args:
       policy: the policy that is evaluated: a `LanguageModel`, a Hugging Face directory, a run directory, a checkpoint.
       baseline: what it is compared with, usually the reference.
-      prompts: P texts that neither was trained on, at least 2; of conversations, what
-        `fastpref.data.read_prompts` makes of them with a policy's tokenizer.
+      prompts: P prompts that neither was trained on, at least 2, in any form that `train` takes; see `evaluate`.
       judge: says p(first ≻ second).
       max_new_tokens: longest completion, EOS included.
-      max_prompt_tokens: longest prompt; longer ones keep their first tokens.
+      max_prompt_tokens: longest prompt; a longer chat loses its oldest turns, a text is cut, and a warning says so.
+      truncation_side: where a text is cut: "right" keeps its first tokens, "left" its last.
+      chat_template_kwargs: options of the policies' chat templates, such as `enable_thinking`.
       temperature: of the draws.
       seed: of the draws; the two policies draw with different noise.
       batch_size: prompts decoded at once.
@@ -62,22 +70,26 @@ def compare(
         judge,
         max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens,
+        truncation_side=truncation_side,
+        chat_template_kwargs=chat_template_kwargs,
         temperature=temperature,
         seeds=(seed,),
         batch_size=batch_size,
         save=save,
     )
     ((ours,), (theirs,)) = found.texts
-    return summarise(prompts, ours, theirs, found.preference["policy", "baseline"][0])
+    return summarise(found.prompts, ours, theirs, found.preference["policy", "baseline"][0])
 
 
 def evaluate(
     policies: Policies,
-    prompts: Sequence[str],
+    prompts: Source,
     judge: Judge,
     *,
     max_new_tokens: int,
     max_prompt_tokens: int = 512,
+    truncation_side: TruncationSide = "right",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     temperature: float = 1.0,
     seeds: Sequence[int] = (0, 1, 2),
     batch_size: int = 64,
@@ -93,11 +105,14 @@ def evaluate(
       policies: at least 2, by name or as a list: `LanguageModel`s, Hugging Face directories, run directories or
         checkpoints; or a list of those under one name. Models are read one at a time. A list names directories by
         their path and models "policy 0", "policy 1", …
-      prompts: P texts that none was trained on, at least 2; of conversations, what
-        `fastpref.data.read_prompts` makes of them with a policy's tokenizer.
+      prompts: P prompts that none was trained on, at least 2: texts, mappings with a `prompt`, or a file, as for
+        `train`. Messages are written for each policy by its own chat template; a function that judges reads them as
+        that of the first policy writes them, a judging model by its own.
       judge: says p(first ≻ second).
       max_new_tokens: longest completion, EOS included.
-      max_prompt_tokens: longest prompt; longer ones keep their first tokens.
+      max_prompt_tokens: longest prompt; a longer chat loses its oldest turns, a text is cut, and a warning says so.
+      truncation_side: where a text is cut: "right" keeps its first tokens, "left" its last.
+      chat_template_kwargs: options of the policies' chat templates, such as `enable_thinking`.
       temperature: of the draws.
       seeds: sampling seeds, different ones.
       batch_size: prompts decoded at once.
@@ -106,23 +121,32 @@ def evaluate(
 
     Raises:
       ValueError: fewer than 2 policies or prompts, an empty prompt, a name or seed given twice.
+      DataError: the prompts cannot be read.
+      ChatError: a policy has no chat template, or one that refuses a conversation.
       FileNotFoundError: there is no such model.
       JudgeError: see `judging.protocol.ask`.
       JudgementsError: what the folder keeps is damaged, or cannot be written.
     """
     # All before anything is written, which may take long.
-    check_prompts(prompts)
     named = name_policies(policies)
+    first = read_tokenizer(next(iter(named.values()))[0])
+    questions = read_prompts(prompts, first, chat_template_kwargs=chat_template_kwargs)
+    check_prompts(questions)
+    if any(isinstance(question, Rendered) for question in questions):
+        for model in chain.from_iterable(named.values()):
+            written_by(ChatTemplate.find(read_tokenizer(model), chat_template_kwargs), questions)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different, at least one, but received {list(seeds)}. Give each seed once.")
     texts = {
         name: [
             draw(
                 read_model(model),
-                prompts,
+                questions,
                 stream=f"{seed} {number} {name}",
                 max_new_tokens=max_new_tokens,
                 max_prompt_tokens=max_prompt_tokens,
+                truncation_side=truncation_side,
+                chat_template_kwargs=chat_template_kwargs,
                 temperature=temperature,
                 batch_size=batch_size,
             )
@@ -140,11 +164,11 @@ def evaluate(
     }
     with kept(judge, save) as asked:
         preference = {
-            (one, other): np.stack([both_orders(asked, prompts, texts[one][i], texts[other][j]) for i, j in drawn])
+            (one, other): np.stack([both_orders(asked, questions, texts[one][i], texts[other][j]) for i, j in drawn])
             for (one, other), drawn in pairs.items()
         }
     value, low, high, deviation = tabulate(list(named), preference)
-    return WinRates(list(named), prompts, list(texts.values()), preference, pairs, value, low, high, deviation)
+    return WinRates(list(named), questions, list(texts.values()), preference, pairs, value, low, high, deviation)
 
 
 @contextmanager

@@ -15,7 +15,8 @@ import numpy as np
 import orjson
 from jaxtyping import Float
 
-from fastpref.data import files
+from fastpref.data import files, read_prompts
+from fastpref.data.sources import Source
 from fastpref.judging.protocol import Judge, ask
 from fastpref.runs import terminal
 
@@ -157,11 +158,12 @@ class WinRates:
         self.plot(folder / "win_rates.png")
 
 
-def win_rate(prompts: Sequence[str], policy: Sequence[str], baseline: Sequence[str], judge: Judge) -> WinRate:
+def win_rate(prompts: Source, policy: Sequence[str], baseline: Sequence[str], judge: Judge) -> WinRate:
     """Compare two sets of completions of the same prompts.
 
     Args:
-      prompts: P texts, at least 2.
+      prompts: P texts, at least 2; or any other form that `train` takes, but for messages: of conversations what
+        `fastpref.data.read_prompts` makes of them with a policy's tokenizer.
       policy: P completions.
       baseline: P completions.
       judge: says p(first ≻ second).
@@ -170,13 +172,14 @@ def win_rate(prompts: Sequence[str], policy: Sequence[str], baseline: Sequence[s
       ValueError: fewer than 2 prompts, or lists of different lengths.
       JudgeError: see `judging.protocol.ask`.
     """
-    check_prompts(prompts)
-    if not len(prompts) == len(policy) == len(baseline):
+    texts = read_prompts(prompts)
+    check_prompts(texts)
+    if not len(texts) == len(policy) == len(baseline):
         raise ValueError(
             "a win rate needs one completion of each side for each prompt, but received "
-            f"{len(prompts)} prompts, {len(policy)} and {len(baseline)} completions. Give lists of equal length."
+            f"{len(texts)} prompts, {len(policy)} and {len(baseline)} completions. Give lists of equal length."
         )
-    return summarise(prompts, policy, baseline, both_orders(judge, prompts, policy, baseline))
+    return summarise(texts, policy, baseline, both_orders(judge, texts, policy, baseline))
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ A process killed at any moment leaves whole answers only, as SQLite's rollback j
 """
 
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,21 +21,21 @@ import xxhash
 from jaxtyping import Float32
 
 from fastpref.judging.identity import Identity
-from fastpref.method.errors import JudgementsError
+from fastpref.method.errors import JudgeError, JudgementsError
 from fastpref.runs import owner
 
 FILE = "judged.sqlite"
 """Name of the file in a run directory."""
 
-APPLICATION, VERSION = 0x66707265, 1
+APPLICATION, VERSION = 0x66707265, 2
 """Number that names these files among those of SQLite, and that of their layout."""
 
-COLUMNS = ("judge", "judge_key", "purpose", "step", "prompt", "first", "second", "answer")
+COLUMNS = ("judge", "judge_key", "purpose", "step", "prompt", "first", "second", "finished", "answer")
 TABLE = """
 CREATE TABLE judged (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     judge TEXT NOT NULL, judge_key TEXT NOT NULL, purpose TEXT NOT NULL, step INTEGER NOT NULL,
-    prompt TEXT NOT NULL, first TEXT NOT NULL, second TEXT, answer REAL NOT NULL, checksum TEXT NOT NULL
+    prompt TEXT NOT NULL, first TEXT NOT NULL, second TEXT, finished TEXT, answer REAL NOT NULL, checksum TEXT NOT NULL
 )
 """
 
@@ -86,6 +86,8 @@ class Judgements:
         first: Sequence[str],
         second: Sequence[str] | None = None,
         *,
+        finished: Sequence[Sequence[bool]] | None = None,
+        by_content: bool = False,
         answer: Answer,
     ) -> Float32[np.ndarray, " P"]:
         """Answer P questions: from the file where the same judge was asked the same for the same step, else by it.
@@ -97,6 +99,9 @@ class Judgements:
           prompts: P texts.
           first: a completion of each.
           second: what it is compared with; None for rewards of the first alone.
+          finished: for each of those lists, which of its completions ended, where the judge is told; it is part of the
+            question.
+          by_content: take an answer that was given for any purpose and step.
           answer: asked about all missing questions at once, each once; not called if there are none. What it returns is
             on disk when this function returns.
 
@@ -105,23 +110,35 @@ class Judgements:
 
         Raises:
           JudgementsError: the answers could not be written. The file is as it was.
+          JudgeError: the judge failed; what it had answered before is kept.
         """
         others: Sequence[str | None] = [None] * len(prompts) if second is None else second
-        asked = list(zip(prompts, first, others, strict=True))
-        questions = [_hash(judge.key, purpose, step, *texts) for texts in asked]
+        flags = [None if finished is None else _shown(ends) for ends in zip(*(finished or [prompts]), strict=True)]
+        asked = list(zip(prompts, first, others, flags, strict=True))
+        occasion = () if by_content else (purpose, step)
+        questions = [_hash(judge.key, *occasion, *texts) for texts in asked]
         missing: dict[bytes, int] = {}
         for at, question in enumerate(questions):
             if question not in self._answers:
                 missing.setdefault(question, at)
         if missing:
             positions = list(missing.values())
-            given = [float(value) for value in np.asarray(answer(positions), np.float32)]
-            rows = [
-                (judge.name, judge.key, purpose, step, *asked[at], value)
-                for at, value in zip(positions, given, strict=True)
-            ]
-            self._write(rows)
-            self._answers.update(zip(missing, given, strict=True))
+
+            def keep(given: Mapping[int, float]) -> None:
+                self._write([(judge.name, judge.key, purpose, step, *asked[positions[at]], given[at]) for at in given])
+
+            try:
+                answers = np.asarray(answer(positions), np.float32)
+            except JudgeError as error:
+                if error.answered:
+                    keep({at: float(np.float32(value)) for at, value in error.answered.items()})
+                raise
+            if len(answers) != len(positions):
+                raise ValueError(
+                    f"a judge must answer each of {len(positions)} questions, but received {len(answers)} answers. "
+                    "Return one for each."
+                )
+            keep({at: float(value) for at, value in enumerate(answers)})
         self.replayed += len(questions) - len(missing)
         self.asked += len(missing)
         return np.array([self._answers[question] for question in questions], np.float32)
@@ -154,8 +171,7 @@ class Judgements:
         except sqlite3.DatabaseError as error:
             raise _damaged(self.path, str(error)) from error
         for row in _rows(self._connection, self.path):
-            _, key, purpose, step, prompt, first, second, answer = row
-            self._answers[_hash(key, purpose, step, prompt, first, second)] = answer
+            self._remember(row)
             self._rows += 1
 
     def _write(self, rows: list[tuple[Any, ...]]) -> None:
@@ -176,6 +192,14 @@ class Judgements:
                 f"{self.path} failed: {error}. Free space or mend the disk; the answers before them are as they were."
             ) from error
         self._rows += len(rows)
+        for row in rows:
+            self._remember(row)
+
+    def _remember(self, row: tuple[Any, ...]) -> None:
+        """The answer of a row, for its purpose and step, and for those who ask by content."""
+        _, key, purpose, step, *texts, answer = row
+        self._answers[_hash(key, purpose, step, *texts)] = answer
+        self._answers.setdefault(_hash(key, *texts), answer)
 
 
 def read(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -186,7 +210,8 @@ def read(path: str | Path) -> Iterator[dict[str, Any]]:
 
     Yields:
       For each answer `judge` (its name), `judge_key` (its identity), `purpose`, `step`, `prompt`, `first`, `second`
-      (None for a reward) and `answer` (p(first ≻ second), or the reward): a mapping that any JSON writer takes.
+      (None for a reward), `finished` (the word "ended" or "cut" for each completion, where the judge was told, else
+      None) and `answer` (p(first ≻ second), or the reward): a mapping that any JSON writer takes.
 
     Raises:
       JudgementsError: a row is damaged (the message names file and row), or there is no such file.
@@ -228,6 +253,10 @@ def _rows(connection: sqlite3.Connection, path: Path) -> Iterator[tuple[Any, ...
         if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
             raise _unusable(path, error) from error
         raise _damaged(path, f"row {count + 1} cannot be read: {error}") from error
+
+
+def _shown(ends: Sequence[bool]) -> str:
+    return " ".join("ended" if end else "cut" for end in ends)
 
 
 def _hash(*values: Any) -> bytes:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,9 +20,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save as to_safetensors
 
+from fastpref.data import ChatTemplate
 from fastpref.data.batches import token_mask
+from fastpref.data.readers import written_by
+from fastpref.data.rendered import Rendered, Unfinished
+from fastpref.judging.conversations import readings
 from fastpref.judging.identity import digest
 from fastpref.judging.protocol import probability
+from fastpref.method.errors import CutWarning
 from fastpref.models import LanguageModel, load, save
 from fastpref.models.policy import Policy, hidden_states
 from fastpref.sampling.generate import round_up
@@ -143,8 +149,10 @@ class PreferenceModel:
       template: the text to read, with {prompt}, {first} and {second}.
       answers: the two words whose logits are compared; each must be a single token.
       symmetric: average over the two orders.
-      max_tokens: longest beginning, up to the end of the prompt, which is shortened to fit.
+      max_tokens: longest beginning, up to the end of the prompt. Above it a chat loses its oldest turns, and a text its
+        end, and a warning says so.
       batch_size: pairs judged at once.
+      chat_template_kwargs: options of the chat template, as for `SupervisedConfig`.
 
     Raises:
       ValueError: a template without its three fields, or an answer that is not a single token.
@@ -156,6 +164,7 @@ class PreferenceModel:
     symmetric: bool = True
     max_tokens: int = 512
     batch_size: int = 64
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         fields = FIELDS.findall(self.template)
@@ -169,13 +178,13 @@ class PreferenceModel:
     @property
     def identity(self) -> dict[str, Any]:
         """Weights, tokenizer and settings by content, for `judging.identity`; the batch size decides rounding alone."""
-        return {
-            **_content(self.model, self.model.module),
-            "template": self.template,
-            "answers": list(self.answers),
-            "symmetric": self.symmetric,
-            "max_tokens": self.max_tokens,
-        }
+        return {**_content(self.model, self.model.module), **self._settings()}
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides an answer besides weights and tokenizer."""
+        options = {"chat_template_kwargs": dict(self.chat_template_kwargs)} if self.chat_template_kwargs else {}
+        names = ("template", "symmetric", "max_tokens")
+        return {name: getattr(self, name) for name in names} | {"answers": list(self.answers), **options}
 
     def answer_ids(self) -> Int[np.ndarray, " 2"]:
         """Token ids of the two answers, shape [2]."""
@@ -197,14 +206,31 @@ class PreferenceModel:
         encoder-decoder model reads the first part with its encoder and the second with its decoder.
         """
         tokenizer = self.model.tokenizer
+        template = ChatTemplate.find(tokenizer, self.chat_template_kwargs)
+        prompts = written_by(template, prompts)
         before, after = self.template.split("{prompt}")
         opened = tokenizer.encode_prompts([before + prompt for prompt in prompts])
-        for index, tokens in enumerate(opened):
+        long = [index for index, tokens in enumerate(opened) if len(tokens) > self.max_tokens]
+        for index in long:
+            prompt, tokens = prompts[index], opened[index]
+            while len(tokens) > self.max_tokens and isinstance(prompt, Rendered) and template is not None:
+                shorter = template.shorter(prompt)
+                if shorter is None:
+                    break
+                prompt, (tokens,) = shorter, tokenizer.encode_prompts([before + shorter])
             if len(tokens) > self.max_tokens:
-                body = tokenizer.encode_completions([prompts[index]])[0][:-1]
+                body = tokenizer.encode_completions([str(prompt)])[0][:-1]
                 kept = tokenizer.decode([body[: max(0, len(body) - len(tokens) + self.max_tokens)]])[0]
                 # Cutting text can add a token or two at the seam.
-                opened[index] = tokenizer.encode_prompts([before + kept])[0][: self.max_tokens]
+                tokens = tokenizer.encode_prompts([before + kept])[0][: self.max_tokens]
+            opened[index] = tokens
+        if long:
+            warnings.warn(
+                f"{len(long)} of {len(prompts)} prompts are cut, so that a preference model's readings keep to "
+                f"max_tokens={self.max_tokens}",
+                CutWarning,
+                stacklevel=3,
+            )
         pieces = FIELDS.split(after)
         # Braces in the texts themselves must stay as they are, so the template is split, not formatted.
         closed = [
@@ -241,17 +267,8 @@ class PreferenceModel:
 
     def save(self, path: str | Path) -> None:
         """Write a Hugging Face directory with one more file, `preference_model.json`."""
-        settings = {
-            "template": self.template,
-            "answers": list(self.answers),
-            "symmetric": self.symmetric,
-            "max_tokens": self.max_tokens,
-        }
-        save(
-            self.model,
-            path,
-            beside={"preference_model.json": orjson.dumps(settings, option=orjson.OPT_INDENT_2)},
-        )
+        settings = orjson.dumps(self._settings(), option=orjson.OPT_INDENT_2)
+        save(self.model, path, beside={"preference_model.json": settings})
 
     @classmethod
     def load(cls, path: str | Path) -> "PreferenceModel":
@@ -269,58 +286,110 @@ class PreferenceModel:
 class RewardModel:
     """A scalar reward r(x, y), as a judge by Bradley-Terry: p(y ≻ y') = σ(r(x, y) − r(x, y')) (IPO-MD, eq. 2).
 
+    Conversations are read by the chat template of the model's own tokenizer. A completion is read with EOS behind it
+    where it is finished, and without where it was cut off.
+
     Args:
       model: the language model whose body is used, and its tokenizer.
       module: the body with its scalar head.
-      max_prompt_tokens: longest prompt; longer ones keep their first tokens.
+      max_prompt_tokens: longest prompt; a longer chat loses its oldest turns, a text is cut, and a warning says so.
+        None for any length.
       batch_size: completions scored at once.
+      whole: read prompt and completion as one text with all that the template writes behind the completion, as models
+        of the hub were trained to; else as `fit_reward_model` reads them.
+      pad_id: of models of the hub, tokens of this id at the end are passed over, as transformers does.
+      bias: of the scalar head.
+      chat_template_kwargs: options of the chat template, as for `SupervisedConfig`.
     """
 
     model: LanguageModel
     module: ScoredPolicy
-    max_prompt_tokens: int = 512
+    max_prompt_tokens: int | None = 512
     batch_size: int = 64
+    whole: bool = False
+    pad_id: int | None = None
+    bias: float = 0.0
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     bradley_terry: ClassVar[bool] = True
 
     @property
     def identity(self) -> dict[str, Any]:
         """Weights, tokenizer and settings by content, for `judging.identity`; the batch size decides rounding alone."""
-        return {**_content(self.model, self.module), "max_prompt_tokens": self.max_prompt_tokens}
+        return {**_content(self.model, self.module), **self._settings()}
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides a score besides weights and tokenizer, as far as it is not the default."""
+        rest = {"whole": self.whole, "bias": self.bias, "chat_template_kwargs": dict(self.chat_template_kwargs)}
+        padding = {} if self.pad_id is None else {"pad_id": self.pad_id}
+        settled = {key: value for key, value in rest.items() if value}
+        return {"max_prompt_tokens": self.max_prompt_tokens, **padding, **settled}
 
     @classmethod
-    def from_model(cls, model: LanguageModel, **settings: int) -> "RewardModel":
+    def from_model(cls, model: LanguageModel, **settings: Any) -> "RewardModel":
         """A reward model on a language model's body, its scalar head at zero."""
         head = model.module.head()
         width = head.weight.shape[1 - head.vocab_axis]
         return cls(model, ScoredPolicy(nnx.clone(model.module), width), **settings)
 
-    def scores(self, prompts: Sequence[str], completions: Sequence[str]) -> Float[np.ndarray, " P"]:
-        """r(x, y) of each completion, shape [P], float32."""
-        tokenizer = self.model.tokenizer
-        read = [tokens[: self.max_prompt_tokens] for tokens in tokenizer.encode_prompts(list(prompts))]
-        written = tokenizer.encode_completions(list(completions))
+    def readings(self, prompts: Sequence[str], completions: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of what is read for each completion: see `conversations.readings`."""
+        return readings(
+            self.model.tokenizer,
+            prompts,
+            completions,
+            max_prompt_tokens=self.max_prompt_tokens,
+            to_the_end=self.whole,
+            pad_id=self.pad_id,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+    def scores(
+        self, prompts: Sequence[str], completions: Sequence[str], *, finished: Sequence[bool] | None = None
+    ) -> Float[np.ndarray, " P"]:
+        """r(x, y) of each completion, shape [P], float32.
+
+        Args:
+          prompts: P texts; conversations that a template wrote are written anew by this model's own.
+          completions: a completion of each prompt.
+          finished: False where one was cut off; None for what the texts themselves say (`Written.texts` do).
+
+        Raises:
+          ChatError: see `conversations.readings`.
+        """
+        if finished is not None:
+            completions = [
+                str(text) if end else Unfinished(text) for text, end in zip(completions, finished, strict=True)
+            ]
         definition, params = nnx.split(self.module)
 
         def score(readings: Sequence[Reading]) -> np.ndarray:
             return np.asarray(_rewards(definition, params, *_arrays(readings)))[:, 0]
 
-        readings = [_reading(*parts) for parts in zip(read, written, strict=True)]
-        return _score_distinct(readings, score, self.batch_size)
+        readings = [_reading(*parts) for parts in zip(*self.readings(prompts, completions), strict=True)]
+        scores: Float[np.ndarray, " P"] = _score_distinct(readings, score, self.batch_size) + np.float32(self.bias)
+        return scores
 
-    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " P"]:
-        """p(first ≻ second | prompt), shape [P], float32; the two orders add up to exactly 1."""
-        scores = self.scores([*prompts, *prompts], [*first, *second])
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        *,
+        finished: Sequence[Sequence[bool]] | None = None,
+    ) -> Float[np.ndarray, " P"]:
+        """p(first ≻ second | prompt), shape [P], float32; the two orders add up to exactly 1. See `scores`."""
+        ends = None if finished is None else [*finished[0], *finished[1]]
+        scores = self.scores([*prompts, *prompts], [*first, *second], finished=ends)
         return probability(scores[: len(prompts)] - scores[len(prompts) :])
 
     def save(self, path: str | Path) -> None:
         """Write a Hugging Face directory with two more files: the scalar head and `reward_model.json`."""
-        settings = {"max_prompt_tokens": self.max_prompt_tokens}
         save(
             dataclasses.replace(self.model, module=self.module.policy),
             path,
             beside={
                 "reward_head.safetensors": to_safetensors({"weight": np.asarray(self.module.weight[...])}),
-                "reward_model.json": orjson.dumps(settings, option=orjson.OPT_INDENT_2),
+                "reward_model.json": orjson.dumps(self._settings(), option=orjson.OPT_INDENT_2),
             },
         )
 
@@ -339,7 +408,7 @@ class RewardModel:
                 f"{path} must hold a readable reward_head.safetensors, but reading it failed: {error}. "
                 "Copy the directory again or train the reward model again."
             ) from error
-        result = cls.from_model(load(path), **settings)
+        result = cls.from_model(load(path, body=True), **settings)
         result.module.weight[...] = jnp.asarray(weight)
         return result
 

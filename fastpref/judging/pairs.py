@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from fastpref.data.rendered import is_finished
 from fastpref.judging import tournament
 from fastpref.judging.protocol import Rewarder, by_scores, probability
 from fastpref.judging.recorded import RecordedJudge
@@ -41,11 +42,12 @@ class Jury:
     Args:
       judge: the judge; answers that its log holds for this step are used again.
       prompts: P texts.
-      texts: the K completions of each.
+      texts: the K completions of each, `Unfinished` where they were cut off.
       tokens: their token ids, [P, K, T].
       lengths: how many of them are real, [P, K].
       ids: names of the prompts, for the draw of a tournament.
       step: number of the step, for the same and for the log.
+      missing_eos_penalty: subtracted from the reward of a completion that was cut off.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class Jury:
         *,
         ids: Int[np.ndarray, " P"],
         step: int,
+        missing_eos_penalty: float | None = None,
     ) -> None:
+        self._penalty = np.float32(missing_eos_penalty or 0.0)
         self.judge, self.prompts, self.texts = judge, prompts, texts
         self.ids, self.step = ids, step
         self.classes = tournament.identical(tokens, lengths)
@@ -68,7 +72,7 @@ class Jury:
         self._rewards: np.ndarray | None = None
 
     def rewards(self) -> Float[np.ndarray, "P K"]:
-        """r(x, y) of every completion, asked for once."""
+        """r(x, y) of every completion, less the penalty where it was cut off; asked for once."""
         if not isinstance(self.judge.judge, Rewarder):
             raise TypeError(
                 f"rewards must come from a judge with scores(prompts, completions), but received "
@@ -82,7 +86,8 @@ class Jury:
                 purpose=PURPOSE,
                 step=self.step,
             )
-            self._rewards = flat.reshape(prompts, completions)
+            cut = np.array([not is_finished(text) for written in self.texts for text in written], bool)
+            self._rewards = np.where(cut, flat - self._penalty, flat).reshape(prompts, completions)
         return self._rewards
 
     def compare(

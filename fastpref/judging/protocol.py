@@ -1,15 +1,18 @@
 """Judges and rewards, and the one place where they are asked and their answers checked."""
 
 import contextvars
+import functools
+import inspect
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 from fastpref.data.records import Record
+from fastpref.data.rendered import is_finished
 from fastpref.judging.identity import name_of
 from fastpref.method.errors import JudgeError, JudgementsError
 
@@ -21,6 +24,13 @@ class Judge(Protocol):
     A run belongs to its judge, which is known by its content; see `fastpref.judging.identity`. A judge behind a
     network, or one that holds what does not decide its answers, may say who it is: an attribute `identity`, any JSON
     value.
+
+    Prompts are text. Of a conversation it is what the chat template of the policy wrote, in `evaluate` that of the
+    first policy; models that are judges here write the messages by their own template instead.
+
+    A judge that has a parameter `finished` is told by it which completions ended by themselves: two lists of P
+    booleans, of the first and of the second ones, False where a completion was cut off at its longest length. Others
+    are told nothing.
     """
 
     def __call__(
@@ -37,6 +47,7 @@ class Rewarder(Protocol):
     Where pairs are judged, one that cannot be called answers p(y ≻ y') = σ(r(y) − r(y')) (IPO-MD, eq. 2): each of K
     completions is scored once, where a judge of pairs makes up to K(K − 1)/2 comparisons. One that can be called is
     asked about pairs, since its preferences may be any, unless its attribute `bradley_terry` says that they are these.
+    If `scores` has a parameter `finished`, it is told by it, in a list of P booleans, which completions ended.
     """
 
     def scores(
@@ -49,6 +60,30 @@ class Rewarder(Protocol):
 def by_scores(judge: object) -> bool:
     """Preferences of the judge are σ(r − r') of its scores; see `Rewarder`."""
     return isinstance(judge, Rewarder) and bool(getattr(judge, "bradley_terry", not callable(judge)))
+
+
+def asks_finished(function: Callable[..., Any]) -> bool:
+    """The function has a parameter `finished`, to be told which completions ended; see `Judge`."""
+    if isinstance(function, functools.partial) and "finished" in function.keywords:
+        return False
+    try:
+        parameter = inspect.signature(function).parameters.get("finished")
+    except (TypeError, ValueError):
+        return False
+    return parameter is not None and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+
+
+def finished(judge: Judge | Rewarder, *completions: Sequence[str]) -> tuple[list[bool], ...] | None:
+    """Flags of each list of completions, True where one ended by itself; None for a judge that does not ask.
+
+    Args:
+      judge: the judge, for two lists; or the reward model, for one.
+      completions: texts, `Unfinished` where they were cut off.
+    """
+    function = judge if len(completions) == 2 else cast(Rewarder, judge).scores
+    if not asks_finished(cast(Callable[..., Any], function)):
+        return None
+    return tuple([is_finished(text) for text in texts] for texts in completions)
 
 
 def ask(
@@ -75,7 +110,9 @@ def ask(
       JudgeError: the judge raised, took longer than its time, gave another number of answers than P, or gave one that
         is not a number in [0, 1].
     """
-    preference = _answer("probability", name_of(judge), judge, prompts, first, second, timeout=timeout)
+    told = finished(judge, first, second)
+    function = judge if told is None else functools.partial(judge, finished=told)
+    preference = _answer("probability", name_of(judge), function, prompts, first, second, timeout=timeout)
     wrong = ~((preference >= 0) & (preference <= 1))
     if wrong.any():
         index = int(np.flatnonzero(wrong)[0])
@@ -105,7 +142,9 @@ def rate(
       JudgeError: the reward model raised, took longer than its time, gave another number of answers than P, or gave one
         that is not a finite number.
     """
-    rewards = _answer("reward", name_of(judge), judge.scores, prompts, completions, timeout=timeout)
+    told = finished(judge, completions)
+    function = judge.scores if told is None else functools.partial(judge.scores, finished=told[0])
+    rewards = _answer("reward", name_of(judge), function, prompts, completions, timeout=timeout)
     wrong = ~np.isfinite(rewards)
     if wrong.any():
         index = int(np.flatnonzero(wrong)[0])

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from fastpref.judging.identity import Identity, identity
 from fastpref.judging.judgements import Judgements
-from fastpref.judging.protocol import Judge, Rewarder, ask, rate
+from fastpref.judging.protocol import Judge, Rewarder, ask, finished, rate
 from fastpref.method.errors import JudgeWarning
 from fastpref.runs import terminal
 
@@ -43,7 +43,11 @@ class RecordedJudge:
     def ask(
         self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str], *, purpose: str, step: int
     ) -> Float[np.ndarray, " P"]:
-        """p(first ≻ second) of P prompts; see `protocol.ask`. The same question for the same step has one answer."""
+        """p(first ≻ second) of P prompts; see `protocol.ask`.
+
+        The same question for the same step has one answer; of a judge with a true attribute `by_content`, the same
+        question of any step and purpose.
+        """
 
         def answer(positions: Sequence[int]) -> Float[np.ndarray, " M"]:
             texts = ([column[at] for at in positions] for column in (prompts, first, second))
@@ -52,7 +56,18 @@ class RecordedJudge:
 
         if self._log is None:
             return answer(range(len(prompts)))
-        return self._log.answers(self.identity, purpose, step, prompts, first, second, answer=answer)
+        told = finished(self.judge, first, second)
+        return self._log.answers(
+            self.identity,
+            purpose,
+            step,
+            prompts,
+            first,
+            second,
+            finished=told,
+            by_content=bool(getattr(self.judge, "by_content", False)),
+            answer=answer,
+        )
 
     def rate(
         self, prompts: Sequence[str], completions: Sequence[str], *, purpose: str, step: int
@@ -66,7 +81,8 @@ class RecordedJudge:
 
         if self._log is None:
             return answer(range(len(prompts)))
-        return self._log.answers(self.identity, purpose, step, prompts, completions, answer=answer)
+        told = finished(self.judge, completions)
+        return self._log.answers(self.identity, purpose, step, prompts, completions, finished=told, answer=answer)
 
     def at(self, purpose: str, step: int) -> Judge:
         """The judge of pairs for a purpose at a step."""

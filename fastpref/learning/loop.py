@@ -18,7 +18,7 @@ from fastpref.data import hashes
 from fastpref.data.records import DropReport
 from fastpref.learning import signals
 from fastpref.method.config import SupervisedConfig, TrainConfig, to_json
-from fastpref.method.errors import DivergedError
+from fastpref.method.errors import DataError, DivergedError
 from fastpref.models.huggingface import OURS
 from fastpref.runs import checkpoints, log, terminal
 
@@ -246,10 +246,47 @@ def check_destination(path: Path, *beside: str) -> None:
         )
 
 
-def report_drops(report: DropReport, quiet: bool) -> None:
-    """Print what was dropped or cut, with its reasons, before anything is learned from the rest."""
-    if not quiet and (report.dropped or report.truncated):
-        terminal.say(str(report))
+def report_drops(
+    report: DropReport,
+    config: TrainConfig | SupervisedConfig,
+    *,
+    limits: Mapping[str, str],
+    source: str | Path,
+    quiet: bool,
+) -> None:
+    """Print what was dropped, cut or not used, with its reasons, before anything is learned from the rest.
+
+    Args:
+      report: account of the records.
+      config: says in `max_lost` which share may be lost.
+      limits: the setting by the reason that records above it are dropped for.
+      source: where the records came from.
+      quiet: print nothing.
+
+    Raises:
+      DataError: more is lost.
+    """
+    if not report.delivered or report.read - report.delivered > config.max_lost * report.read:
+        remedies = [
+            f"Raise {limits[reason]}, {getattr(config, limits[reason])} now, to {size} to keep all of them."
+            for reason, size in report.longest.items()
+            if reason in limits
+        ]
+        if not remedies or report.dropped.keys() - report.longest.keys():
+            remedies.append("Check the records.")
+        if report.delivered:
+            remedies.append("To learn from the rest alone, raise max_lost.")
+        rule = (
+            f"keep {1 - config.max_lost:.0%} of its records"
+            if report.delivered
+            else ("have at least one record to learn from")
+        )
+        raise DataError(
+            f"a training must {rule}, but received {'this' if report.delivered else 'none'} from {source}: {report}. "
+            + " ".join(remedies)
+        )
+    if not quiet and (report.shares or report.unused):
+        terminal.say(f"{report}{f': {report.shares} of {source}' if report.shares else ''}")
 
 
 def digest(*parts: Any) -> str:

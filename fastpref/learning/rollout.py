@@ -76,7 +76,7 @@ def draw(
         np.broadcast_to(np.asarray(betas, np.float32), (prompts, completions)),
         jax.random.fold_in(jax.random.key(config.seed), step),
         np.arange(completions * prompts, dtype=np.int32).reshape(prompts, completions),
-        eos_id=policy.tokenizer.eos_id,
+        eos_id=policy.tokenizer.stop_ids,
         max_new_tokens=config.max_new_tokens,
         num_valid_tokens=num_valid_tokens(policy),
         temperature=config.temperature,
@@ -109,12 +109,21 @@ def judge(
       JudgeError: the judge failed.
     """
     prompts = [texts[int(index)] for index in batch.ids]
-    written = decode(policy, drawn)
+    written = decode(policy, drawn, prompts)
     tokens, lengths = np.asarray(drawn.tokens), np.asarray(drawn.lengths)
-    jury = Jury(judge, prompts, written, tokens, lengths, ids=batch.ids, step=step)
+    jury = Jury(
+        judge,
+        prompts,
+        written,
+        tokens,
+        lengths,
+        ids=batch.ids,
+        step=step,
+        missing_eos_penalty=config.missing_eos_penalty,
+    )
     selection = select(config.method.pairs, jury, seed=config.seed, baseline=config.baseline)
     by_policy = [writer == "policy" for writer in config.method.writers]
-    metrics = sampling_metrics(drawn, by_policy if any(by_policy) else None, policy.tokenizer.eos_id)
+    metrics = sampling_metrics(drawn, by_policy if any(by_policy) else None, policy.tokenizer.stop_ids)
     metrics |= selection.metrics
     if config.method.judged_by == "reward":
         tau, _ = config.strengths(step)

@@ -1,7 +1,7 @@
 """Supervised trainings: SFT (maximum likelihood), preference model (cross-entropy), reward model (Bradley-Terry)."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from fastpref.data import (
     DropReport,
     PaddedPairBatcher,
     Record,
+    Source,
     TokenRecords,
+    hashes,
     read_records,
     tokenize_completions,
     tokenized,
@@ -30,16 +32,16 @@ from fastpref.judging.protocol import agreement, columns_of
 from fastpref.learning import loop, update
 from fastpref.learning.objectives import Objective, answer_loss, learn, measure, reward_loss, token_loss
 from fastpref.method.config import SupervisedConfig
-from fastpref.method.errors import DataError, require
+from fastpref.method.errors import require
 from fastpref.models import LanguageModel, as_model, save
 from fastpref.runs import metrics, owner, plots
 from fastpref.runs.report import finish
 
 NO_LIMIT = 2**31 - 1
-PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+LIMITS = {"prompt too long": "max_prompt_tokens", "completion too long": "max_completion_tokens"}
+"""The setting that a record is dropped for, by the reason."""
 
-Data = str | Path | Iterable[Mapping[str, Any]]
-"""A JSONL, Parquet or Arrow file, or records."""
+PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def _fit(
     *,
     validate: Callable[[Any], float] | None,
     criterion: str,
+    held_out: TokenRecords | list[Record],
     optimizer: optax.GradientTransformation | None,
     run_dir: str | Path | None,
     description: str,
@@ -110,6 +113,7 @@ def _fit(
         fingerprint={
             "model": loop.digest(start),
             "objective": description,
+            **({"held_out": hashes.of_json(held_out)} if len(held_out) else {}),
             "optimizer": config.optimizer if optimizer is None else identity(chain).fingerprint(),
         },
         description=description,
@@ -126,7 +130,7 @@ def _arrays(batch: CompletionBatch) -> dict[str, Any]:
 
 
 def _tokens(
-    data: Data,
+    data: Source,
     model: LanguageModel,
     columns: Sequence[str],
     config: SupervisedConfig,
@@ -141,13 +145,14 @@ def _tokens(
         cache=cache,
         vocab_size=model.module.vocab_size,
         overlong=config.overlong,
+        truncation_side=config.truncation_side,
         on_bad_record=config.on_bad_record,
-        template=ChatTemplate.find(model.tokenizer),
+        template=ChatTemplate.find(model.tokenizer, config.chat_template_kwargs),
     )
 
 
-def _pairs(data: Data, model: LanguageModel, config: SupervisedConfig) -> tuple[list[Record], DropReport]:
-    template = ChatTemplate.find(model.tokenizer)
+def _pairs(data: Source, model: LanguageModel, config: SupervisedConfig) -> tuple[list[Record], DropReport]:
+    template = ChatTemplate.find(model.tokenizer, config.chat_template_kwargs)
     return read_records(data, columns=PAIR_COLUMNS, on_bad_record=config.on_bad_record, template=template)
 
 
@@ -173,22 +178,17 @@ def _check_destination(run_dir: str | Path | None, *beside: str) -> None:
         loop.check_destination(Path(run_dir) / "model", *beside)
 
 
-def _require_some(data: Data, count: int, report: DropReport, quiet: bool) -> None:
-    if count == 0:
-        source = data if isinstance(data, str | Path) else "the data"
-        raise DataError(
-            f"a training must have at least one record to learn from, but received none from {source}: {report}. "
-            "Check the file, and raise max_prompt_tokens or max_completion_tokens if records are too long."
-        )
-    loop.report_drops(report, quiet)
+def _report(source: Source, report: DropReport, config: SupervisedConfig, quiet: bool) -> None:
+    named = source if isinstance(source, str | Path) else "the data"
+    loop.report_drops(report, config, limits=LIMITS, source=named, quiet=quiet)
 
 
 def sft(
     policy: LanguageModel | str | Path,
-    data: Data,
+    data: Source,
     config: SupervisedConfig | None = None,
     *,
-    held_out: Data = (),
+    held_out: Source = (),
     run_dir: str | Path | None = None,
     cache: str | Path | None = None,
     optimizer: optax.GradientTransformation | None = None,
@@ -200,8 +200,8 @@ def sft(
 
     Args:
       policy: a `LanguageModel`, or the directory of a Hugging Face checkpoint. It is not changed.
-      data: records with `prompt` and `completion`: a JSONL, Parquet or Arrow file, or an iterable of mappings. Messages
-        may stand for text, as in `train`.
+      data: records with `prompt` and `completion`, from files, a table or an iterable, as for
+        `fastpref.data.read_records`. Messages may stand for text, as in `train`.
       config: settings.
       held_out: records of the same form; the model with the lowest loss on them is returned.
       run_dir: where config, metrics, checkpoints, plots and the model are written; the same call goes on from there.
@@ -214,7 +214,7 @@ def sft(
 
     Raises:
       ConfigError: a setting breaks its rule.
-      DataError: a record cannot be used, or none is left.
+      DataError: a record cannot be used, or more than `config.max_lost` allows would be dropped.
       CheckpointError: the run directory holds another run.
       DivergedError: five updates in a row were not finite.
       FileExistsError: `model` in the run directory holds other files than a model's.
@@ -224,8 +224,10 @@ def sft(
     model = as_model(policy)
     _check_destination(run_dir)
     tokens, report = _tokens(data, model, ("prompt", "completion"), config, cache)
-    _require_some(data, len(tokens), report, quiet)
+    _report(data, report, config, quiet)
     checks, held = _tokens(held_out, model, ("prompt", "completion"), config)
+    if held.read:
+        _report("held_out", held, config, quiet)
 
     def batches(of: TokenRecords) -> CompletionBatcher:
         return CompletionBatcher(
@@ -256,6 +258,7 @@ def sft(
             config,
             validate=validate if held.read else None,
             criterion="eval/loss",
+            held_out=checks,
             optimizer=optimizer,
             run_dir=run_dir,
             description="sft",
@@ -270,10 +273,10 @@ def sft(
 
 def fit_preference_model(
     model: LanguageModel | str | Path,
-    data: Data,
+    data: Source,
     config: SupervisedConfig | None = None,
     *,
-    held_out: Data = (),
+    held_out: Source = (),
     template: str = SUMMARY_PROMPT,
     answers: tuple[str, str] = ("1", "2"),
     symmetric: bool = True,
@@ -305,7 +308,7 @@ def fit_preference_model(
 
     Raises:
       ConfigError: a setting breaks its rule.
-      DataError: a record cannot be used, or none is left.
+      DataError: a record cannot be used, or more than `config.max_lost` allows would be dropped.
       ValueError: a template or answers that cannot be used.
       CheckpointError: the run directory holds another run.
       DivergedError: five updates in a row were not finite.
@@ -313,9 +316,8 @@ def fit_preference_model(
       OwnerError, KeyboardInterrupt, StopSignal: as `train` does.
     """
     config = SupervisedConfig() if config is None else config
-    judge = PreferenceModel(
-        as_model(model), template, answers, symmetric=symmetric, max_tokens=config.max_prompt_tokens
-    )
+    read: dict[str, Any] = {"max_tokens": config.max_prompt_tokens, "chat_template_kwargs": config.chat_template_kwargs}
+    judge = PreferenceModel(as_model(model), template, answers, symmetric=symmetric, **read)
     require(
         config.overlong != "truncate",
         "overlong must be 'drop' or 'raise' for a preference model, which reads completions as text",
@@ -324,8 +326,10 @@ def fit_preference_model(
     )
     _check_destination(run_dir, "preference_model.json")
     records, report = _within_limits(*_pairs(data, judge.model, config), judge.model, config)
-    _require_some(data, len(records), report, quiet)
-    checks, _ = _pairs(held_out, judge.model, config)
+    _report(data, report, config, quiet)
+    checks, held = _pairs(held_out, judge.model, config)
+    if held.read:
+        _report("held_out", held, config, quiet)
     prompts, chosen, rejected, preference = columns_of(records)
     opened, forward = judge.readings(prompts, chosen, rejected)
     _, backward = judge.readings(prompts, rejected, chosen)
@@ -357,6 +361,7 @@ def fit_preference_model(
             config,
             validate=(lambda module: agreement(with_module(module), checks)) if checks else None,
             criterion="eval/accuracy",
+            held_out=checks,
             optimizer=optimizer,
             run_dir=run_dir,
             description="preference model",
@@ -371,10 +376,10 @@ def fit_preference_model(
 
 def fit_reward_model(
     model: LanguageModel | str | Path,
-    data: Data,
+    data: Source,
     config: SupervisedConfig | None = None,
     *,
-    held_out: Data = (),
+    held_out: Source = (),
     run_dir: str | Path | None = None,
     cache: str | Path | None = None,
     optimizer: optax.GradientTransformation | None = None,
@@ -398,25 +403,27 @@ def fit_reward_model(
 
     Raises:
       ConfigError: a setting breaks its rule.
-      DataError: a record cannot be used, or none is left.
+      DataError: a record cannot be used, or more than `config.max_lost` allows would be dropped.
       CheckpointError: the run directory holds another run.
       DivergedError: five updates in a row were not finite.
       FileExistsError: `model` in the run directory holds other files than a model's.
       OwnerError, KeyboardInterrupt, StopSignal: as `train` does.
     """
     config = SupervisedConfig() if config is None else config
-    judge = RewardModel.from_model(as_model(model), max_prompt_tokens=config.max_prompt_tokens)
+    read = {"max_prompt_tokens": config.max_prompt_tokens, "chat_template_kwargs": config.chat_template_kwargs}
+    judge = RewardModel.from_model(as_model(model), **read)
     _check_destination(run_dir, "reward_model.json", "reward_head.safetensors")
     tokens, report = _tokens(data, judge.model, PAIR_COLUMNS, config, cache)
-    _require_some(data, len(tokens), report, quiet)
-    checks, _ = _pairs(held_out, judge.model, config)
-    chosen, rejected = tokens.completions
+    _report(data, report, config, quiet)
+    checks, held = _pairs(held_out, judge.model, config)
+    if held.read:
+        _report("held_out", held, config, quiet)
     with (
         owner.hold(run_dir),
         PaddedPairBatcher(
             tokens.prompts,
-            chosen,
-            rejected,
+            tokens.completions[0],
+            tokens.completions[1],
             tokens.preference,
             ids=tokens.ids,
             batch_size=config.batch_size,
@@ -438,6 +445,7 @@ def fit_reward_model(
             config,
             validate=(lambda module: agreement(with_module(module), checks)) if checks else None,
             criterion="eval/accuracy",
+            held_out=checks,
             optimizer=optimizer,
             run_dir=run_dir,
             description="reward model",

@@ -1,7 +1,7 @@
 """Training by preferences, online and offline: `train`, and the step of every method in one place, `Trainer.step`."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -17,29 +18,30 @@ from fastpref.data import (
     DropReport,
     PairBatcher,
     PromptBatcher,
-    read_prompts,
+    Source,
+    read_records,
     tokenized,
 )
 from fastpref.data.batches import PackedPairs, PromptBatch
-from fastpref.data.packing import pair_sizes
-from fastpref.data.tokenization import PromptTexts
+from fastpref.data.tokenization import PromptTexts, fit_prompts
 from fastpref.evaluation.during_training import HeldOut
 from fastpref.judging.identity import identity, name_of
 from fastpref.judging.judgements import FILE, Judgements
-from fastpref.judging.protocol import Judge, Rewarder
+from fastpref.judging.protocol import Judge, Rewarder, by_scores
 from fastpref.judging.recorded import RecordedJudge
 from fastpref.learning import loop, rollout, update
-from fastpref.learning.row_plan import RowPlan, plan_rows
+from fastpref.learning.row_plan import RowPlan, plan_recorded, plan_rows
 from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError, DataError, require
 from fastpref.method.schedules import value_at
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
+from fastpref.models.policy import check_length
 from fastpref.models.rows import shared_rows
 from fastpref.runs import owner
 from fastpref.runs.report import finish
 
-Prompts = str | Path | Iterable[str | Mapping[str, Any]]
-"""Texts, mappings with a `prompt`, or a JSONL, Parquet or Arrow file with that column."""
+LIMITS = {"prompt too long": "max_prompt_tokens", "completion too long": "max_new_tokens"}
+"""The setting that a record is dropped for, by the reason."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ class Trainer:
             round_params = _copy(params)
         at_round = rollout.Frozen(self.definition, round_params)
 
+        epoch = self.source.batches.epoch
         batch: PromptBatch | PackedPairs = self.source.batches.__next__()
         clock.lap("time/data")
         metrics: dict[str, float] = {}
@@ -156,7 +159,7 @@ class Trainer:
         )
         clock.lap("time/learn")
 
-        metrics |= paired.metrics | measured | clock.laps | {"epoch": float(self.source.batches.epoch)}
+        metrics |= paired.metrics | measured | clock.laps | {"epoch": float(epoch)}
         if "mixture" in method.writers:
             metrics["mixture_beta"] = value_at(config.mixture_beta, done)
         if method.in_rounds:
@@ -183,7 +186,7 @@ def _copy(parameters: Any) -> Any:
 
 def train(
     policy: LanguageModel | str | Path,
-    prompts: Prompts,
+    prompts: Source,
     judge: Judge | Rewarder | None = None,
     config: TrainConfig | None = None,
     *,
@@ -192,7 +195,7 @@ def train(
     run_dir: str | Path | None = None,
     cache: str | Path | None = None,
     optimizer: optax.GradientTransformation | None = None,
-    eval_prompts: Prompts = (),
+    eval_prompts: Source = (),
     eval_judge: Judge | None = None,
     callbacks: Sequence[Callable[[Step], None]] = (),
     quiet: bool = False,
@@ -207,10 +210,11 @@ def train(
 
     Args:
       policy: a `LanguageModel`, or the directory of a Hugging Face checkpoint. It is not changed.
-      prompts: texts, mappings with a `prompt`, or a JSONL, Parquet or Arrow file with that column. For offline
-        algorithms each record also has `chosen`, `rejected` and, where labels are soft, `preference`. Messages, lists
-        of `role` and `content`, may stand for text: the chat template of the policy's tokenizer writes them, and the
-        judge reads prompts as it wrote them.
+      prompts: texts, mappings with a `prompt`, or files and tables with that column, as for
+        `fastpref.data.read_records`. For offline algorithms each record also has `chosen`, `rejected` and, where
+        labels are soft, `preference`. Messages, lists of `role` and `content`, may stand for text: the chat template
+        of the policy's tokenizer writes them, with the `system`, `tools` and `chat_template_kwargs` of the record, and
+        the judge reads prompts as it wrote them.
       judge: p(first ≻ second) for each prompt; see `fastpref.Judge`. A plain function will do. The run
         belongs to it (`fastpref.judging.identity`): another is refused. For `rl` a
         `RewardModel`, or anything with its `scores`; which any other algorithm takes for p = σ(r − r'). None for
@@ -232,7 +236,7 @@ def train(
 
     Raises:
       ConfigError: a setting breaks its rule.
-      DataError: the prompts cannot be read, or none is left.
+      DataError: the prompts cannot be read, or more of them than `config.max_lost` allows would be dropped.
       JudgeError: the judge failed; the steps before are saved.
       JudgementsError: what the judge said before is damaged, or cannot be written.
       CheckpointError: the run directory holds another run.
@@ -254,10 +258,9 @@ def train(
     definition, start = nnx.split(policy.module)
     frozen = rollout.Frozen(*nnx.split(ref.module))
     partner = rollout.Frozen(*nnx.split(others[0].module)) if others else frozen
-    checks = read_prompts(eval_prompts, policy.tokenizer, on_bad_record=config.on_bad_record)[: config.eval_prompts]
+    checks = _checks(eval_prompts, policy, config, quiet)
     eval_judge = _as_judge(eval_judge or judge, config) if config.eval_every else None
-    source = _source(prompts, policy, config, cache)
-    loop.report_drops(source.report, quiet)
+    source = _source(prompts, policy, config, cache, quiet)
     with ExitStack() as stack:
         stack.enter_context(owner.hold(folder))
         stack.enter_context(source.batches)
@@ -343,6 +346,12 @@ def _check_sources(config: TrainConfig, judge: Judge | Rewarder | None, behaviou
         judge,
         "Pass a RewardModel; a judge of pairs goes with an algorithm such as online-ipo.",
     )
+    require(
+        config.missing_eos_penalty is None or method.judged_by == "reward" or by_scores(judge),
+        "missing_eos_penalty must be None where no reward is there to subtract it from",
+        config.missing_eos_penalty,
+        "Pass a RewardModel as the judge, or have a judge of pairs ask for `finished` (fastpref.Judge).",
+    )
     wanted = config.mixture_partner == "behaviour"
     require(
         wanted == (behaviour is not None),
@@ -352,12 +361,29 @@ def _check_sources(config: TrainConfig, judge: Judge | Rewarder | None, behaviou
     )
 
 
-def _source(prompts: Prompts, policy: LanguageModel, config: TrainConfig, cache: str | Path | None) -> Prompted:
+def _checks(prompts: Source, policy: LanguageModel, config: TrainConfig, quiet: bool) -> list[str]:
+    """Read held-out prompts, and say now which of them are dropped or will be cut."""
+    template = ChatTemplate.find(policy.tokenizer, config.chat_template_kwargs)
+    records, report = read_records(prompts, on_bad_record=config.on_bad_record, template=template)
+    if report.read:
+        loop.report_drops(report, config, limits=LIMITS, source="the eval_prompts", quiet=quiet)
+    checks = [record.prompt for record in records][: config.eval_prompts]
+    if config.eval_every:
+        limits: dict[str, Any] = {name: getattr(config, name) for name in ("max_prompt_tokens", "truncation_side")}
+        fit_prompts(checks, policy.tokenizer, **limits)
+    return checks
+
+
+def _source(
+    prompts: Source, policy: LanguageModel, config: TrainConfig, cache: str | Path | None, quiet: bool
+) -> Prompted:
     """Read, encode and batch what is learned from."""
-    template = ChatTemplate.find(policy.tokenizer)
+    template = ChatTemplate.find(policy.tokenizer, config.chat_template_kwargs)
+    named = prompts if isinstance(prompts, str | Path) else "the prompts"
     limits: dict[str, Any] = {
         "vocab_size": policy.module.vocab_size,
         "overlong": config.overlong,
+        "truncation_side": config.truncation_side,
         "on_bad_record": config.on_bad_record,
     }
     start = policy.module.decoder_start
@@ -375,18 +401,20 @@ def _source(prompts: Prompts, policy: LanguageModel, config: TrainConfig, cache:
             )
         except DataError as error:
             raise DataError(f"{config.algorithm} learns from recorded pairs: {error}") from error
-        _require_some(config, prompts, len(tokens), report)
-        plan = plan_rows(config, decoder_start=start, prompts=tokens.prompts)
-        chosen, rejected = tokens.completions
-        sizes = pair_sizes(tokens.prompts, chosen, rejected, layout=plan.layout)
+        loop.report_drops(report, config, limits=LIMITS, source=named, quiet=quiet)
+        plan = plan_recorded(config, decoder_start=start, pairs=tokens)
+        lengths, *of_completions = (np.diff(rows.offsets) for rows in (tokens.prompts, *tokens.completions))
+        check_length(policy.module, int((lengths + np.maximum(*of_completions)).max()) - 1)
         pairs = PairBatcher(
             tokens.prompts,
-            chosen,
-            rejected,
+            tokens.completions[0],
+            tokens.completions[1],
             tokens.preference,
             ids=tokens.ids,
             tokenizer_hash=policy.tokenizer.fingerprint,
-            rows=plan.rows_for(sizes, config.batch_size),
+            batch_size=config.batch_size,
+            max_shapes=config.max_shapes,
+            multiple=config.gradient_accumulation,
             seed=config.seed,
             **plan.shape,
         )
@@ -399,7 +427,7 @@ def _source(prompts: Prompts, policy: LanguageModel, config: TrainConfig, cache:
         template=template,
         **limits,
     )
-    _require_some(config, prompts, len(encoded), report)
+    loop.report_drops(report, config, limits=LIMITS, source=named, quiet=quiet)
     batcher = PromptBatcher(
         encoded.prompts,
         ids=encoded.ids,
@@ -410,15 +438,6 @@ def _source(prompts: Prompts, policy: LanguageModel, config: TrainConfig, cache:
     )
     plan = plan_rows(config, decoder_start=start, prompts=encoded.prompts)
     return Prompted(batcher, PromptTexts(encoded), plan, report)
-
-
-def _require_some(config: TrainConfig, prompts: Prompts, count: int, report: DropReport) -> None:
-    if count == 0:
-        source = prompts if isinstance(prompts, str | Path) else "the prompts"
-        raise DataError(
-            f"{config.algorithm} must have at least one record to learn from, but received none from {source}: "
-            f"{report}. Check the file, and raise max_prompt_tokens or max_new_tokens if records are too long."
-        )
 
 
 def _as_judge(judge: Judge | Rewarder | None, config: TrainConfig) -> Judge:

@@ -1,17 +1,17 @@
 """What a run is asked to do: frozen, validated, and written to the run directory as JSON."""
 
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fastpref.method.algorithms import ALGORITHMS, Algorithm
+from fastpref.method.choices import OnBadRecord, Overlong, TruncationSide
 from fastpref.method.errors import nearest, require
 from fastpref.method.schedules import Schedule, Value, bounds, value_at
 
-Overlong = Literal["drop", "truncate", "raise"]
-OnBadRecord = Literal["raise", "skip", "warn"]
 Optimizer = Literal["adafactor", "adamw"]
 
 COUNTS = frozenset(
@@ -42,6 +42,13 @@ RULES: tuple[Rule, ...] = (
     ),
     ("temperature", lambda x: x > 0, "must be above 0", "The losses assume 1."),
     ("eval_every", lambda x: x >= 0, "must not be negative", "0 switches it off."),
+    ("max_lost", lambda x: 0 <= x <= 1, "must lie in [0, 1]", "It is the share of records that a run may lose."),
+    (
+        "missing_eos_penalty",
+        lambda x: x is None or 0 < x < math.inf,
+        "must be a finite number above 0, or None for no penalty",
+        "It is subtracted from the reward of a completion that was cut off.",
+    ),
     (
         "judge_timeout",
         lambda x: x is None or 0 < x < threading.TIMEOUT_MAX,
@@ -53,6 +60,7 @@ RULES: tuple[Rule, ...] = (
 
 CHOICES = {
     "overlong": "Choose what happens to records above a limit.",
+    "truncation_side": "Choose the side on which a text that is too long is cut.",
     "on_bad_record": "Choose what happens to records that cannot be used.",
     "optimizer": "For any other, pass an optax.GradientTransformation as the `optimizer` argument of the function.",
     "mixture_partner": "Choose the model that the policy is mixed with.",
@@ -86,7 +94,10 @@ class Settings:
     batch_size: int = 32
     max_prompt_tokens: int = 512
     overlong: Overlong = "drop"
+    truncation_side: TruncationSide = "right"
     on_bad_record: OnBadRecord = "raise"
+    max_lost: float = 0.5
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     max_shapes: int = 4
     optimizer: Optimizer = "adafactor"
     learning_rate: Value = 1e-4
@@ -121,15 +132,22 @@ class TrainConfig(Settings):
       baseline: of algorithms with a reward: "none", or "batch" to subtract the mean reward of the batch's other
         completions, which changes the variance alone.
       steps: optimiser updates.
-      batch_size: prompts per update; each gives one pair, or one completion where only that is learned from.
+      batch_size: prompts per update; each gives one pair, or one completion where only that is learned from. Offline,
+        pairs per update.
       gradient_accumulation: the learner takes the rows of a batch in this many parts, whose gradients are averaged over
         pairs: memory for time.
       max_prompt_tokens: longer prompts are handled as `overlong` says.
-      overlong: "drop" (counted), "truncate" (keeps the first tokens) or "raise".
+      overlong: "drop" (counted), "truncate" (counted: a chat loses its oldest turns, a text is cut) or "raise".
+      truncation_side: where a text is cut: "right" keeps its first tokens, "left" its last.
       on_bad_record: "raise", "skip" (counted) or "warn" (counted, one warning); `fastpref.data.read_records` says what
         is bad.
-      max_shapes: at most so many padded prompt widths, each of which is compiled once.
-      row_tokens: places of a row, in which the learner packs whole pairs; None for twice the longest.
+      max_lost: a run that would lose a larger share of its records, dropped for whatever reason, does not begin.
+      chat_template_kwargs: options of the chat template, such as {"enable_thinking": False}; those of a record, in a
+        column of this name, come before them.
+      max_shapes: at most so many padded prompt widths, or numbers of rows of recorded pairs, each of which is compiled
+        once.
+      row_tokens: places of a row, in which the learner packs whole pairs; None for twice the longest, or, offline, for
+        once the longest where that leaves fewer places empty.
       prompt_row_tokens: the same of the encoder's rows, for encoder-decoder models.
       max_new_tokens: T, longest completion, EOS included; longer recorded ones are handled as `overlong` says.
       temperature: of the draw; the losses assume 1.
@@ -146,6 +164,9 @@ class TrainConfig(Settings):
       eval_every: steps between held-out evaluations against the reference; 0 for none.
       eval_prompts: at most this many held-out prompts are used.
       judge_timeout: seconds that a call of the judge may take before the run stops, its state saved; None for any.
+      missing_eos_penalty: subtracted from the reward of a completion that was cut off at `max_new_tokens`, as TRL does;
+        None for nothing. It needs rewards: a `RewardModel`, as the judge of any algorithm. Held-out comparisons are
+        made without it.
 
     Raises:
       ConfigError: a setting breaks its rule.
@@ -169,6 +190,7 @@ class TrainConfig(Settings):
     sample_every: int = 10
     eval_prompts: int = 256
     judge_timeout: float | None = None
+    missing_eos_penalty: float | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -282,10 +304,13 @@ class SupervisedConfig(Settings):
       batch_size: examples per update.
       max_prompt_tokens: longer prompts are handled as `overlong` says; a preference model shortens them.
       max_completion_tokens: longer completions, EOS included, are handled as `overlong` says.
-      overlong: "drop" (counted), "truncate" (keeps the first tokens, counted) or "raise". A preference model, which
-        reads text, cannot cut completions and refuses "truncate".
+      overlong: "drop" (counted), "truncate" (counted: a chat loses its oldest turns, a text is cut) or "raise". A
+        preference model, which reads text, cannot cut completions and refuses "truncate".
+      truncation_side: where a text is cut: "right" keeps its first tokens, "left" its last.
       on_bad_record: "raise", "skip" (counted) or "warn" (counted, one warning); `fastpref.data.read_records` says what
         is bad.
+      max_lost: a run that would lose a larger share of its records does not begin.
+      chat_template_kwargs: options of the chat template, such as {"enable_thinking": False}.
       max_shapes: at most so many padded shapes, each of which is compiled once.
       optimizer: "adafactor" or "adamw".
       learning_rate: a number or a `Schedule`.
@@ -320,13 +345,15 @@ def from_mapping(kind: type[Config], settings: Mapping[str, Any]) -> Config:
     Raises:
       ConfigError: an unknown key, with the nearest known one; a value of the wrong type; a broken rule.
     """
-    known = {entry.name: entry.default for entry in dataclasses.fields(kind)}
+    known = to_json(kind())
     hints = get_type_hints(kind)
     values = {}
     for key, value in settings.items():
         require(key in known, f"{kind.__name__} has no setting of that name", key, nearest(key, known))
         hint = hints[key]
         kinds = (str,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
+        if isinstance(known[key], Mapping):
+            kinds = (dict,)
         values[key] = _parse(key, value, kinds, known[key])
     return kind(**values)
 

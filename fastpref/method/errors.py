@@ -5,7 +5,7 @@ message says the rule, the value received, and the remedy.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class FastprefError(Exception):
@@ -33,7 +33,16 @@ class ModelError(FastprefError, ValueError):
 
 
 class JudgeError(FastprefError, RuntimeError):
-    """A judge raised, or answered with something that is not one probability, or reward, for each prompt."""
+    """A judge raised, or answered with something that is not one probability, or reward, for each prompt.
+
+    Args:
+      message: the rule, the value received, and the remedy.
+      answered: answers that the call had before it failed, by position; the log keeps them.
+    """
+
+    def __init__(self, message: str, answered: Mapping[int, float] | None = None) -> None:
+        super().__init__(message)
+        self.answered: Mapping[int, float] = answered or {}
 
 
 class JudgementsError(FastprefError, RuntimeError):
@@ -77,6 +86,10 @@ class ModelWarning(UserWarning):
 
 class CacheWarning(UserWarning):
     """A damaged cache of tokens was thrown away and made anew."""
+
+
+class CutWarning(UserWarning):
+    """Prompts were cut to a limit."""
 
 
 class JudgeWarning(UserWarning):

@@ -1,8 +1,9 @@
 """Language models: the protocol, two families, and checkpoints in and out."""
 
-from fastpref.models.decoder import Decoder, DecoderConfig, RopeScaling
+from fastpref.models.decoder import Decoder, DecoderConfig
 from fastpref.models.huggingface import LanguageModel, as_model, load, save
 from fastpref.models.policy import Policy
+from fastpref.models.rope import RopeScaling
 from fastpref.models.t5 import T5, T5Config
 
 __all__ = [

@@ -105,7 +105,9 @@ class Cache(NamedTuple):
         return self.begin[:, None, None] + tokens, Masks(own, prompt)
 
 
-def attend(queries: Float[Array, "P N K G T H"], *parts: tuple[Shared | Own, Mask]) -> Float[Array, "P N K G T H"]:
+def attend(
+    queries: Float[Array, "P N K G T H"], *parts: tuple[Shared | Own, Mask], cap: float | None = None
+) -> Float[Array, "P N K G T H"]:
     """Softmax attention of every query to the keys that masks let it see, of all parts under one softmax.
 
     Scores, softmax and sums are float32; the products take their operands as they are. Queries come scaled. A single
@@ -114,13 +116,20 @@ def attend(queries: Float[Array, "P N K G T H"], *parts: tuple[Shared | Own, Mas
     Args:
       queries: scaled queries, shape [P, N, K, G, T, H].
       parts: keys with their values, and the mask of each: the prompt's, each completion's own, or both.
+      cap: soft bound of the scores, cap · tanh(score / cap), before the mask (Gemma 2); None for none.
 
     Returns:
       The attended values, shape [P, N, K, G, T, H], in the dtype of the queries.
     """
     if len(parts) == 1 and isinstance(parts[0][0], Shared) and parts[0][1].spans is not None:
-        return attend_in_blocks(queries, parts[0][0], parts[0][1], parts[0][1].spans)
-    scores = [stored.scores(queries) + mask.bias(queries.shape[4], stored.values.shape[-2]) for stored, mask in parts]
+        return attend_in_blocks(queries, parts[0][0], parts[0][1], parts[0][1].spans, cap)
+
+    def capped(scores: Array) -> Array:
+        return scores if cap is None else cap * jnp.tanh(scores / cap)
+
+    scores = [
+        capped(stored.scores(queries)) + mask.bias(queries.shape[4], stored.values.shape[-2]) for stored, mask in parts
+    ]
     peak = jax.lax.stop_gradient(reduce(jnp.maximum, (score.max(-1, keepdims=True) for score in scores)))
     weights = [jnp.exp(score - peak) for score in scores]
     total = reduce(jnp.add, (weight.sum(-1, keepdims=True) for weight in weights))
@@ -133,7 +142,7 @@ def attend(queries: Float[Array, "P N K G T H"], *parts: tuple[Shared | Own, Mas
 
 
 def attend_in_blocks(
-    queries: Float[Array, "R N 1 G T H"], stored: Shared, mask: Mask, spans: Spans
+    queries: Float[Array, "R N 1 G T H"], stored: Shared, mask: Mask, spans: Spans, cap: float | None = None
 ) -> Float[Array, "R N 1 G T H"]:
     """`attend` within long packed rows, a block of queries at a time.
 
@@ -164,7 +173,7 @@ def attend_in_blocks(
 
         def some(queries: Array, stored: Shared, keys: Places, offset: Array) -> Array:
             distances = None if values is None else Distances(values, offset)
-            return attend(queries, (stored, Mask(places.cut(begin, length), keys, distances)))
+            return attend(queries, (stored, Mask(places.cut(begin, length), keys, distances, mask.window)), cap=cap)
 
         attended: Array = jax.lax.cond(last < start + window, near, whole, queries)
         return attended

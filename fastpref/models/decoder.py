@@ -1,11 +1,13 @@
-"""Decoder-only language models in Llama's layout: RMSNorm, RoPE, grouped-query attention, SwiGLU."""
+"""Decoder-only language models: one decoder, whose configuration says in what families differ.
 
-import math
+Attention and feed-forward blocks alternate, each with norms and a residual. Positions are rotary or learned, attention
+is grouped, over all of the text or over a window of it.
+"""
+
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -14,29 +16,10 @@ from jaxtyping import Bool, Float, Int
 from fastpref.data.batches import PackedPairs
 from fastpref.kernels import Head
 from fastpref.models.attention import Cache, Own, Shared
-from fastpref.models.layers import Attention, FeedForward, Rotation, normal, right_padded, rms_norm
-from fastpref.models.masks import Masks, causal_mask, packed_mask
-
-
-@dataclass(frozen=True, slots=True)
-class RopeScaling:
-    """How rotary frequencies are stretched for contexts longer than those first trained on.
-
-    `linear` divides every frequency by `factor`. `llama3` divides the low ones, keeps the high ones and interpolates
-    between; its three further numbers say where (Llama 3.1).
-    """
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3"):
-            raise ValueError(
-                f"rope scaling must be 'linear' or 'llama3', but received {self.kind!r}. Use a checkpoint with either."
-            )
+from fastpref.models.layers import ACTIVATIONS, NORMS, Attention, FeedForward, Norm, normal, right_padded
+from fastpref.models.masks import Masks, Places, causal_mask, packed_mask
+from fastpref.models.policy import check_length
+from fastpref.models.rope import RopeScaling, Rotation
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +43,42 @@ class DecoderConfig:
     output_bias: bool = False
     """Whether the attention's output projection adds a bias."""
     initial_std: float = 0.02
+    feed_forward_bias: bool = False
+    """Whether the projections of the feed-forward blocks add a bias."""
+    activation: str = "silu"
+    gated: bool = True
+    """Whether the feed-forward blocks have a gate."""
+    norm: str = "rms"
+    """The kind of all norms, one of `layers.NORMS`."""
+    norms: str = "before"
+    """Where blocks normalise: "before", "after" (OLMo 2) or "both" (Gemma 2)."""
+    qk_norm: str | None = None
+    """Norms of queries and keys: of each "head" (Qwen3), of their whole "width" (OLMo 2), or None."""
+    window: int | None = None
+    """Positions that a query of a local layer attends to, back from its own."""
+    local: tuple[int, ...] = ()
+    """Numbers of the layers with that window."""
+    local_rope_theta: float | None = None
+    """Base of the rotary frequencies of local layers, not scaled (Gemma 3); None for those of the others."""
+    unrotated: tuple[int, ...] = ()
+    """Numbers of the layers without rotary positions (SmolLM3)."""
+    rotary_dim: int | None = None
+    """Entries of a head that are rotated, the first ones; None for all."""
+    learned_positions: bool = False
+    """Whether learned positions are added to the embedding, in the place of rotary ones (GPT-2)."""
+    max_positions: int | None = None
+    """Tokens of the longest sequence that the positions are made for, where there is a limit."""
+    embedding_scale: float = 1.0
+    """Multiplies embeddings, not the head that is tied to them."""
+    residual_scale: float = 1.0
+    """Multiplies the result of every block (Granite)."""
+    attention_scale: float | None = None
+    """Multiplies attention scores; None for head_dim^-0.5."""
+    attention_cap: float | None = None
+    """Soft bound of attention scores (Gemma 2)."""
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+    """Soft bound of logits (Gemma 2)."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "hidden", "layers", "heads", "kv_heads", "head_dim"):
@@ -71,52 +90,84 @@ class DecoderConfig:
             raise ValueError(
                 f"heads must be a multiple of kv_heads, but received {self.heads} and {self.kv_heads}. Change either."
             )
-        if self.head_dim % 2:
+        if self.head_dim % 2 and not self.learned_positions:
             raise ValueError(f"head_dim must be even for rotary positions, but received {self.head_dim}. Change it.")
-
-
-def inverse_frequencies(config: DecoderConfig) -> Float[np.ndarray, " half"]:
-    """Radians that each pair of a head turns per position, shape [H / 2], float32."""
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    frequency = config.rope_theta**-exponent
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        frequency = frequency / scaling.factor
-    elif scaling is not None:
-        turns = scaling.original_max_positions * frequency / (2 * math.pi)
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        frequency = keep * frequency + (1 - keep) * frequency / scaling.factor
-    return frequency.astype(np.float32)
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim):
+            raise ValueError(
+                f"rotary_dim must be even and at most head_dim, {self.head_dim}, but received {self.rotary_dim}. "
+                "Change it."
+            )
+        for name, choices in {
+            "activation": tuple(ACTIVATIONS),
+            "norm": NORMS,
+            "norms": ("before", "after", "both"),
+            "qk_norm": (None, "head", "width"),
+        }.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {choices}, but received {getattr(self, name)!r}. Choose one of them."
+                )
+        if bool(self.local) != (self.window is not None) or (self.window is not None and self.window < 1):
+            raise ValueError(
+                "window must be at least 1 where layers are local, and None where none is, but received "
+                f"{self.window} with {len(self.local)} local layers. Set both, or neither."
+            )
+        if strangers := sorted({*self.local, *self.unrotated} - set(range(self.layers))):
+            raise ValueError(
+                f"local and unrotated must hold numbers below {self.layers}, the number of layers, but received "
+                f"{strangers[0]}. Count layers from 0."
+            )
+        if self.learned_positions and self.max_positions is None:
+            raise ValueError(
+                "max_positions must come with learned_positions, but received None. Say how many there are."
+            )
 
 
 class DecoderLayer(nnx.Module):
-    """One layer: attention, then the feed-forward block, each with its norm and its residual."""
+    """One layer: attention, then the feed-forward block, each with its norms and its residual."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        std = config.initial_std
+        std, head_dim = config.initial_std, config.head_dim
+
+        def norm(width: int) -> Norm:
+            return Norm(width, kind=config.norm, eps=config.norm_eps, dtype=dtype)
+
+        def head_norm(heads: int) -> Norm | None:
+            return None if config.qk_norm is None else norm(head_dim * (heads if config.qk_norm == "width" else 1))
+
+        def block_norms() -> dict[str, Any]:
+            return {
+                "norm": None if config.norms == "after" else norm(config.width),
+                "after": None if config.norms == "before" else norm(config.width),
+                "multiplier": config.residual_scale,
+            }
+
         self.attention = Attention(
             config.width,
             config.heads,
             config.kv_heads,
-            config.head_dim,
+            head_dim,
             stds=(std, std, std, std),
-            eps=config.norm_eps,
-            scale=config.head_dim**-0.5,
+            q_norm=head_norm(config.heads),
+            k_norm=head_norm(config.kv_heads),
+            scale=head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
+            cap=config.attention_cap,
             bias=config.attention_bias,
             output_bias=config.output_bias,
             dtype=dtype,
             rngs=rngs,
+            **block_norms(),
         )
         self.feed_forward = FeedForward(
             config.width,
             config.hidden,
-            activation="silu",
-            gated=True,
+            activation=config.activation,
+            gated=config.gated,
             stds=(std, std),
-            eps=config.norm_eps,
+            bias=config.feed_forward_bias,
             dtype=dtype,
             rngs=rngs,
+            **block_norms(),
         )
 
 
@@ -134,14 +185,19 @@ class Decoder(nnx.Module):
         self.vocab_size = config.vocab_size
         self.decoder_start: int | None = None
         self.embedding = normal(rngs, (config.vocab_size, config.width), config.initial_std, dtype)
+        places = (config.max_positions or 0, config.width)
+        self.positions = normal(rngs, places, config.initial_std, dtype) if config.learned_positions else None
         self.layers = nnx.List([DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.layers)])
-        self.norm = nnx.Param(jnp.ones(config.width, dtype))
+        self.norm = Norm(config.width, kind=config.norm, eps=config.norm_eps, dtype=dtype)
         shape = (config.width, config.vocab_size)
         self.lm_head = None if config.tied else normal(rngs, shape, config.initial_std, dtype)
 
     def head(self) -> Head:
         """The map from a hidden state to logits."""
-        return Head(self.embedding[...]) if self.lm_head is None else Head(self.lm_head[...], vocab_axis=1)
+        logits: dict[str, Any] = {"scale": self.config.logit_scale, "soft_cap": self.config.logit_cap}
+        if self.lm_head is None:
+            return Head(self.embedding[...], **logits)
+        return Head(self.lm_head[...], vocab_axis=1, **logits)
 
     def forward(
         self,
@@ -165,19 +221,32 @@ class Decoder(nnx.Module):
         Returns:
           The states, shape [P, K, T, D], and the keys and values of the streams, of each layer.
         """
+        config = self.config
         x = self.embedding[...][tokens]
-        rotation = self._rotation(positions)
+        x = x if config.embedding_scale == 1 else x * config.embedding_scale
+        if self.positions is not None:
+            # A position beyond the last is no number, so that it cannot go unseen.
+            x = x + self.positions[...].at[positions].get(mode="fill", fill_value=jnp.nan)
+        rotations = self._rotations(positions)
+        masks = (mask, mask if config.window is None else mask.within(config.window))
         none, written = (None,) * len(self.layers), []
-        for layer, prompt, before in zip(self.layers, prompts or none, past or none, strict=True):
-            x, own = layer.attention(x, mask, prompt=prompt, past=before, slot=slot, rotation=rotation)
+        for number, (layer, prompt, before) in enumerate(zip(self.layers, prompts or none, past or none, strict=True)):
+            local = number in config.local
+            rotation = None if number in config.unrotated else rotations[local]
+            x, own = layer.attention(x, masks[local], prompt=prompt, past=before, slot=slot, rotation=rotation)
             x = layer.feed_forward(x)
             written.append(own)
-        return rms_norm(x, self.norm[...], self.config.norm_eps), tuple(written)
+        return self.norm(x), tuple(written)
 
     def prefill(
         self, tokens: Int[Array, "P S"], mask: Bool[Array, "P S"], *, completions: int = 1, max_new_tokens: int = 0
     ) -> tuple[Int[Array, " P"], Cache]:
-        """Read each prompt once; return the token that completions are read from on, its last, and the cache."""
+        """Read each prompt once; return the token that completions are read from on, its last, and the cache.
+
+        Raises:
+          ModelError: prompts and completions are longer than the model's positions.
+        """
+        check_length(self, tokens.shape[1] + max_new_tokens - 1)
         tokens, lengths = right_padded(tokens, mask)
         # Causality keeps padding out of the state of every real token.
         size = tokens.shape[1]
@@ -191,6 +260,11 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "P K T D"], Cache]:
         """Read T tokens of every completion from number `step` on; return the states that predict the next ones."""
         positions, mask = cache.reading(tokens.shape[2], step)
+        size = cache.prompts[0].values.shape[2]
+        check_length(self, size + tokens.shape[2] - 1)
+        if self.config.local:
+            keys = mask.prompt.keys._replace(positions=jnp.arange(size)[None, None])
+            mask = mask._replace(prompt=mask.prompt._replace(queries=Places(positions), keys=keys))
         states, written = self.forward(tokens, positions, mask, cache.prompts, cache.completions, step)
         return states, cache._replace(completions=written) if cache.completions else cache
 
@@ -208,6 +282,14 @@ class Decoder(nnx.Module):
         tokens, positions = (jnp.asarray(x)[:, None] for x in (batch.tokens, batch.positions))
         return self.forward(tokens, positions, Masks(packed_mask(batch)))[0][:, 0]
 
-    def _rotation(self, positions: Int[Array, "#P #K T"]) -> Rotation:
-        angles = positions.astype(jnp.float32)[..., None] * inverse_frequencies(self.config)[None, None, None]
-        return Rotation(jnp.cos(angles), jnp.sin(angles))
+    def _rotations(self, positions: Int[Array, "#P #K T"]) -> tuple[Rotation | None, Rotation | None]:
+        """Of the layers that read all positions, and of the local ones."""
+        config = self.config
+        if config.learned_positions:
+            return None, None
+        size = config.head_dim if config.rotary_dim is None else config.rotary_dim
+        rotation = Rotation.of(positions, size, config.rope_theta, config.rope_scaling)
+        if config.max_positions is not None:
+            rotation = rotation.until(positions, config.max_positions)
+        local = config.local_rope_theta
+        return rotation, rotation if local is None else Rotation.of(positions, size, local)

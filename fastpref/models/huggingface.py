@@ -3,10 +3,11 @@
 import errno
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,44 +18,42 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from fastpref.data import files
-from fastpref.data.tokenizer import FILES, Tokenizer, read_json
-from fastpref.method.errors import ModelError
-from fastpref.models.configs import check_sizes, read_config, write_config
+from fastpref.data.chat import FOLDER
+from fastpref.data.token_files import FILES, read_json
+from fastpref.data.tokenizer import Tokenizer
+from fastpref.method.errors import ModelError, ModelWarning
+from fastpref.models.configs import check_sizes, is_tied, read_config, text_config, write_config
 from fastpref.models.decoder import Decoder, DecoderConfig
+from fastpref.models.families import FAMILIES
 from fastpref.models.policy import Policy
 from fastpref.models.t5 import T5, T5Config
 from fastpref.models.tensors import INDEX, WEIGHTS, Tensor, open_tensors, read_tensor, settle_embedding
 
-IGNORED = re.compile(r"rotary_emb\.inv_freq$|^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias")
+IGNORED = re.compile(
+    r"rotary_emb\.inv_freq$|^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias"
+    r"|^transformer\.h\.\d+\.attn\.(masked_)?bias$"
+)
 """Tensors of old checkpoints that no model reads."""
 
-RENAMED = ((re.compile(r"^(?=(embed_tokens|layers|norm)\.)"), "model."),)
-"""Beginnings of names that some files have, and those that they are saved with: a body that was saved alone."""
+SCALAR_HEAD = re.compile(r"(score|v_head\.summary|value_head|reward_head)\.(weight|bias)")
+"""Tensors of a scalar head, by which a directory is a reward model's: of transformers, of TRL, and of others."""
+
+RENAMED = (
+    (re.compile(r"^(model\.)?language_model\.(model\.)?(?=embed_tokens|layers|norm)"), "model."),
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^(?=(embed_tokens|layers|norm)\.)"), "model."),
+    (re.compile(r"^(?=(wte|wpe|h|ln_f)\.)"), "transformer."),
+)
+"""Beginnings of names that some files have, and those that they are saved with: Gemma 3 with images, a body that was
+saved alone, GPT-2."""
+
+IMAGES = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+"""Tensors of a model of images around the language model."""
 
 OURS = re.compile(
-    "|".join([r"config\.json", r"model.*\.safetensors", *map(re.escape, (INDEX, files.MANIFEST, *FILES))])
+    "|".join([r"config\.json", r"model.*\.safetensors", *map(re.escape, (INDEX, files.MANIFEST, *FILES, FOLDER[:-1]))])
 )
 """Files that a checkpoint consists of."""
-
-DECODER_NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "layers.{}.attention.norm": "model.layers.{}.input_layernorm.weight",
-    "layers.{}.attention.q": "model.layers.{}.self_attn.q_proj.weight",
-    "layers.{}.attention.k": "model.layers.{}.self_attn.k_proj.weight",
-    "layers.{}.attention.v": "model.layers.{}.self_attn.v_proj.weight",
-    "layers.{}.attention.o": "model.layers.{}.self_attn.o_proj.weight",
-    "layers.{}.attention.q_bias": "model.layers.{}.self_attn.q_proj.bias",
-    "layers.{}.attention.k_bias": "model.layers.{}.self_attn.k_proj.bias",
-    "layers.{}.attention.v_bias": "model.layers.{}.self_attn.v_proj.bias",
-    "layers.{}.attention.o_bias": "model.layers.{}.self_attn.o_proj.bias",
-    "layers.{}.feed_forward.norm": "model.layers.{}.post_attention_layernorm.weight",
-    "layers.{}.feed_forward.gate": "model.layers.{}.mlp.gate_proj.weight",
-    "layers.{}.feed_forward.up": "model.layers.{}.mlp.up_proj.weight",
-    "layers.{}.feed_forward.down": "model.layers.{}.mlp.down_proj.weight",
-    "norm": "model.norm.weight",
-    "lm_head": "lm_head.weight",
-}
-"""Our parameter paths, with {} for a layer number, to tensor names of the Llama family."""
 
 
 def t5_names(gated: bool) -> dict[str, str]:
@@ -63,7 +62,7 @@ def t5_names(gated: bool) -> dict[str, str]:
     inner = {"gate": "wi_0.weight", "up": "wi_1.weight" if gated else "wi.weight", "down": "wo.weight"}
     names = {"embedding": "shared.weight", "lm_head": "lm_head.weight"}
     for stack in ("encoder", "decoder"):
-        names[f"{stack}.norm"] = f"{stack}.final_layer_norm.weight"
+        names[f"{stack}.norm.scale"] = f"{stack}.final_layer_norm.weight"
         names[f"{stack}.position_bias"] = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     for ours, theirs, block, kernels in (
         ("encoder.layers.{}.attention", "encoder.block.{}.layer.0", "SelfAttention", projections),
@@ -72,12 +71,12 @@ def t5_names(gated: bool) -> dict[str, str]:
         ("cross.{}", "decoder.block.{}.layer.1", "EncDecAttention", projections),
         ("decoder.layers.{}.feed_forward", "decoder.block.{}.layer.2", "DenseReluDense", inner),
     ):
-        names[f"{ours}.norm"] = f"{theirs}.layer_norm.weight"
+        names[f"{ours}.norm.scale"] = f"{theirs}.layer_norm.weight"
         names |= {f"{ours}.{name}": f"{theirs}.{block}.{kernel}" for name, kernel in kernels.items()}
     return names
 
 
-KEPT_AS_IS = ("embedding", "position_bias")
+KEPT_AS_IS = ("embedding", "positions", "position_bias")
 """Matrices that are not kernels: both layouts are the same. Every other matrix is [out, in] on disk, [in, out] here."""
 
 
@@ -91,18 +90,21 @@ class LanguageModel:
     """`config.json` as loaded, with entries that only other libraries read; empty writes one from the module."""
 
 
-def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = True) -> LanguageModel:
+def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = True, body: bool = False) -> LanguageModel:
     """Read a checkpoint directory in Hugging Face's layout.
 
-    Supported are `t5` and `mt5` (both forms of T5), `llama`, and `mistral` and `qwen2` without sliding windows. Files
-    that contradict each other are read as `transformers` reads them, with a `ModelWarning`, or refused. Weights are
-    read a few megabytes at a time, so that the peak of memory is the result's and little more.
+    Supported are `t5` and `mt5` (both forms of T5) and the decoders of `families.FAMILIES`. Of a Gemma 3 that reads
+    images, the language model is loaded, with a warning, and saved without the rest. Files that contradict each other
+    are read as `transformers` reads them, with a `ModelWarning`, or refused. Weights are read a few megabytes at a
+    time, so that the peak of memory is the result's and little more.
 
     Args:
       path: holds `config.json`, `model.safetensors` (or its shards and their index) and `tokenizer.json` or the model
         of SentencePiece (see `Tokenizer.load`).
       dtype: of the parameters, whatever the file has.
       finite: refuse weights that hold NaN or infinity.
+      body: read a model whose states alone are used, by a reward model: scalar heads are passed over, and the embedding
+        stands for a head of the vocabulary that is not there.
 
     Returns:
       The module, a `Policy`, and its tokenizer.
@@ -113,7 +115,7 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = Tru
         unsupported kind, or tensors do not fit the configuration. What others wrote has no manifest, and is read as it
         is.
     """
-    described = describe(path)
+    described = describe(path, body=body)
     leaves = {place: variable.replace(array) for place, variable, array in described.arrays(dtype=dtype, finite=finite)}
     module = nnx.merge(described.graph, nnx.from_flat_state(leaves))
     tokenizer = read_tokenizer(described)
@@ -130,20 +132,26 @@ class Description:
     config: T5Config | DecoderConfig
     graph: Any
     """GraphDef of the module."""
-    places: dict[str, tuple[tuple[Any, ...], nnx.Variable[Any]]]
-    """Path in the module and variable, with the shape in the place of the array, of each tensor."""
+    places: dict[str, "Stored"]
+    """The parameters that each tensor holds, with shapes in the place of arrays."""
     tensors: dict[str, Tensor]
+
+    @property
+    def leaves(self) -> list[tuple[tuple[Any, ...], nnx.Variable[Any]]]:
+        """Path in the module and variable of each parameter."""
+        return [leaf for stored in self.places.values() for leaf in stored.leaves]
 
     def arrays(
         self, *, dtype: DTypeLike, finite: bool = True
     ) -> Iterator[tuple[tuple[Any, ...], nnx.Variable[Any], Array]]:
-        """Path in the module, variable and array of each tensor, one after the other."""
-        for name, (path, variable) in self.places.items():
-            turned = is_kernel(path, tuple(variable.shape))
-            yield path, variable, read_tensor(self.tensors[name], dtype, turned=turned, finite=finite)
+        """Path in the module, variable and array of each parameter, one after the other."""
+        for name, stored in self.places.items():
+            for (path, variable), part in zip(stored.leaves, stored.parts, strict=True):
+                array = read_tensor(self.tensors[name], dtype, turned=stored.turned, finite=finite, **part)
+                yield path, variable, array
 
 
-def describe(path: str | Path) -> Description:
+def describe(path: str | Path, *, body: bool = False) -> Description:
     """All of a checkpoint but its numbers and its tokenizer. Raises what `load` does."""
     source = Path(path)
     if not source.is_dir():
@@ -154,17 +162,30 @@ def describe(path: str | Path) -> Description:
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"a checkpoint must hold config.json, but received {source} without. Check the path.")
     files.check_manifest(source)
-    raw = read_json({"config.json": (source / "config.json").read_bytes()}, "config.json")
+    raw = text_config(read_json({"config.json": (source / "config.json").read_bytes()}, "config.json"))
     config = read_config(raw, tied=False)
     tensors = {renamed(name): tensor for name, tensor in open_tensors(source).items()}
     tensors = {name: tensor for name, tensor in tensors.items() if not IGNORED.search(name)}
+    if images := [name for name in tensors if IMAGES.match(name)]:
+        warnings.warn(
+            f"{source}: the language model is read, without {len(images)} tensors of images", ModelWarning, stacklevel=3
+        )
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in images}
+    scalar_heads = [name for name in tensors if SCALAR_HEAD.fullmatch(name)]
+    if scalar_heads and not body:
+        raise ModelError(
+            f"a language model must have a head of its vocabulary, but received {source} with {scalar_heads[0]}, "
+            f"a reward model ({', '.join(raw.get('architectures') or ['no architecture named'])}). Read it with "
+            "fastpref.load_judge, or give the directory as the judge."
+        )
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in scalar_heads}
     check_sizes(config, {name: tensor.shape for name, tensor in tensors.items()})
     t5 = isinstance(config, T5Config)
-    embedding = "shared.weight" if t5 else DECODER_NAMES["embedding"]
-    tied = bool(raw.get("tie_word_embeddings", t5))
+    embedding = "shared.weight" if t5 else FAMILIES[raw["model_type"]].names["embedding"]
+    tied = is_tied(raw) or (body and "lm_head.weight" not in tensors)
     config = replace(config, tied=settle_embedding(tensors, embedding, tied=tied, encoder_decoder=t5))
     graph, state = nnx.split(abstract_module(config))
-    places = named_leaves(config, state)
+    places = stored_tensors(config, raw, state)
     if missing := sorted(places.keys() - tensors.keys()):
         raise ModelError(
             f"{source} must hold the tensors that its config.json asks for, but received it without "
@@ -177,13 +198,11 @@ def describe(path: str | Path) -> Description:
             f"{len(unexpected)} others, first "
             f"{unexpected[0]}. Use the config.json that belongs to these weights."
         )
-    for name, (place, variable) in places.items():
-        shape = tuple(variable.shape)
-        wanted, received = shape[::-1] if is_kernel(place, shape) else shape, tensors[name].shape
-        if received != wanted:
+    for name, stored in places.items():
+        if tensors[name].shape != stored.shape:
             raise ModelError(
-                f"{name} must have shape {wanted} by config.json, but received {received} in {source}. "
-                "Use the config.json that belongs to these weights."
+                f"{name} must have shape {stored.shape} by config.json, but received {tensors[name].shape} in "
+                f"{source}. Use the config.json that belongs to these weights."
             )
     return Description(source, raw, config, graph, places, tensors)
 
@@ -264,7 +283,7 @@ def save(
         )
     config = module.config
     eos_id, pad_id = model.tokenizer.eos_id, model.tokenizer.pad_id
-    raw = dict(model.config) or write_config(config, eos_id=eos_id, pad_id=pad_id)
+    raw = text_config(model.config) or write_config(config, eos_id=eos_id, pad_id=pad_id)
     if (described := read_config(raw, tied=config.tied)) != config:
         raise ModelError(
             f"the config of a LanguageModel must describe its module, {config}, but received {described}. "
@@ -283,7 +302,7 @@ def save(
     with files.replacing(target) as new:
         new.mkdir()
         write_json(new / "config.json", raw)
-        write_tensors(new, module, max_shard_bytes)
+        write_tensors(new, module, raw, max_shard_bytes)
         model.tokenizer.save(new)
         for name, content in further.items():
             (new / name).write_bytes(content)
@@ -295,31 +314,26 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def write_tensors(directory: Path, module: T5 | Decoder, max_shard_bytes: int) -> None:
+def write_tensors(directory: Path, module: T5 | Decoder, raw: Mapping[str, Any], max_shard_bytes: int) -> None:
     """Write the weights, in shards with an index where they are larger than `max_shard_bytes`."""
-    places = named_leaves(module.config, nnx.state(module))
+    places = stored_tensors(module.config, raw, nnx.state(module))
     shards: list[list[str]] = [[]]
     size = total = 0
     for name in sorted(places, key=natural):
-        array = places[name][1][...]
-        total += array.nbytes
-        if shards[-1] and size + array.nbytes > max_shard_bytes:
+        more = sum(variable[...].nbytes for _, variable in places[name].leaves)
+        total += more
+        if shards[-1] and size + more > max_shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += array.nbytes
+        size += more
     shard_files = [
         WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         for number in range(1, len(shards) + 1)
     ]
     for file, names in zip(shard_files, shards, strict=True):
-        tensors = {}
-        for name in names:
-            place, variable = places[name]
-            tensor = np.asarray(variable[...])
-            tensors[name] = np.ascontiguousarray(tensor.T if is_kernel(place, tensor.shape) else tensor)
         try:
-            save_file(tensors, directory / file, metadata={"format": "pt"})
+            save_file({name: places[name].tensor() for name in names}, directory / file, metadata={"format": "pt"})
         except SafetensorError as error:  # says what the disk said, as text alone
             raise OSError(errno.EIO, str(error)) from error
     if len(shards) > 1:
@@ -346,19 +360,67 @@ def make_module(config: T5Config | DecoderConfig) -> T5 | Decoder:
     return T5(config, rngs=rngs) if isinstance(config, T5Config) else Decoder(config, rngs=rngs)
 
 
-def named_leaves(config: T5Config | DecoderConfig, state: Any) -> dict[str, tuple[tuple[Any, ...], nnx.Variable[Any]]]:
-    """The path in the module and the variable of every tensor, by its name on disk."""
-    names = t5_names(config.gated) if isinstance(config, T5Config) else DECODER_NAMES
-    found = {}
-    for path, variable in nnx.to_flat_state(state):
-        pattern = ".".join("{}" if isinstance(part, int) else str(part) for part in path)
-        found[names[pattern].format(*(part for part in path if isinstance(part, int)))] = (path, variable)
-    return found
+class Stored(NamedTuple):
+    """A tensor on disk, and the parameters that lie in it one after the other."""
+
+    leaves: tuple[tuple[tuple[Any, ...], nnx.Variable[Any]], ...]
+    """Path in the module and variable of each."""
+    turned: bool
+    """Whether it is [out, in] on disk and [in, out] here."""
+
+    @property
+    def sides(self) -> list[tuple[int, ...]]:
+        """The shape on disk of each parameter."""
+        shapes = [tuple(variable.shape) for _, variable in self.leaves]
+        return [shape[::-1] for shape in shapes] if self.turned else shapes
+
+    @property
+    def axis(self) -> int:
+        """The axis on disk along which the parameters lie."""
+        return 0 if self.turned else len(self.sides[0]) - 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape on disk of the whole."""
+        whole, axis = list(self.sides[0]), self.axis
+        whole[axis] = sum(side[axis] for side in self.sides)
+        return tuple(whole)
+
+    @property
+    def parts(self) -> list[dict[str, slice]]:
+        """Where each parameter lies on disk, in the words of `read_tensor`."""
+        if len(self.leaves) == 1:
+            return [{}]
+        ends = np.cumsum([side[self.axis] for side in self.sides]).tolist()
+        word = "columns" if self.axis else "rows"
+        return [{word: slice(start, end)} for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def tensor(self) -> np.ndarray:
+        """The tensor to write."""
+        arrays = [np.asarray(variable[...]) for _, variable in self.leaves]
+        arrays = [array.T for array in arrays] if self.turned else arrays
+        return np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=self.axis))
 
 
-def is_kernel(path: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is stored the other way round on disk."""
-    return len(shape) == 2 and path[-1] not in KEPT_AS_IS
+def stored_tensors(config: T5Config | DecoderConfig, raw: Mapping[str, Any], state: Any) -> dict[str, Stored]:
+    """Every tensor of a checkpoint by its name on disk, with the parameters that it holds."""
+    if isinstance(config, T5Config):
+        names, as_is = t5_names(config.gated), KEPT_AS_IS
+    else:
+        family = FAMILIES[raw["model_type"]]
+        names, as_is = dict(family.names), (*KEPT_AS_IS, *family.as_is)
+    order = {pattern: number for number, pattern in enumerate(names)}
+
+    def pattern(path: tuple[Any, ...]) -> str:
+        return ".".join("{}" if isinstance(part, int) else str(part) for part in path)
+
+    tensors: dict[str, Stored] = {}
+    for path, variable in sorted(nnx.to_flat_state(state), key=lambda leaf: order[pattern(leaf[0])]):
+        name = names[pattern(path)].format(*(part for part in path if isinstance(part, int)))
+        turned = len(variable.shape) == 2 and path[-1] not in as_is
+        before = tensors[name].leaves if name in tensors else ()
+        tensors[name] = Stored((*before, (path, variable)), turned)
+    return tensors
 
 
 def natural(name: str) -> list[tuple[int, str]]:

@@ -7,7 +7,6 @@ with K = 1. Kernels are stored [in, out], so that no step transposes a weight.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,12 @@ from jaxtyping import Bool, Float, Int
 
 from fastpref.models.attention import Own, Shared, attend
 from fastpref.models.masks import Mask, Masks
+from fastpref.models.rope import Rotation
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
@@ -41,29 +43,52 @@ def right_padded(tokens: Int[Array, "P S"], mask: Bool[Array, "P S"]) -> tuple[I
     return front, mask.sum(-1, dtype=jnp.int32)
 
 
-def rms_norm(x: Float[Array, "*rows D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*rows D"]:
-    """Divide each row by its root mean square, in float32, and scale it; no mean is subtracted."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return wide.astype(x.dtype) * jnp.broadcast_to(scale, x.shape)
+NORMS = ("rms", "rms+1", "layer")
+"""Kinds of `Norm`."""
 
 
-class Rotation(NamedTuple):
-    """Cosines and sines of the tokens of streams (RoPE)."""
+class Norm(nnx.Module):
+    """Norm of the last axis, in float32.
 
-    cos: Float[Array, "#P #K T half"]
-    sin: Float[Array, "#P #K T half"]
+    `rms` divides by the root mean square and multiplies by `scale` (Zhang and Sennrich, 2019); `rms+1` multiplies by
+    1 + `scale`, before it returns to the dtype of what it was given (Gemma); `layer` subtracts the mean first, divides
+    by the standard deviation, multiplies by `scale` and adds `bias` (Ba et al., 2016).
 
-    def turn(self, heads: Float[Array, "P K T *heads H"]) -> Float[Array, "P K T *heads H"]:
-        """Rotate the two halves of every head, in float32."""
-        cos, sin = (jnp.expand_dims(table, tuple(range(3, heads.ndim - 1))) for table in self)
-        first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
-        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-        return turned.astype(heads.dtype)
+    Args:
+      width: D.
+      kind: one of `NORMS`.
+      eps: added to the mean square.
+      dtype: of the parameters.
+    """
+
+    def __init__(self, width: int, *, kind: str = "rms", eps: float, dtype: DTypeLike) -> None:
+        self.kind, self.eps = kind, eps
+        self.scale = nnx.Param((jnp.zeros if kind == "rms+1" else jnp.ones)(width, dtype))
+        self.bias = nnx.Param(jnp.zeros(width, dtype)) if kind == "layer" else None
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        """Normalise each row."""
+        wide = x.astype(jnp.float32)
+        if self.kind == "layer":
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        scale = jnp.broadcast_to(self.scale[...], x.shape)
+        if self.kind == "rms":
+            return wide.astype(x.dtype) * scale
+        if self.bias is None:
+            return (wide * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+        bias = jnp.broadcast_to(self.bias[...], x.shape).astype(jnp.float32)
+        return (wide * scale.astype(jnp.float32) + bias).astype(x.dtype)
+
+
+def residual(x: Array, result: Array, after: Norm | None, multiplier: float) -> Array:
+    """`x` plus the result of a block, normalised and multiplied first where the model does so."""
+    result = result if after is None else after(result)
+    return x + (result if multiplier == 1 else result * multiplier)
 
 
 class Attention(nnx.Module):
-    """The norm before an attention block, and its four projections.
+    """An attention block: its norms and its four projections.
 
     Args:
       width: D.
@@ -71,8 +96,13 @@ class Attention(nnx.Module):
       kv_heads: key-value heads, N.
       head_dim: H.
       stds: standard deviations of the initial q, k, v and o kernels.
-      eps: added to the mean square in the norm.
+      norm: of what the block reads; None reads it as it is.
+      after: of the block's result; None adds it as it is.
+      q_norm: of the queries, of width H (each head by itself) or N·G·H (all heads at once); None for none.
+      k_norm: of the keys, likewise.
       scale: multiplies the scores.
+      cap: soft bound of the scores, cap · tanh(score / cap); None for none.
+      multiplier: of the result, before it is added.
       bias: whether q, k and v add a bias.
       output_bias: whether o adds a bias.
       dtype: of the parameters, and so of the products.
@@ -87,16 +117,21 @@ class Attention(nnx.Module):
         head_dim: int,
         *,
         stds: tuple[float, float, float, float],
-        eps: float,
+        norm: Norm | None,
+        after: Norm | None = None,
+        q_norm: Norm | None = None,
+        k_norm: Norm | None = None,
         scale: float = 1.0,
+        cap: float | None = None,
+        multiplier: float = 1.0,
         bias: bool = False,
         output_bias: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.eps, self.scale = eps, scale
-        self.norm = nnx.Param(jnp.ones(width, dtype))
+        self.scale, self.cap, self.multiplier = scale, cap, multiplier
+        self.norm, self.after, self.q_norm, self.k_norm = norm, after, q_norm, k_norm
         self.q = normal(rngs, (width, heads * head_dim), stds[0], dtype)
         self.k = normal(rngs, (width, kv_heads * head_dim), stds[1], dtype)
         self.v = normal(rngs, (width, kv_heads * head_dim), stds[2], dtype)
@@ -129,7 +164,7 @@ class Attention(nnx.Module):
         Returns:
           `x` plus what was read, and the keys and values of the streams.
         """
-        inner = rms_norm(x, self.norm[...], self.eps)
+        inner = x if self.norm is None else self.norm(x)
         queries, keys = self.queries(inner), self.keys(inner)
         if rotation is not None:
             queries, keys = rotation.turn(queries), rotation.turn(keys)
@@ -139,22 +174,23 @@ class Attention(nnx.Module):
         else:
             own = past.write(Own.of(keys, self.values(inner)), slot)
         shared = () if prompt is None else ((prompt, mask.prompt),)
-        return self.merge(x, attend(as_queries(queries), *shared, (own, mask.own))), own
+        return self.merge(x, attend(as_queries(queries), *shared, (own, mask.own), cap=self.cap)), own
 
     def cross(self, x: Float[Array, "P K T D"], prompt: Shared, mask: Mask) -> Float[Array, "P K T D"]:
         """`x` plus what its tokens read of the prompt."""
-        queries = self.queries(rms_norm(x, self.norm[...], self.eps))
-        return self.merge(x, attend(as_queries(queries), (prompt, mask)))
+        queries = self.queries(x if self.norm is None else self.norm(x))
+        return self.merge(x, attend(as_queries(queries), (prompt, mask), cap=self.cap))
 
     def queries(self, x: Float[Array, "P K T D"]) -> Float[Array, "P K T N G H"]:
         """Query heads, scaled and grouped by the key-value head that they read."""
-        flat = project(x, self.q, self.q_bias)
-        heads = flat.reshape(*x.shape[:3], self.kv_heads, self.heads // self.kv_heads, self.head_dim)
+        shape = (*x.shape[:3], self.kv_heads, self.heads // self.kv_heads, self.head_dim)
+        heads = normed_heads(project(x, self.q, self.q_bias), self.q_norm, shape)
         return heads if self.scale == 1 else heads * self.scale
 
     def keys(self, x: Float[Array, "P K T D"]) -> Float[Array, "P K T N H"]:
         """Key heads."""
-        return project(x, self.k, self.k_bias).reshape(*x.shape[:3], self.kv_heads, self.head_dim)
+        shape = (*x.shape[:3], self.kv_heads, self.head_dim)
+        return normed_heads(project(x, self.k, self.k_bias), self.k_norm, shape)
 
     def values(self, x: Float[Array, "P K T D"]) -> Float[Array, "P K T N H"]:
         """Value heads."""
@@ -163,7 +199,17 @@ class Attention(nnx.Module):
     def merge(self, x: Float[Array, "P K T D"], attended: Float[Array, "P N K G T H"]) -> Float[Array, "P K T D"]:
         """`x` plus the projected heads."""
         flat = attended.transpose(0, 2, 4, 1, 3, 5).reshape(*x.shape[:3], -1)
-        return x + project(flat, self.o, self.o_bias)
+        return residual(x, project(flat, self.o, self.o_bias), self.after, self.multiplier)
+
+
+def normed_heads(flat: Float[Array, "P K T I"], norm: Norm | None, shape: tuple[int, ...]) -> Array:
+    """Projected heads in their shape: normalised all at once, each by itself, or not at all, by the norm's width."""
+    if norm is None:
+        return flat.reshape(shape)
+    if norm.scale.shape[0] == flat.shape[-1]:
+        return norm(flat).reshape(shape)
+    heads: Array = norm(flat.reshape(shape))
+    return heads
 
 
 def project(x: Float[Array, "*rows I"], kernel: nnx.Param[Array], bias: nnx.Param[Array] | None = None) -> Array:
@@ -183,7 +229,7 @@ def as_queries(heads: Float[Array, "P K T N G H"]) -> Float[Array, "P N K G T H"
 
 
 class FeedForward(nnx.Module):
-    """The norm before a feed-forward block, and the block: down(act(gate(x)) · up(x)), or down(act(up(x))).
+    """A feed-forward block with its norms: down(act(gate(x)) · up(x)), or down(act(up(x))).
 
     Args:
       width: D.
@@ -191,7 +237,10 @@ class FeedForward(nnx.Module):
       activation: a key of `ACTIVATIONS`.
       gated: whether there is a gate.
       stds: standard deviations of the initial inner (gate, up) and outer (down) kernels.
-      eps: added to the mean square in the norm.
+      norm: of what the block reads; None reads it as it is.
+      after: of the block's result; None adds it as it is.
+      multiplier: of the result, before it is added.
+      bias: whether the projections add a bias.
       dtype: of the parameters, and so of the products.
       rngs: where initial values come from.
     """
@@ -204,20 +253,26 @@ class FeedForward(nnx.Module):
         activation: str,
         gated: bool,
         stds: tuple[float, float],
-        eps: float,
+        norm: Norm | None,
+        after: Norm | None = None,
+        multiplier: float = 1.0,
+        bias: bool = False,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        self.activation, self.eps = activation, eps
-        self.norm = nnx.Param(jnp.ones(width, dtype))
+        self.activation, self.multiplier = activation, multiplier
+        self.norm, self.after = norm, after
         self.gate = normal(rngs, (width, hidden), stds[0], dtype) if gated else None
         self.up = normal(rngs, (width, hidden), stds[0], dtype)
         self.down = normal(rngs, (hidden, width), stds[1], dtype)
+        self.gate_bias = nnx.Param(jnp.zeros(hidden, dtype)) if bias and gated else None
+        self.up_bias = nnx.Param(jnp.zeros(hidden, dtype)) if bias else None
+        self.down_bias = nnx.Param(jnp.zeros(width, dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "P K T D"]) -> Float[Array, "P K T D"]:
         """`x` plus the block's result."""
-        inner = rms_norm(x, self.norm[...], self.eps)
+        inner = x if self.norm is None else self.norm(x)
         activate = ACTIVATIONS[self.activation]
-        if self.gate is None:
-            return x + project(activate(project(inner, self.up)), self.down)
-        return x + project(activate(project(inner, self.gate)) * project(inner, self.up), self.down)
+        up = project(inner, self.up, self.up_bias)
+        middle = activate(up) if self.gate is None else activate(project(inner, self.gate, self.gate_bias)) * up
+        return residual(x, project(middle, self.down, self.down_bias), self.after, self.multiplier)

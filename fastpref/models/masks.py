@@ -1,7 +1,8 @@
 """Attention masks, kept as integers of every place, from which any block of a mask is made when it is needed.
 
 A query attends to a key of its own segment that is no later, and that is shared by the streams of the segment or
-belongs to the query's own. Prompts padded on the right, decoding and packed rows are all cases of this rule.
+belongs to the query's own; in layers with windows, only to the nearest. Prompts padded on the right, decoding and
+packed rows are all cases of this rule.
 """
 
 from typing import NamedTuple
@@ -77,6 +78,8 @@ class Mask(NamedTuple):
     queries: Places = Places()
     keys: Places = Places()
     distances: Distances | None = None
+    window: int | None = None
+    """Positions that a query attends to, back from its own; None for all."""
     spans: Spans | None = None
     """Of blocks of `block_size` queries; None where all queries are taken at once."""
 
@@ -86,12 +89,18 @@ class Mask(NamedTuple):
         position, segment, stream = (jnp.asarray(x)[..., :, None] for x in self.queries)
         key_position, key_segment, key_stream = (jnp.asarray(x)[..., None, :] for x in self.keys)
         own = (key_stream == 0) | (key_stream == stream)
-        return (key_segment == segment) & (key_segment >= 0) & own & (key_position <= position)
+        seen = (key_segment == segment) & (key_segment >= 0) & own & (key_position <= position)
+        return seen if self.window is None else seen & (key_position > position - self.window)
 
     def bias(self, queries: int, keys: int) -> Float[Array, "#P #N #K 1 #T #U"]:
         """What is added to the scores of so many queries and keys."""
         bias = jnp.where(self.dense, 0.0, MASKED)[:, None, :, None]
         return bias if self.distances is None else bias + self.distances.bias(queries, keys)
+
+    def within(self, window: int) -> "Mask":
+        """The mask of a layer whose queries attend to so many positions, back from their own."""
+        local = self._replace(window=window)
+        return local if self.spans is None else in_blocks(local)
 
 
 class Masks(NamedTuple):
@@ -101,6 +110,10 @@ class Masks(NamedTuple):
     """In their own stream."""
     prompt: Mask = Mask()
     """In the prompt that the streams share."""
+
+    def within(self, window: int) -> "Masks":
+        """The masks of a layer whose queries attend to so many positions, back from their own."""
+        return Masks(self.own.within(window), self.prompt.within(window))
 
 
 def causal_mask(size: int) -> Mask:
@@ -122,23 +135,24 @@ def packed_mask(batch: PackedPairs) -> Mask:
     """
     # The tokens of a sequence lie in the order of their positions.
     places = Places(*(x[:, None] for x in (batch.positions, batch.pairs, batch.streams)))
-    return in_blocks(places, places)
+    return in_blocks(Mask(places, places))
 
 
 def prompt_mask(batch: PackedPairs) -> Mask:
     """Place i of the encoder stream attends to place j of it that holds the prompt of the same pair."""
     places = Places(segments=batch.prompt_pairs[:, None])
-    return in_blocks(places, places)
+    return in_blocks(Mask(places, places))
 
 
 def cross_mask(batch: PackedPairs) -> Mask:
     """Place i of the decoder stream attends to place j of the encoder stream that holds the prompt of its pair."""
-    return in_blocks(Places(segments=batch.pairs[:, None]), Places(segments=batch.prompt_pairs[:, None]))
+    queries, keys = Places(segments=batch.pairs[:, None]), Places(segments=batch.prompt_pairs[:, None])
+    return in_blocks(Mask(queries, keys))
 
 
-def in_blocks(queries: Places, keys: Places) -> Mask:
+def in_blocks(mask: Mask) -> Mask:
     """The mask of packed rows; with spans where the rows are long enough for blocks of queries."""
-    mask, size, keys_size = Mask(queries, keys), queries.segments.shape[2], keys.segments.shape[2]
+    size, keys_size = mask.queries.segments.shape[2], mask.keys.segments.shape[2]
     if window_size(size, keys_size) == keys_size:
         return mask
     block = block_size(size)

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from fastpref.data.batches import PackedPairs
 from fastpref.kernels import Head
+from fastpref.method.errors import ModelError
 
 Cache = Any
 """A pytree of keys and values; its layout belongs to the model."""
@@ -83,3 +84,14 @@ def hidden_states(
     inputs = jnp.broadcast_to(first[:, None, None], (*completion_tokens.shape[:2], 1))
     inputs = jnp.concatenate([inputs, completion_tokens[:, :, :-1]], axis=-1)
     return policy.decode(cache, inputs, 0)[0]
+
+
+def check_length(policy: Policy, tokens: int) -> None:
+    """Raise ModelError where a model has no positions for a sequence of so many inputs."""
+    limit = getattr(getattr(policy, "config", None), "max_positions", None)
+    if limit is not None and tokens > limit:
+        raise ModelError(
+            f"prompts and completions of this model must be at most {limit} tokens together, the positions that its "
+            f"config.json gives frequencies or vectors for, but received room for {tokens}. Lower max_prompt_tokens "
+            "or max_new_tokens (max_completion_tokens)."
+        )

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from fastpref.data.batches import PackedPairs
 from fastpref.kernels import Head
 from fastpref.models.attention import Cache, Own, Shared
-from fastpref.models.layers import ACTIVATIONS, Attention, FeedForward, normal, right_padded, rms_norm
+from fastpref.models.layers import ACTIVATIONS, Attention, FeedForward, Norm, normal, right_padded
 from fastpref.models.masks import Distances, Mask, Masks, cross_mask, packed_mask, padding_mask, prompt_mask
 
 
@@ -101,7 +101,7 @@ class T5Layer(nnx.Module):
             activation=config.activation,
             gated=config.gated,
             stds=(config.initial_factor * config.width**-0.5, config.initial_factor * config.hidden**-0.5),
-            eps=config.norm_eps,
+            norm=Norm(config.width, eps=config.norm_eps, dtype=dtype),
             dtype=dtype,
             rngs=rngs,
         )
@@ -121,7 +121,7 @@ def attention(config: T5Config, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Attentio
             factor * width**-0.5,
             factor * inner**-0.5,
         ),
-        eps=config.norm_eps,
+        norm=Norm(width, eps=config.norm_eps, dtype=dtype),
         dtype=dtype,
         rngs=rngs,
     )
@@ -136,7 +136,7 @@ class Stack(nnx.Module):
         std = config.initial_factor * config.width**-0.5
         self.position_bias = normal(rngs, (config.buckets, config.heads), std, dtype)
         self.layers = nnx.List([T5Layer(config, dtype=dtype, rngs=rngs) for _ in range(count)])
-        self.norm = nnx.Param(jnp.ones(config.width, dtype))
+        self.norm = Norm(config.width, eps=config.norm_eps, dtype=dtype)
 
     def distances(self, size: int, first: Int[Array, ""] | int = 0) -> Distances:
         """Bias of each head by relative position, float32, of streams of `size` tokens; `first` is that of a query."""
@@ -147,10 +147,6 @@ class Stack(nnx.Module):
             max_distance=self.config.max_distance,
         )
         return Distances(self.position_bias[...][jnp.asarray(rows)].T.astype(jnp.float32), first)
-
-    def normalise(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        """The last norm."""
-        return rms_norm(x, self.norm[...], self.config.norm_eps)
 
 
 class T5(nnx.Module):
@@ -188,7 +184,7 @@ class T5(nnx.Module):
         for layer in self.encoder.layers:
             x, _ = layer.attention(x, own)
             x = layer.feed_forward(x)
-        x = self.encoder.normalise(x)
+        x = self.encoder.norm(x)
         return tuple(Shared.of(cross.keys(x), cross.values(x)) for cross in self.cross)
 
     def forward(
@@ -219,7 +215,7 @@ class T5(nnx.Module):
             x, own = layer.attention(x, own_mask, past=before, slot=slot)
             x = layer.feed_forward(cross.cross(x, prompt, mask.prompt))
             written.append(own)
-        return self.decoder.normalise(x), tuple(written)
+        return self.decoder.norm(x), tuple(written)
 
     def prefill(
         self, tokens: Int[Array, "P S"], mask: Bool[Array, "P S"], *, completions: int = 1, max_new_tokens: int = 0

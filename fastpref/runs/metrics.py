@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
-from fastpref.sampling.completions import Completions
+from fastpref.sampling.completions import Completions, ended
 
 
 class Metric(NamedTuple):
@@ -29,7 +29,7 @@ HELD = "held-out prompts"
 
 METRICS: dict[str, Metric] = {
     "step": Metric("optimiser steps taken, this one included", "steps", ""),
-    "epoch": Metric("passes over the prompts, begun with the one that this step's prompts are from", "passes", ""),
+    "epoch": Metric("whole passes over the data before the one that this step's first record is from", "passes", ""),
     "loss": Metric(
         "the algorithm's loss; of supervised training, −log-likelihood", "", "pairs used; tokens or pairs", "lower"
     ),
@@ -66,7 +66,9 @@ METRICS: dict[str, Metric] = {
         "nats/completion",
         SAMPLED,
     ),
-    "objective/scores": Metric("reward of a completion", "reward", SAMPLED, "higher"),
+    "objective/scores": Metric(
+        "reward of a completion, less `missing_eos_penalty` where it was cut off", "reward", SAMPLED, "higher"
+    ),
     "objective/rlhf_reward": Metric("reward − τ·(log π − log π_ref)", "reward", SAMPLED, "higher"),
     "objective/entropy": Metric(
         "−log π of the token that was drawn: an estimate of π's entropy", "nats/token", "tokens that π wrote"
@@ -179,7 +181,7 @@ def pair_metrics(
 
 
 def sampling_metrics(
-    completions: Completions, by_policy: Sequence[bool] | None, eos_id: int | None
+    completions: Completions, by_policy: Sequence[bool] | None, eos_id: int | Sequence[int] | None
 ) -> dict[str, float]:
     """`objective/...` and `completions/...` of a step's completions, before anything is learned from them.
 
@@ -187,7 +189,7 @@ def sampling_metrics(
       completions: P prompts with K completions each.
       by_policy: K flags, True where π wrote: what is said of π is averaged over those. None where π wrote none: the
         averages are then over all completions, and named after their writer.
-      eos_id: token that ends a completion.
+      eos_id: token, or tokens, that end a completion.
     """
     lengths = np.asarray(completions.lengths)
     kept = np.ones(lengths.shape[1], bool) if by_policy is None else np.asarray(by_policy)
@@ -202,10 +204,3 @@ def sampling_metrics(
         "completions/eos_rate": float(ended(np.asarray(completions.tokens), lengths, eos_id).mean()),
         "tokens/generated": float(lengths.sum()),
     }
-
-
-def ended(tokens: np.ndarray, lengths: np.ndarray, eos_id: int | None) -> Bool[np.ndarray, "P K"]:
-    """Which completions, tokens [P, K, T] of lengths [P, K], end with EOS."""
-    last = np.take_along_axis(tokens, np.maximum(lengths[:, :, None] - 1, 0), axis=2)[:, :, 0]
-    result: Bool[np.ndarray, "P K"] = (last == eos_id) & (lengths > 0)
-    return result

@@ -3,10 +3,12 @@
 Shape letters: P prompts, K completions of a prompt, T completion tokens.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Float, Int
+import numpy as np
+from jaxtyping import Bool, Float, Int
 
 
 class Completions(NamedTuple):
@@ -22,3 +24,16 @@ class Completions(NamedTuple):
     """Sum of log π_ref over the completion, at temperature 1, float32."""
     mixture_logps: Float[jax.Array, "P K"]
     """Sum of the log-probs that the tokens were drawn with, at the sampling temperature, float32."""
+
+
+def ended(
+    tokens: Int[jax.Array | np.ndarray, "P K T"],
+    lengths: Int[jax.Array | np.ndarray, "P K"],
+    eos_id: int | Sequence[int] | None,
+) -> Bool[np.ndarray, "P K"]:
+    """Which completions end with the token, or one of the tokens, that ends them, instead of having been cut off."""
+    tokens, lengths = np.asarray(tokens), np.asarray(lengths)
+    last = np.take_along_axis(tokens, np.maximum(lengths[:, :, None] - 1, 0), axis=2)[:, :, 0]
+    ends = np.asarray([] if eos_id is None else eos_id, np.int64)
+    result: Bool[np.ndarray, "P K"] = np.isin(last, ends) & (lengths > 0)
+    return result

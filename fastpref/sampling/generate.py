@@ -4,7 +4,7 @@ log π̂ = (1 − β) log π + β log π_ref + const at every token (IPO-MD, sec
 whatever the number of completions; the loop ends when every row has its EOS.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,13 +15,18 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from fastpref.data import read_prompts
 from fastpref.data.batches import token_mask
+from fastpref.data.rendered import Unfinished
+from fastpref.data.sources import Source
+from fastpref.data.tokenization import fit_prompts
 from fastpref.kernels import mixture_sample
+from fastpref.method.choices import TruncationSide
 from fastpref.method.errors import DivergedError
 from fastpref.models import LanguageModel
 from fastpref.models.policy import Policy
 from fastpref.models.rows import shared_rows
-from fastpref.sampling.completions import Completions
+from fastpref.sampling.completions import Completions, ended
 
 
 def generate(
@@ -33,7 +38,7 @@ def generate(
     mixture_beta: Float[Array, "P K"],
     key: Array,
     row_ids: Int[Array, "P K"],
-    eos_id: int | None,
+    eos_id: int | tuple[int, ...] | None,
     max_new_tokens: int,
     num_valid_tokens: int | None = None,
     temperature: float = 1.0,
@@ -48,7 +53,8 @@ def generate(
       mixture_beta: weight of the reference of each row, shape [P, K], in [0, 1].
       key: a typed JAX PRNG key. The draw of a row depends on (key, row id, step, logits) only.
       row_ids: a number for each row, shape [P, K], int32, distinct within a call.
-      eos_id: token that ends a completion, or None if none does: every completion then has max_new_tokens tokens.
+      eos_id: token that ends a completion, or several that do, or None if none does: every completion then has
+        max_new_tokens tokens.
       max_new_tokens: T.
       num_valid_tokens: ids from here on are never drawn; None draws from the whole head.
       temperature: of the draw; 0 takes the most likely token of the mixture.
@@ -61,6 +67,7 @@ def generate(
     betas, ids = mixture_beta.reshape(rows), row_ids.reshape(rows)
     models = (policy,) if ref is None else (policy, ref)
     heads = [model.head() for model in models]
+    ends = () if eos_id is None else (eos_id,) if isinstance(eos_id, int) else eos_id
 
     def read(model: Policy) -> tuple[Array, Any]:
         """The first input of every row, and what else the model has read."""
@@ -91,7 +98,7 @@ def generate(
             num_valid_tokens=num_valid_tokens,
         )
         live = ~written["done"]
-        ended = jnp.zeros_like(live) if eos_id is None else drawn.token == eos_id
+        ended = jnp.isin(drawn.token, jnp.array(ends, jnp.int32)) if ends else jnp.zeros_like(live)
         written = {
             "tokens": written["tokens"].at[:, step].set(jnp.where(live, drawn.token, 0)),
             "lengths": written["lengths"] + live.astype(jnp.int32),
@@ -138,7 +145,7 @@ def generate_jit(
     key: Array,
     row_ids: Int[Array, "P K"],
     *,
-    eos_id: int | None,
+    eos_id: int | tuple[int, ...] | None,
     max_new_tokens: int,
     num_valid_tokens: int | None,
     temperature: float,
@@ -164,7 +171,7 @@ class Written(NamedTuple):
     """Completions as text, with what the sampler knows of them."""
 
     texts: list[list[str]]
-    """P lists of K texts, special tokens removed."""
+    """P lists of K texts, special tokens removed; `Unfinished` where a completion was cut off."""
     lengths: Int[np.ndarray, "P K"]
     """Tokens of each, EOS included."""
     policy_logps: Float[np.ndarray, "P K"]
@@ -176,16 +183,20 @@ class Written(NamedTuple):
     prompt_tokens: Int[np.ndarray, "P S"]
     """What was read, padded on the right."""
     prompt_lengths: Int[np.ndarray, " P"]
+    finished: Bool[np.ndarray, "P K"]
+    """Whether a token that ends completions was written; False where a completion ran into max_new_tokens."""
 
 
 def write(
     model: LanguageModel,
-    prompts: Sequence[str],
+    prompts: Source,
     *,
     seed: int,
     max_new_tokens: int,
     ref: LanguageModel | None = None,
     max_prompt_tokens: int = 512,
+    truncation_side: TruncationSide = "right",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     temperature: float = 1.0,
     completions: int = 1,
     batch_size: int = 64,
@@ -195,11 +206,14 @@ def write(
 
     Args:
       model: the model and its tokenizer.
-      prompts: P texts; each keeps its first max_prompt_tokens tokens.
+      prompts: P texts; or mappings, messages or a file, as `train` takes them, which the chat template of this model's
+        tokenizer writes. A chat above max_prompt_tokens loses its oldest turns; another text is cut.
       seed: of the draw: the same seed, prompts and weights give the same texts, whatever the batch size.
       max_new_tokens: longest completion, EOS included.
       ref: also score the completions under this model.
       max_prompt_tokens: longest prompt.
+      truncation_side: where a longer text is cut: "right" keeps its first tokens, "left" its last.
+      chat_template_kwargs: options of the chat template, such as `enable_thinking`.
       temperature: of the draw; 0 takes the most likely token.
       completions: K, how many for each prompt.
       batch_size: prompts decoded at once.
@@ -210,15 +224,20 @@ def write(
 
     Raises:
       ValueError: a prompt without tokens.
+      DataError: the prompts cannot be read, or a chat above max_prompt_tokens has no turn that could be left out.
       DivergedError: a model's logits are not finite.
+
+    Warns:
+      CutWarning: prompts were cut.
     """
     if ref is not None:
         model, ref = shared_rows([model, ref])
-    encoded = [tokens[:max_prompt_tokens] for tokens in model.tokenizer.encode_prompts(list(prompts))]
+    texts = read_prompts(prompts, model.tokenizer, chat_template_kwargs=chat_template_kwargs)
+    encoded = fit_prompts(texts, model.tokenizer, max_prompt_tokens=max_prompt_tokens, truncation_side=truncation_side)
     empty = [index for index, tokens in enumerate(encoded) if not tokens]
     if empty:
         raise ValueError(
-            f"a prompt must have at least one token, but prompt {empty[0]} has none ({prompts[empty[0]]!r}). "
+            f"a prompt must have at least one token, but prompt {empty[0]} has none ({texts[empty[0]]!r}). "
             "Remove empty prompts."
         )
     definition, params = nnx.split(model.module)
@@ -226,9 +245,10 @@ def write(
     width = round_up(max((len(tokens) for tokens in encoded), default=1), 16)
     parts: list[Written] = []
     for start in range(0, len(encoded), batch_size):
-        part = encoded[start : start + batch_size]
+        part, of = encoded[start : start + batch_size], list(prompts[start : start + batch_size])
         # A short last batch is filled up, so that one shape is compiled.
-        rows = part + [part[0]] * (min(batch_size, len(encoded)) - len(part))
+        missing = min(batch_size, len(encoded)) - len(part)
+        rows, of = part + part[:1] * missing, of + of[:1] * missing
         tokens = np.zeros((len(rows), width), np.int32)
         for row, ids in enumerate(rows):
             tokens[row, : len(ids)] = ids
@@ -244,7 +264,7 @@ def write(
             np.zeros((len(rows), completions), np.float32),
             jax.random.key(seed),
             row_ids.astype(np.int32),
-            eos_id=model.tokenizer.eos_id,
+            eos_id=model.tokenizer.stop_ids,
             max_new_tokens=max_new_tokens,
             num_valid_tokens=num_valid_tokens(model),
             temperature=temperature,
@@ -252,10 +272,13 @@ def write(
         require_finite(batch)
         parts.append(
             Written(
-                decode(model, batch)[: len(part)],
+                decode(model, batch, of)[: len(part)],
                 *(
                     np.asarray(x)[: len(part)]
-                    for x in (batch.lengths, batch.policy_logps, batch.ref_logps, batch.tokens, tokens, lengths)
+                    for x in (
+                        *(batch.lengths, batch.policy_logps, batch.ref_logps, batch.tokens, tokens, lengths),
+                        ended(batch.tokens, batch.lengths, model.tokenizer.stop_ids),
+                    )
                 ),
             )
         )
@@ -263,7 +286,7 @@ def write(
             progress(len(part))
     return Written(
         [texts for part in parts for texts in part.texts],
-        *(np.concatenate([part[field] for part in parts]) for field in (1, 2, 3, 4, 5, 6)),
+        *(np.concatenate([part[field] for part in parts]) for field in range(1, len(Written._fields))),
     )
 
 
@@ -288,16 +311,19 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def decode(model: LanguageModel, completions: Completions) -> list[list[str]]:
-    """Completions as text: P lists of K, special tokens removed."""
+def decode(model: LanguageModel, completions: Completions, prompts: Sequence[str]) -> list[list[str]]:
+    """Completions of P prompts as text: P lists of K, special tokens removed; `Unfinished` where one was cut off."""
     tokens, lengths = np.asarray(completions.tokens), np.asarray(completions.lengths)
-    prompts, per_prompt, _ = tokens.shape
+    count, per_prompt, _ = tokens.shape
     flat = [
         tokens[prompt, which, : lengths[prompt, which]].tolist()
-        for prompt in range(prompts)
+        for prompt in range(count)
         for which in range(per_prompt)
     ]
-    texts = model.tokenizer.decode(flat)
+    owners = [prompt for prompt in prompts for _ in range(per_prompt)]
+    ends = ended(tokens, lengths, model.tokenizer.stop_ids).reshape(-1)
+    decoded = zip(model.tokenizer.decode_completions(flat, owners), ends, strict=True)
+    texts = [text if end else Unfinished(text) for text, end in decoded]
     return [texts[start : start + per_prompt] for start in range(0, len(texts), per_prompt)]
 
 

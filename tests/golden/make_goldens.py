@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 HERE = Path(__file__).parent
 SEED = 20240607
 VOCABULARY = 97
-PROMPT_LENGTHS = (23, 9, 1)
+PROMPT_LENGTHS, FEWER_LENGTHS = (23, 9, 1), (23, 2)
 COMPLETIONS, TOKENS = 2, 13
 TEXT = (
     "a preference is a choice between two answers",
@@ -52,14 +52,132 @@ DECODER_SIZES = {
     "eos_token_id": 1,
     "bos_token_id": 3,
 }
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
+TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 3,
 }
+TIED, DEEP = {"tie_word_embeddings": True}, {"num_hidden_layers": 4}
+BIASED = {"attention_bias": True, "mlp_bias": True}
+LOCAL, FULL = "sliding_attention", "full_attention"
+SCALED = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, **SCALED}
+
+
+def rope(kind: str, theta: float = 100.0, **entries: object) -> dict[str, object]:
+    """Rotary positions of a kind, in the entry of newer files."""
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **entries}}
+
+
+def families() -> dict[str, transformers.PretrainedConfig]:
+    """Three goldens or more of every family, by name: windows shorter than prompts, tied heads, kinds of rotations."""
+    yarn = rope("yarn", factor=4.0, original_max_position_embeddings=16)
+    linear = rope("linear", factor=3.0)
+    dynamic = rope("dynamic", factor=2.0)
+    short, long = [1.0, 1.3, 1.9], [2.0, 3.0, 5.0]
+    longrope = {"short_factor": short, "long_factor": long}
+    some = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+    mixed = {"use_sliding_window": True, "sliding_window": 4, "layer_types": [LOCAL, FULL, LOCAL]}
+    multipliers = {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 1.6,
+    }
+    gemma2 = {"query_pre_attn_scalar": 10, "sliding_window": 5}
+    capped = {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0}
+    uncapped = dict.fromkeys(capped)
+    by_layer = {LOCAL: {"rope_type": "default", "rope_theta": 30.0}, FULL: linear["rope_parameters"]}
+    images = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    gpt2 = {"vocab_size": VOCABULARY, "n_embd": 20, "n_layer": 2, "n_head": 4, "n_positions": 40}
+    gpt2 |= {name: TINY[name] for name in ("initializer_range", "pad_token_id", "eos_token_id", "bos_token_id")}
+    own = {  # those of class defaults that a golden of this family leaves out
+        "phi3": {name: value for name, value in TINY.items() if name != "head_dim"} | {"rms_norm_eps": 1e-5},
+    }
+    several = {
+        "llama": (
+            transformers.LlamaConfig,
+            BIASED | TIED | {"hidden_act": "gelu"} | yarn,
+            {"mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"} | dynamic,
+            {"attention_bias": True} | rope("longrope", original_max_position_embeddings=40, factor=2.0, **longrope),
+            rope(
+                "yarn", factor=4.0, original_max_position_embeddings=20, truncate=False, mscale=0.7, mscale_all_dim=0.4
+            ),
+        ),
+        "qwen2": (transformers.Qwen2Config, some | TIED, mixed | linear, dynamic | {"num_key_value_heads": 1}),
+        "qwen3": (transformers.Qwen3Config, TIED, some | {"attention_bias": True}, mixed | yarn | {"head_dim": 8}),
+        "mistral": (
+            transformers.MistralConfig,
+            {"sliding_window": 7},
+            TIED | {"sliding_window": 3, "head_dim": 8} | rope("llama3", 500.0, **SCALED),
+            {"sliding_window": 30, "num_key_value_heads": 4} | yarn,
+        ),
+        "smollm3": (
+            transformers.SmolLM3Config,
+            TIED | DEEP,
+            BIASED | {"no_rope_layers": [0, 1, 0]},
+            {"use_sliding_window": True, "sliding_window": 5, "no_rope_layer_interval": 2},
+        ),
+        "granite": (
+            transformers.GraniteConfig,
+            multipliers,
+            TIED | BIASED | {"embedding_multiplier": 0.5, "logits_scaling": 0.25},
+            multipliers | linear | {"attention_multiplier": 1.0},
+        ),
+        "olmo2": (
+            transformers.Olmo2Config,
+            {"num_key_value_heads": 4},
+            TIED | {"attention_bias": True, "num_key_value_heads": 1},
+            yarn,
+        ),
+        "gemma": (transformers.GemmaConfig, TIED, {"attention_bias": True}, TIED | linear | {"num_key_value_heads": 1}),
+        "gemma2": (
+            transformers.Gemma2Config,
+            gemma2 | TIED | capped,
+            gemma2 | uncapped | {"layer_types": [FULL, LOCAL, LOCAL], "attention_bias": True},
+            gemma2 | DEEP | linear | {"attn_logit_softcapping": None, "final_logit_softcapping": 5.0, "head_dim": 8},
+        ),
+        "gemma3": (
+            transformers.Gemma3TextConfig,
+            gemma2 | TIED | {"rope_parameters": by_layer, "layer_types": [LOCAL, LOCAL, FULL]},
+            gemma2 | DEEP | {"sliding_window_pattern": 2, "attention_bias": True},
+            gemma2 | TIED | {"final_logit_softcapping": 4.0, "sliding_window": 3, "num_hidden_layers": 6},
+        ),
+        "phi3": (
+            transformers.Phi3Config,
+            own["phi3"] | {"hidden_size": 32},
+            own["phi3"] | {"sliding_window": 6, "hidden_size": 32} | rope("default", partial_rotary_factor=0.75),
+            own["phi3"] | TIED | {"original_max_position_embeddings": 40} | rope("longrope", **longrope),
+        ),
+        "gpt2": (
+            transformers.GPT2Config,
+            gpt2,
+            gpt2 | {"n_inner": 24, "scale_attn_weights": False, "tie_word_embeddings": False},
+            gpt2 | {"n_layer": 3, "n_head": 2, "activation_function": "gelu", "layer_norm_epsilon": 1e-3},
+        ),
+    }
+    made = {}
+    for family, (kind, *variants) in several.items():
+        for number, variant in enumerate(variants, 1):
+            made[f"{family}_{number}"] = kind(**variant if family in ("phi3", "gpt2") else TINY | variant)
+    made["gemma3_images"] = transformers.Gemma3Config(
+        text_config=TINY | TIED | gemma2,
+        vision_config=images | {"image_size": 8, "patch_size": 4},
+        mm_tokens_per_image=4,
+        initializer_range=0.3,
+        **{name: TINY[name] for name in ("pad_token_id", "eos_token_id", "bos_token_id")},
+    )
+    return made
 
 
 def configurations() -> dict[str, transformers.PretrainedConfig]:
@@ -76,6 +194,7 @@ def configurations() -> dict[str, transformers.PretrainedConfig]:
         "llama_linear_rope_bias": llama(**small, rope_parameters=linear, attention_bias=True),
         "qwen2_bfloat16": qwen2(**DECODER_SIZES, num_key_value_heads=2),
         "mistral": transformers.MistralConfig(**small, num_key_value_heads=2, sliding_window=None),
+        **families(),
     }
 
 
@@ -138,17 +257,18 @@ def main() -> None:
 
         family = transformers.AutoModelForSeq2SeqLM if config.model_type == "t5" else transformers.AutoModelForCausalLM
         model = family.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-        prompts = np.zeros((len(PROMPT_LENGTHS), max(PROMPT_LENGTHS)), np.int32)
-        for row, length in zip(prompts, PROMPT_LENGTHS, strict=True):
+        lengths, count = (FEWER_LENGTHS, 1) if name in families() else (PROMPT_LENGTHS, COMPLETIONS)
+        prompts = np.zeros((len(lengths), max(lengths)), np.int32)
+        for row, length in zip(prompts, lengths, strict=True):
             row[:length] = random.integers(4, VOCABULARY, length)
-        completions = random.integers(4, VOCABULARY, (len(PROMPT_LENGTHS), COMPLETIONS, TOKENS), dtype=np.int32)
+        completions = random.integers(4, VOCABULARY, (len(lengths), count, TOKENS), dtype=np.int32)
         logits = [
             [expected_logits(model, prompt[:length], completion) for completion in several]
-            for prompt, length, several in zip(prompts, PROMPT_LENGTHS, completions, strict=True)
+            for prompt, length, several in zip(prompts, lengths, completions, strict=True)
         ]
         arrays = {
             "prompt_tokens": prompts,
-            "prompt_lengths": np.array(PROMPT_LENGTHS, np.int32),
+            "prompt_lengths": np.array(lengths, np.int32),
             "completion_tokens": completions,
             "logits": np.array(logits, np.float32),
         }

@@ -46,8 +46,11 @@ struct Data {
   fastpref::PairSource source() const { return {&columns[0], &columns[1], &columns[2], preference, {}, ids}; }
 };
 
-std::unique_ptr<Loader> make(const Data& data, std::int32_t threads, std::int32_t prefetch) {
-  const fastpref::LoaderConfig config{{{{2, {24, 0}}}, 4, 8, 3}, {fastpref::Style::kShared, 0}, 0, 1, threads, prefetch, true};
+// `pairs` in a batch, more than there are for epochs without a batch; with 0 rows are filled.
+std::unique_ptr<Loader> make(const Data& data, std::int32_t pairs, std::int32_t threads, std::int32_t prefetch) {
+  std::vector<fastpref::RowShape> shapes{{2, {24, 0}}};
+  if (pairs > 2) shapes.push_back({pairs, {24, 0}});
+  const fastpref::LoaderConfig config{{shapes, 4, 8, 3, pairs}, {fastpref::Style::kShared, 0}, 0, 1, threads, prefetch, true};
   return std::make_unique<Loader>(data.source(), std::vector<std::int32_t>{}, data.sizes, config);
 }
 
@@ -73,13 +76,10 @@ void seek(Loader& loader, const fastpref::Standing& standing) {
   loader.seek(standing.position.epoch, standing.position.batch, standing.plan);
 }
 
-}  // namespace
-
-int main() {
-  const Data data(40);
+void stress(const Data& data, std::int32_t pairs) {
   std::vector<std::uint64_t> expected;
   std::vector<fastpref::Standing> standings;
-  const auto plain = make(data, 1, 0);
+  const auto plain = make(data, pairs, 1, 0);
   for (int i = 0; i < 60; ++i) {
     standings.push_back(plain->standing());
     expected.push_back(take(*plain));
@@ -87,7 +87,7 @@ int main() {
 
   std::mt19937 random(2);
   for (int turn = 0; turn < 200; ++turn) {
-    const auto loader = make(data, 1 + turn % 4, turn % 7);
+    const auto loader = make(data, pairs, 1 + turn % 4, turn % 7);
     std::size_t at = 0;
     for (int step = 0; step < 25; ++step) {
       if (random() % 5 == 0) {
@@ -101,7 +101,7 @@ int main() {
 
   // Several that ask, one that goes elsewhere, one that closes in the middle of it.
   for (int turn = 0; turn < 100; ++turn) {
-    const auto loader = make(data, 3, 1 + turn % 5);
+    const auto loader = make(data, pairs, 3, 1 + turn % 5);
     std::atomic<int> handed{0};
     std::vector<std::thread> threads;
     for (int i = 0; i < 3; ++i) {
@@ -129,11 +129,18 @@ int main() {
     for (std::thread& thread : threads) thread.join();
     loader->close();
   }
+}
+
+}  // namespace
+
+int main() {
+  const Data data(40);
+  for (const std::int32_t pairs : {0, 7, 90}) stress(data, pairs);
   // A plan that takes a while is given up.
   std::vector<fastpref::Size> many(2'000'000, {3, 0});
   const Data one(1);
   const std::vector<std::int32_t> same(many.size(), 0);
-  const fastpref::LoaderConfig config{{{{2, {24, 0}}}, 4, 1 << 16, 3}, {fastpref::Style::kShared, 0}, 0, 1, 2, 2, false};
+  const fastpref::LoaderConfig config{{{{2, {24, 0}}}, 4, 1 << 16, 3, 0}, {fastpref::Style::kShared, 0}, 0, 1, 2, 2, false};
   Loader large(one.source(), same, std::move(many), config);
   large.close();
   std::printf("loader holds\n");
