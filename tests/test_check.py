@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 from small import PROMPTS, language_model, prefers_w1
 
 from fastpref.check import check
@@ -47,7 +48,7 @@ def test_a_language_model_is_described_loaded_and_measured(tmp_path: Path, capsy
     assert said["stored as"] == "F32 in model.safetensors"
     assert said["loads"].startswith("yes")
     assert said["tokenizer"] == "33 ids, 36 rows of the embedding"
-    assert said["completions end with"] == "'</s>' (1)"
+    assert said["completions end with"] == "'</s>' (1); recorded text with '</s>' (1)"
     assert said["chat template"] == "none: prompts are plain text"
     assert "ipo-md" not in said["memory of train"]
     assert (
@@ -80,6 +81,17 @@ def test_judges_and_runs_are_told_apart(tmp_path: Path) -> None:
     assert reward["kind"].startswith("a reward model, on a language model of kind t5")
     assert "memory as a judge" in reward
     assert "memory of train" not in reward
+    hub = tmp_path / "hub"
+    save(language_model(), hub)
+    (hub / "fastpref_manifest.json").unlink()
+    weights = load_file(hub / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights | {"score.weight": np.ones((1, 16), np.float32)}, hub / "model.safetensors")
+    raw = json.loads((hub / "config.json").read_text()) | {"architectures": ["LlamaForSequenceClassification"]}
+    (hub / "config.json").write_text(json.dumps(raw))
+    said = lines(hub)
+    assert said["kind"].startswith("a reward model with its head among the weights, on a language model of kind llama")
+    assert said["loads"].startswith("yes")
     config = TrainConfig(algorithm="online-ipo", steps=1, optimizer="adamw", **FEW)
     train(language_model(), PROMPTS[:4], prefers_w1, config, run_dir=tmp_path / "run", quiet=True)
     first, *rest = check(tmp_path / "run", FEW)
