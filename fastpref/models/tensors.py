@@ -130,8 +130,8 @@ def read_tensor(
             piece = piece.astype(np.float32 if piece.dtype.itemsize == 1 else dtype).astype(dtype, copy=False)
         if finite and not np.isfinite(piece).all():
             raise ModelError(
-                f"weights must be finite in {jnp.dtype(dtype).name}, but received {tensor.name} of "
-                f"{tensor.file.parent} with NaN or infinity. Use an earlier checkpoint, or load(..., finite=False)."
+                f"weights must be finite, but received {tensor.name} of {tensor.file.parent} with NaN or infinity in "
+                f"{jnp.dtype(dtype).name}. Use an earlier checkpoint, or load(..., finite=False)."
             )
         piece = np.ascontiguousarray(piece.T if turned else piece)
         if len(pieces) == 1:
