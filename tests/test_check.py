@@ -50,11 +50,9 @@ def test_a_language_model_is_described_loaded_and_measured(tmp_path: Path, capsy
     assert said["tokenizer"] == "33 ids, 36 rows of the embedding"
     assert said["completions end with"] == "'</s>' (1); recorded text with '</s>' (1)"
     assert said["chat template"] == "none: prompts are plain text"
-    assert "ipo-md" not in said["memory of train"]
-    assert (
-        main(["check", str(tmp_path / "model"), "batch_size=2", "settings.algorithm=ipo-md", "max_new_tokens=4"]) == 0
-    )
-    assert "ipo-md, batch_size 2" in capsys.readouterr().out
+    assert "float32: ipo-md, batch_size 2, prompts of 8 tokens" in said["memory of train"]
+    assert main(["check", str(tmp_path / "model"), "batch_size=2", "settings.algorithm=inpo", "max_new_tokens=4"]) == 0
+    assert "inpo, batch_size 2" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "model"), "batch_sise=2"]) == 1
     assert "Did you mean 'batch_size'?" in capsys.readouterr().err
 
@@ -68,7 +66,7 @@ def test_a_chat_template_is_shown_and_a_second_one_named(tmp_path: Path) -> None
     assert said["chat template"] == "of tokenizer_config.json"
     assert said["a prompt"] == repr("user: Is it raining?\nassistant:")
     assert said["its completion"] == "' No, it is dry.', and the token that ends it"
-    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("user", "User"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("assistant:", "Assistant:"))
     said = lines(folder)
     assert said["chat template"] == "of chat_template.jinja (tokenizer_config.json has another, which is not used)"
 
@@ -119,7 +117,8 @@ def test_what_does_not_load_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["check", str(tmp_path / "nowhere")]) == 1
     assert "a checkpoint must be a directory" in capsys.readouterr().err
     save(language_model(), tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"x" * 60)
+    content = (tmp_path / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "model" / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert main(["check", str(tmp_path / "model")]) == 1
     assert "model.safetensors must be as it was written" in capsys.readouterr().err
 
