@@ -1,6 +1,6 @@
 """`fastpref check`: what a directory is, whether it loads, how its completions end, and what training it takes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,25 @@ from flax import nnx
 from fastpref.data.chat import ChatTemplate
 from fastpref.data.token_files import read_json
 from fastpref.data.tokenizer import Tokenizer
-from fastpref.judging.models import PreferenceModel, RewardModel
+from fastpref.judging.sources import VALUE_HEAD, load_judge
 from fastpref.learning.memory import TrainMemory, size, train_memory
 from fastpref.method.config import TrainConfig, from_mapping
 from fastpref.method.errors import ChatError, FastprefError
-from fastpref.models.huggingface import Description, abstract_module, describe, read_tokenizer
+from fastpref.models.huggingface import SCALAR_HEAD, Description, abstract_module, describe, read_tokenizer
 from fastpref.models.t5 import T5Config
+from fastpref.models.tensors import open_tensors
 from fastpref.runs import checkpoints
 from fastpref.runs.read_model import locate, read_model
 
 CONVERSATION = [{"role": "user", "content": "Is it raining?"}, {"role": "assistant", "content": "No, it is dry."}]
 """A conversation that a chat template is shown with."""
 
-JUDGES: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "preference_model.json": ("a preference model", PreferenceModel.load),
-    "reward_model.json": ("a reward model", RewardModel.load),
+JUDGES = {
+    "preference_model.json": "a preference model",
+    "reward_model.json": "a reward model",
+    VALUE_HEAD: "a reward model with its head in a file beside it",
 }
-"""Judges that were saved here, by their file: the words for them, and what reads them."""
+"""Words for judges, by the file that makes a directory one."""
 
 Line = tuple[str, str]
 """Subject and text."""
@@ -67,8 +69,8 @@ def check(path: str | Path, settings: Mapping[str, Any]) -> Iterator[Line]:
             yield "final model", f"none: {error}"
             return
         yield "final model", str(source)
-    judge = next((name for name in JUDGES if (source / name).is_file()), None)
-    described = describe(source)
+    judge = judge_of(source)
+    described = describe(source, body=judge is not None)
     yield "kind", kind_of(described, judge)
     yield "size", size_of(described)
     yield "stored as", stored_as(described)
@@ -76,7 +78,7 @@ def check(path: str | Path, settings: Mapping[str, Any]) -> Iterator[Line]:
     for _, _, array in described.arrays(dtype=jnp.float32):
         array.delete()
     if judge is not None:
-        JUDGES[judge][1](source)
+        load_judge(source)
     if saved:
         read_model(given)
     yield "loads", "yes: every tensor was read and is finite"
@@ -88,6 +90,14 @@ def check(path: str | Path, settings: Mapping[str, Any]) -> Iterator[Line]:
     else:
         parameters = size([variable for _, variable in described.leaves])
         yield "memory as a judge", f"{gib(parameters)} of parameters, float32, counted"
+
+
+def judge_of(source: Path) -> str | None:
+    """Words for the kind of judge that a directory holds, or None."""
+    made = next((words for name, words in JUDGES.items() if (source / name).is_file()), None)
+    if made is None and (source / "config.json").is_file() and any(map(SCALAR_HEAD.fullmatch, open_tensors(source))):
+        return "a reward model with its head among the weights"
+    return made
 
 
 def _is_run(path: Path) -> bool:
@@ -111,7 +121,7 @@ def kind_of(described: Description, judge: str | None) -> str:
     name = f"a language model of kind {raw['model_type']}"
     if architectures := raw.get("architectures"):
         name += f" ({', '.join(map(str, architectures))})"
-    return name if judge is None else f"{JUDGES[judge][0]}, on {name}"
+    return name if judge is None else f"{judge}, on {name}"
 
 
 def size_of(described: Description) -> str:
@@ -136,9 +146,12 @@ def stored_as(described: Description) -> str:
 
 
 def ends_of(tokenizer: Tokenizer) -> str:
-    """The tokens that end a completion, with their ids; the first is the one that recorded completions end with."""
-    ids: Sequence[int] = getattr(tokenizer, "stop_ids", (tokenizer.eos_id,))
-    return ", ".join(f"{tokenizer.backend.id_to_token(number)!r} ({number})" for number in ids)
+    """The tokens that end a completion, with their ids, and those that recorded ones end with."""
+    ends = {number: f"{tokenizer.backend.id_to_token(number)!r} ({number})" for number in tokenizer.stop_ids}
+    recorded = f"recorded text with {ends[tokenizer.eos_id]}"
+    if tokenizer.turn_end_id != tokenizer.eos_id:
+        recorded += f", recorded answers in a conversation with {ends[tokenizer.turn_end_id]}"
+    return f"{', '.join(ends.values())}; {recorded}"
 
 
 def template_of(tokenizer: Tokenizer) -> Iterator[Line]:

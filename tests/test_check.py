@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 from small import PROMPTS, language_model, prefers_w1
 
 from fastpref.check import check
@@ -47,13 +48,11 @@ def test_a_language_model_is_described_loaded_and_measured(tmp_path: Path, capsy
     assert said["stored as"] == "F32 in model.safetensors"
     assert said["loads"].startswith("yes")
     assert said["tokenizer"] == "33 ids, 36 rows of the embedding"
-    assert said["completions end with"] == "'</s>' (1)"
+    assert said["completions end with"] == "'</s>' (1); recorded text with '</s>' (1)"
     assert said["chat template"] == "none: prompts are plain text"
-    assert "ipo-md" not in said["memory of train"]
-    assert (
-        main(["check", str(tmp_path / "model"), "batch_size=2", "settings.algorithm=ipo-md", "max_new_tokens=4"]) == 0
-    )
-    assert "ipo-md, batch_size 2" in capsys.readouterr().out
+    assert "float32: ipo-md, batch_size 2, prompts of 8 tokens" in said["memory of train"]
+    assert main(["check", str(tmp_path / "model"), "batch_size=2", "settings.algorithm=inpo", "max_new_tokens=4"]) == 0
+    assert "inpo, batch_size 2" in capsys.readouterr().out
     assert main(["check", str(tmp_path / "model"), "batch_sise=2"]) == 1
     assert "Did you mean 'batch_size'?" in capsys.readouterr().err
 
@@ -67,7 +66,7 @@ def test_a_chat_template_is_shown_and_a_second_one_named(tmp_path: Path) -> None
     assert said["chat template"] == "of tokenizer_config.json"
     assert said["a prompt"] == repr("user: Is it raining?\nassistant:")
     assert said["its completion"] == "' No, it is dry.', and the token that ends it"
-    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("user", "User"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("assistant:", "Assistant:"))
     said = lines(folder)
     assert said["chat template"] == "of chat_template.jinja (tokenizer_config.json has another, which is not used)"
 
@@ -80,6 +79,17 @@ def test_judges_and_runs_are_told_apart(tmp_path: Path) -> None:
     assert reward["kind"].startswith("a reward model, on a language model of kind t5")
     assert "memory as a judge" in reward
     assert "memory of train" not in reward
+    hub = tmp_path / "hub"
+    save(language_model(), hub)
+    (hub / "fastpref_manifest.json").unlink()
+    weights = load_file(hub / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights | {"score.weight": np.ones((1, 16), np.float32)}, hub / "model.safetensors")
+    raw = json.loads((hub / "config.json").read_text()) | {"architectures": ["LlamaForSequenceClassification"]}
+    (hub / "config.json").write_text(json.dumps(raw))
+    said = lines(hub)
+    assert said["kind"].startswith("a reward model with its head among the weights, on a language model of kind llama")
+    assert said["loads"].startswith("yes")
     config = TrainConfig(algorithm="online-ipo", steps=1, optimizer="adamw", **FEW)
     train(language_model(), PROMPTS[:4], prefers_w1, config, run_dir=tmp_path / "run", quiet=True)
     first, *rest = check(tmp_path / "run", FEW)
@@ -107,7 +117,8 @@ def test_what_does_not_load_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["check", str(tmp_path / "nowhere")]) == 1
     assert "a checkpoint must be a directory" in capsys.readouterr().err
     save(language_model(), tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"x" * 60)
+    content = (tmp_path / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "model" / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert main(["check", str(tmp_path / "model")]) == 1
     assert "model.safetensors must be as it was written" in capsys.readouterr().err
 

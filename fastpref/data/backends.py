@@ -6,6 +6,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from fastpref.data.token_files import content_of, read_json, to_json
 from fastpref.method.errors import ModelError
 
 SENTENCEPIECE = ("spiece.model", "tokenizer.model")
@@ -31,6 +32,27 @@ DEFAULTS = {
     BPE: {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
 }
 """Special tokens of T5 and Llama, where `tokenizer_config.json` names none."""
+
+
+def tokenizer_file(files: Mapping[str, bytes]) -> str:
+    """The name of the file that a tokenizer is read from."""
+    return next(name for name in ("tokenizer.json", *SENTENCEPIECE) if name in files)
+
+
+def read_backend(files: Mapping[str, bytes]) -> tuple[Tokenizer, dict[str, bytes]]:
+    """The tokenizer that files hold, with the tokens that they add to it; and the files with `tokenizer.json`."""
+    name, kept = tokenizer_file(files), dict(files)
+    config = read_json(files, "tokenizer_config.json")
+    settings, numbered = read_json(files, "special_tokens_map.json") | config, read_json(files, "added_tokens.json")
+    if name == "tokenizer.json":
+        backend = Tokenizer.from_str(files[name].decode())
+        add_tokens(backend, settings, numbered)
+        return backend, kept
+    backend, defaults = convert(files[name], name, settings, numbered)
+    kept["tokenizer.json"] = backend.to_str(pretty=True).encode()
+    if defaults:
+        kept["tokenizer_config.json"] = to_json(defaults | config)
+    return backend, kept
 
 
 def convert(
@@ -72,7 +94,7 @@ def convert(
             "Save the tokenizer in the fast format (tokenizer.json)."
         )
     defaults = {key: token for key, token in DEFAULTS[kind].items() if settings.get(key) is None}
-    named = {key: text_of(token) for key, token in {**settings, **defaults}.items() if key.endswith("_token")}
+    named = {key: content_of(token) for key, token in {**settings, **defaults}.items() if key.endswith("_token")}
     backend, sentinels, template = (unigram if kind == UNIGRAM else bpe)(proto, settings)
     backend.add_tokens(
         [
@@ -84,7 +106,7 @@ def convert(
     add_tokens(backend, {**settings, **defaults}, numbered)
     special = [text for text in (*named.values(), *sentinels) if text is not None]
     backend.add_tokens([AddedToken(text, normalized=False, special=True) for text in special])
-    around = [named.get(part, part) for part in template]
+    around = [named.get(part) or part for part in template]
     if len(around) > 1:
         backend.post_processor = processors.TemplateProcessing(
             single=around, special_tokens=[(part, backend.token_to_id(part)) for part in {*around} - {"$A"}]
@@ -104,11 +126,10 @@ def unigram(proto: Any, settings: Mapping[str, Any]) -> Converted:
     backend = Tokenizer(models.Unigram(vocabulary, unk_id=proto.trainer_spec.unk_id, byte_fallback=False))
     if charsmap := proto.normalizer_spec.precompiled_charsmap:
         backend.normalizer = normalizers.Precompiled(charsmap)
-    blanks = {"replacement": BLANK, "prepend_scheme": "always", "split": True}
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**blanks)]
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(BLANK, "always", True)]
     )
-    backend.decoder = decoders.Metaspace(**blanks)
+    backend.decoder = decoders.Metaspace(BLANK, "always", True)
     return backend, sentinels, ["$A", "eos_token"]
 
 
@@ -154,7 +175,7 @@ def add_tokens(backend: Tokenizer, settings: Mapping[str, Any], numbered: Mappin
                 for number, token in entries.items()
             }
         else:
-            special = {text_of(token) for key, token in settings.items() if key.endswith("_token")}
+            special = {content_of(token) for key, token in settings.items() if key.endswith("_token")}
             wanted = {
                 int(number): AddedToken(text, normalized=text not in special, special=text in special)
                 for text, number in numbered.items()
@@ -175,22 +196,16 @@ def add_tokens(backend: Tokenizer, settings: Mapping[str, Any], numbered: Mappin
                 f"an added token must have the id that follows the vocabulary, {given}, but received {number} for "
                 f"{token.content!r}. Save the tokenizer again in the fast format, so that tokenizer.json holds it."
             )
-    named = {key: text_of(settings.get(key)) for key in NAMED}
+    named = {key: content_of(settings.get(key)) for key in NAMED}
     further = [token for key in LISTED for token in _listed(settings.get(key))]
     # Others stand in no text that is read here: where the vocabulary lacks them they need no id of their own.
     read = ("bos_token", "eos_token")
     needed = [text for key, text in named.items() if key in read or backend.token_to_id(text or "") is not None]
-    special = [text for text in (*needed, *map(text_of, further)) if text]
-    backend.add_tokens([AddedToken(text, normalized=False, special=True) for text in special if text not in present])
+    texts = [text for text in (*needed, *map(content_of, further)) if text and text not in present]
+    backend.add_tokens([AddedToken(text, normalized=False, special=True) for text in texts])
 
 
 def _listed(tokens: object) -> list[object]:
     if isinstance(tokens, Mapping):
         return list(tokens.values())
     return list(tokens) if isinstance(tokens, list) else []
-
-
-def text_of(token: object) -> str | None:
-    """The text of a special token, as files name it."""
-    text = token.get("content") if isinstance(token, Mapping) else token
-    return text if isinstance(text, str) else None

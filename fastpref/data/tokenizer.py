@@ -9,7 +9,7 @@ import orjson
 import tokenizers
 import xxhash
 
-from fastpref.data.backends import SENTENCEPIECE, add_tokens, convert
+from fastpref.data.backends import SENTENCEPIECE, read_backend, tokenizer_file
 from fastpref.data.chat import FOLDER, ChatTemplate, templates_of
 from fastpref.data.controls import Controls
 from fastpref.data.files import check_manifest
@@ -437,24 +437,3 @@ class Tokenizer:
                 f"{text!r} the ids {whole}. Mend post_processor in tokenizer.json."
             )
         self.decode([whole])
-
-
-def tokenizer_file(files: Mapping[str, bytes]) -> str:
-    """The name of the file that a tokenizer is read from."""
-    return next(name for name in ("tokenizer.json", *SENTENCEPIECE) if name in files)
-
-
-def read_backend(files: Mapping[str, bytes]) -> tuple[tokenizers.Tokenizer, dict[str, bytes]]:
-    """The tokenizer that files hold, with the tokens that they add to it; and the files with `tokenizer.json`."""
-    name, kept = tokenizer_file(files), dict(files)
-    config = read_json(files, "tokenizer_config.json")
-    settings, numbered = read_json(files, "special_tokens_map.json") | config, read_json(files, "added_tokens.json")
-    if name == "tokenizer.json":
-        backend = tokenizers.Tokenizer.from_str(files[name].decode())
-        add_tokens(backend, settings, numbered)
-        return backend, kept
-    backend, defaults = convert(files[name], name, settings, numbered)
-    kept["tokenizer.json"] = backend.to_str(pretty=True).encode()
-    if defaults:
-        kept["tokenizer_config.json"] = to_json(defaults | config)
-    return backend, kept

@@ -55,7 +55,7 @@ def train_memory(config: TrainConfig, definition: Any, params: Any) -> TrainMemo
     Raises:
       ConfigError: the settings contradict each other or the model.
     """
-    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    params = jax.eval_shape(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params))
     module = nnx.merge(definition, params)
     optimizer, method = update.build(config), config.method
     opt_state = jax.eval_shape(partial(update.initial_state, optimizer), params)
@@ -83,7 +83,7 @@ def train_memory(config: TrainConfig, definition: Any, params: Any) -> TrainMemo
         gradient_accumulation=config.gradient_accumulation,
         length_normalize=config.length_normalize,
     ).compile()
-    measured = compiled.memory_analysis()
+    measured: Any = compiled.memory_analysis()
     # Results that take the place of arguments are counted with the arguments.
     fresh = max(0, measured.output_size_in_bytes - measured.alias_size_in_bytes)
     cache = 0

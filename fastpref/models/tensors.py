@@ -65,13 +65,13 @@ class Tensor(NamedTuple):
     @property
     def row_bytes(self) -> int:
         """Bytes of an entry of its first axis."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * np.dtype(DTYPES[self.dtype]).itemsize
+        return int(np.prod(self.shape[1:], dtype=np.int64) * np.dtype(DTYPES[self.dtype]).itemsize)
 
     def rows(self, first: int, last: int) -> np.ndarray:
         """The numbers of entries `first` to `last` of its first axis, without mapping the file into memory."""
         size = self.row_bytes
         raw = np.fromfile(self.file, np.uint8, (last - first) * size, offset=self.start + first * size)
-        return raw.view(DTYPES[self.dtype]).reshape(last - first, *self.shape[1:])
+        return np.asarray(raw.view(DTYPES[self.dtype])).reshape(last - first, *self.shape[1:])
 
     def parts(self) -> Iterator[tuple[int, int]]:
         """Ranges of its first axis of at most `PART` bytes each, or of one entry."""
@@ -130,8 +130,8 @@ def read_tensor(
             piece = piece.astype(np.float32 if piece.dtype.itemsize == 1 else dtype).astype(dtype, copy=False)
         if finite and not np.isfinite(piece).all():
             raise ModelError(
-                f"weights must be finite in {jnp.dtype(dtype).name}, but received {tensor.name} of "
-                f"{tensor.file.parent} with NaN or infinity. Use an earlier checkpoint, or load(..., finite=False)."
+                f"weights must be finite, but received {tensor.name} of {tensor.file.parent} with NaN or infinity in "
+                f"{jnp.dtype(dtype).name}. Use an earlier checkpoint, or load(..., finite=False)."
             )
         piece = np.ascontiguousarray(piece.T if turned else piece)
         if len(pieces) == 1:
@@ -139,8 +139,9 @@ def read_tensor(
         axis = piece.ndim - 1 if turned else 0
         if array is None:
             array = jnp.zeros(tuple(last - first if at == axis else n for at, n in enumerate(piece.shape)), dtype)
-        # Waited for: what is on its way would else take the memory of the whole.
-        array = jax.block_until_ready(_put(array, piece, start - first, axis=axis))
+        array = _put(array, piece, start - first, axis=axis)
+        # What is on its way would else take the memory of the whole.
+        array.block_until_ready()
     shape = tuple(len(range(*part.indices(n))) for part, n in zip((rows, columns), tensor.shape, strict=False))
     return jnp.zeros(shape[::-1] if turned else shape, dtype) if array is None else array
 
