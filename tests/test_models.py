@@ -181,7 +181,9 @@ def test_logits_equal_the_original_implementation(name: str) -> None:
     mask = jnp.asarray(np.arange(prompts.shape[1])[None, :] < golden["prompt_lengths"][:, None])
     expected = golden["logits"]
     assert expected.std() > 0.5
-    for states in (forced_states(model, prompts, mask, completions), decoded_states(model, prompts, mask, completions)):
+    # Of a family's goldens the first is decoded too: each costs seconds of compiling.
+    each = (forced_states,) if name[-2:] in ("_2", "_3", "_4") else (forced_states, decoded_states)
+    for states in (compute(model, prompts, mask, completions) for compute in each):
         logits = model.head().logits(states.reshape(-1, states.shape[-1])).reshape(expected.shape)
         np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
@@ -366,10 +368,11 @@ def test_what_has_no_position_is_refused_or_no_number() -> None:
     with pytest.raises(ModelError, match=message):
         model.prefill(prompts, mask, max_new_tokens=25)
     with pytest.raises(ModelError, match=message):
-        hidden_states(model, prompts, mask, jnp.zeros((P, 1, 25), jnp.int32))
+        jax.eval_shape(lambda: hidden_states(model, prompts, mask, jnp.zeros((P, 1, 25), jnp.int32)))
     limited = with_weights_of("decoder", rope_scaling=RopeScaling("dynamic", 2.0), max_positions=16)
     assert np.isfinite(forced_states(limited, prompts, mask, completions)).all()
-    states = limited.forward(prompts[:, None], jnp.arange(S)[None, None] + 8, Masks(causal_mask(S)))[0]
+    forward = jax.jit(lambda positions: limited.forward(prompts[:, None], positions, Masks(causal_mask(S)))[0])
+    states = forward(jnp.arange(S)[None, None] + 8)
     assert not np.isfinite(states[:, :, 16 - 8 :]).any()
 
 

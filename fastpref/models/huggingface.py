@@ -409,11 +409,9 @@ class Stored(NamedTuple):
 
 def stored_tensors(config: T5Config | DecoderConfig, raw: Mapping[str, Any], state: Any) -> dict[str, Stored]:
     """Every tensor of a checkpoint by its name on disk, with the parameters that it holds."""
-    if isinstance(config, T5Config):
-        names, as_is = t5_names(config.gated), KEPT_AS_IS
-    else:
-        family = FAMILIES[raw["model_type"]]
-        names, as_is = dict(family.names), (*KEPT_AS_IS, *family.as_is)
+    family = FAMILIES.get(raw["model_type"])
+    names = t5_names(config.gated) if isinstance(config, T5Config) else FAMILIES[raw["model_type"]].names
+    as_is = KEPT_AS_IS if family is None else (*KEPT_AS_IS, *family.as_is)
     order = {pattern: number for number, pattern in enumerate(names)}
 
     def pattern(path: tuple[Any, ...]) -> str:

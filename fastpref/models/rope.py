@@ -88,7 +88,8 @@ def yarn_share(size: int, theta: float, scaling: RopeScaling) -> Float[np.ndarra
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
     width = 0.001 if low == high else high - low
-    return 1 - np.clip((np.arange(size // 2) - low) / width, 0.0, 1.0)
+    ramp: np.ndarray = np.clip((np.arange(size // 2) - low) / width, 0.0, 1.0)
+    return 1 - ramp
 
 
 class Rotation(NamedTuple):
