@@ -237,9 +237,9 @@ class ChatTemplate:
 
     def wrote(self, prompt: str) -> bool:
         """Whether this template, with these options or where it has none, wrote a prompt."""
-        writer = prompt.template if isinstance(prompt, Rendered) else None
-        same = isinstance(writer, ChatTemplate) and writer.identity[:-1] == self.identity[:-1]
-        return same and self.options in ({}, writer.options)
+        writer = getattr(prompt, "template", None)
+        known = isinstance(writer, ChatTemplate) and writer.identity[:-1] == self.identity[:-1]
+        return known and self.options in ({}, getattr(writer, "options", {}))
 
     def shorter(self, prompt: Rendered) -> Rendered | None:
         """A prompt without its oldest turn, that is up to the next message of the user; None where it has one alone."""

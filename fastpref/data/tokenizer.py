@@ -251,8 +251,8 @@ class Tokenizer:
         """
         closed = [self._closed(text, self.eos_id) for text in texts]
         bodies = self._encode([body for body, _ in closed], False)
-        ended = zip(texts, bodies, closed, strict=True)
-        ended = ((text, self._tidy(text, ids, True), end) for text, ids, end in ended)
+        tidy = [self._tidy(text, ids, True) for text, ids in zip(texts, bodies, strict=True)]
+        ended = zip(texts, tidy, closed, strict=True)
         return [[*ids, end] if is_finished(text) else ids for text, ids, (_, end) in ended]
 
     def _closed(self, text: str, otherwise: int) -> tuple[str, int]:

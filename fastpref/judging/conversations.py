@@ -62,8 +62,8 @@ def readings(
         while len(ids) > 1 and ids[-1] == pad_id:
             ids.pop()
     seams = [max(1, alike(head, ids)) for head, ids in zip(cut, read, strict=True)]
-    opening = [ids[:at] for at, ids in zip(seams, read, strict=True)]
-    return opening, [ids[at:] for at, ids in zip(seams, read, strict=True)]
+    before = [ids[:at] for at, ids in zip(seams, read, strict=True)]
+    return before, [ids[at:] for at, ids in zip(seams, read, strict=True)]
 
 
 def _written(template: ChatTemplate | None, prompt: str, completion: str) -> tuple[str, str]:

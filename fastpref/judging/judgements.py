@@ -113,7 +113,9 @@ class Judgements:
           JudgeError: the judge failed; what it had answered before is kept.
         """
         others: Sequence[str | None] = [None] * len(prompts) if second is None else second
-        flags = [None if finished is None else _shown(ends) for ends in zip(*(finished or [prompts]), strict=True)]
+        flags: list[str | None] = [None] * len(prompts)
+        if finished is not None:
+            flags = [_shown(ends) for ends in zip(*finished, strict=True)]
         asked = list(zip(prompts, first, others, flags, strict=True))
         occasion = () if by_content else (purpose, step)
         questions = [_hash(judge.key, *occasion, *texts) for texts in asked]

@@ -111,7 +111,9 @@ def ask(
         is not a number in [0, 1].
     """
     told = finished(judge, first, second)
-    function = judge if told is None else functools.partial(judge, finished=told)
+    function: Callable[..., Any] = judge
+    if told is not None:
+        function = functools.partial(function, finished=told)
     preference = _answer("probability", name_of(judge), function, prompts, first, second, timeout=timeout)
     wrong = ~((preference >= 0) & (preference <= 1))
     if wrong.any():
@@ -143,7 +145,9 @@ def rate(
         that is not a finite number.
     """
     told = finished(judge, completions)
-    function = judge.scores if told is None else functools.partial(judge.scores, finished=told[0])
+    function: Callable[..., Any] = judge.scores
+    if told is not None:
+        function = functools.partial(function, finished=told[0])
     rewards = _answer("reward", name_of(judge), function, prompts, completions, timeout=timeout)
     wrong = ~np.isfinite(rewards)
     if wrong.any():

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from fastpref.data.token_files import read_json
 from fastpref.judging.http import HttpJudge
 from fastpref.judging.models import PreferenceModel, RewardModel
-from fastpref.judging.protocol import Judge, Rewarder
+from fastpref.judging.protocol import Judge
 from fastpref.method.errors import ConfigError, ModelError, nearest
 from fastpref.models import load
 from fastpref.models.huggingface import SCALAR_HEAD
@@ -28,7 +28,7 @@ FUNCTION = (
 )
 
 
-def load_judge(source: str | Path | Mapping[str, Any]) -> Judge | Rewarder:
+def load_judge(source: str | Path | Mapping[str, Any]) -> Judge:
     """The judge or reward model that a source names.
 
     Args:
