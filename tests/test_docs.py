@@ -59,6 +59,14 @@ def test_the_first_run_goes_through_and_leaves_what_the_page_says(folder: Path) 
     assert (folder / "runs" / "ipo-md" / "plots" / "overview.png").exists()
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "judge", "data"])
+def test_what_people_bring_goes_through(name: str, folder: Path) -> None:
+    fastpref.RewardModel.from_model(language_model()).save(folder / "checkpoints" / "reward")
+    code = snippet("bring_your_own.md", name)
+    assert len(code.strip().splitlines()) - 2 <= 5  # without the import
+    run(code, folder)
+
+
 def test_the_run_for_trl_users_goes_through(folder: Path) -> None:
     fastpref.RewardModel.from_model(language_model()).save(folder / "checkpoints" / "reward")
     run(snippet("for_trl_users.md", "nash-md"), folder)
