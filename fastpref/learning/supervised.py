@@ -37,11 +37,9 @@ from fastpref.models import LanguageModel, as_model, save
 from fastpref.runs import metrics, owner, plots
 from fastpref.runs.report import finish
 
-NO_LIMIT = 2**31 - 1
+PAIR_COLUMNS, NO_LIMIT = ("prompt", "chosen", "rejected"), 2**31 - 1
 LIMITS = {"prompt too long": "max_prompt_tokens", "completion too long": "max_completion_tokens"}
 """The setting that a record is dropped for, by the reason."""
-
-PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
