@@ -46,7 +46,7 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 
 
 def store(folder: Path, weights: dict[str, np.ndarray], name: str = "model.safetensors") -> None:
-    save_file({key: value.copy(order="C") for key, value in weights.items()}, folder / name)
+    save_file({key: np.array(value, order="C") for key, value in weights.items()}, folder / name)
 
 
 def arrays(model: LanguageModel) -> dict[str, np.ndarray]:
