@@ -5,7 +5,7 @@ half. Intervals are bootstrapped over prompts: they say how far the choice of pr
 is that of the means between sampling seeds and trained models: it says how far another run could.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -182,9 +182,9 @@ def win_rate(prompts: Source, policy: Sequence[str], baseline: Sequence[str], ju
     return summarise(texts, policy, baseline, both_orders(judge, texts, policy, baseline))
 
 
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Raise ValueError for fewer than 2 prompts."""
-    if len(prompts) < 2:
+def check_prompts(prompts: Prompts) -> None:
+    """Raise ValueError for fewer than 2 prompts, as far as their number is known before they are read."""
+    if not isinstance(prompts, str | Path) and isinstance(prompts, Sized) and len(prompts) < 2:
         raise ValueError(f"a win rate needs at least 2 prompts, but received {len(prompts)}. Give more of them.")
 
 
