@@ -5,7 +5,7 @@ half. Intervals are bootstrapped over prompts: they say how far the choice of pr
 is that of the means between sampling seeds and trained models: it says how far another run could.
 """
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -16,7 +16,7 @@ import orjson
 from jaxtyping import Float
 
 from fastpref.data import files, read_prompts
-from fastpref.data.sources import Source
+from fastpref.data.sources import Source, files_of
 from fastpref.judging.protocol import Judge, ask
 from fastpref.runs import terminal
 
@@ -182,9 +182,9 @@ def win_rate(prompts: Source, policy: Sequence[str], baseline: Sequence[str], ju
     return summarise(texts, policy, baseline, both_orders(judge, texts, policy, baseline))
 
 
-def check_prompts(prompts: Prompts) -> None:
+def check_prompts(prompts: Source) -> None:
     """Raise ValueError for fewer than 2 prompts, as far as their number is known before they are read."""
-    if not isinstance(prompts, str | Path) and isinstance(prompts, Sized) and len(prompts) < 2:
+    if isinstance(prompts, list | tuple) and len(prompts) < 2 and not files_of(prompts):
         raise ValueError(f"a win rate needs at least 2 prompts, but received {len(prompts)}. Give more of them.")
 
 
