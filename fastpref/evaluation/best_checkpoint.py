@@ -158,6 +158,7 @@ def select_checkpoint(
       CheckpointError: a checkpoint is damaged, or does not fit `like`.
       JudgeError: see `judging.protocol.ask`.
     """
+    check_prompts(prompts)
     texts = read_prompts(prompts, read_tokenizer(baseline))
     check_prompts(texts)
     found = _candidates([runs] if isinstance(runs, LanguageModel | str | Path) else list(runs))

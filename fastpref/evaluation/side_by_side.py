@@ -128,6 +128,7 @@ def evaluate(
       JudgementsError: what the folder keeps is damaged, or cannot be written.
     """
     # All before anything is written, which may take long.
+    check_prompts(prompts)
     named = name_policies(policies)
     first = read_tokenizer(next(iter(named.values()))[0])
     questions = read_prompts(prompts, first, chat_template_kwargs=chat_template_kwargs)

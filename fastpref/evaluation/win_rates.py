@@ -16,7 +16,7 @@ import orjson
 from jaxtyping import Float
 
 from fastpref.data import files, read_prompts
-from fastpref.data.sources import Source
+from fastpref.data.sources import Source, files_of
 from fastpref.judging.protocol import Judge, ask
 from fastpref.runs import terminal
 
@@ -182,9 +182,9 @@ def win_rate(prompts: Source, policy: Sequence[str], baseline: Sequence[str], ju
     return summarise(texts, policy, baseline, both_orders(judge, texts, policy, baseline))
 
 
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Raise ValueError for fewer than 2 prompts."""
-    if len(prompts) < 2:
+def check_prompts(prompts: Source) -> None:
+    """Raise ValueError for fewer than 2 prompts, as far as their number is known before they are read."""
+    if isinstance(prompts, list | tuple) and len(prompts) < 2 and not files_of(prompts):
         raise ValueError(f"a win rate needs at least 2 prompts, but received {len(prompts)}. Give more of them.")
 
 
