@@ -59,7 +59,7 @@ struct PairPlan {
 std::int32_t shape_of(Size size, std::span<const RowShape> shapes);
 
 // The batches of one epoch. There are fewer than 2^31 pairs; each has at least one decoder place and fits one of the
-// shapes. Throws Cancelled soon after `cancel` is set.
+// shapes; `epoch` is below 2^63. Throws Cancelled soon after `cancel` is set.
 PairPlan plan_pairs(std::span<const Size> sizes, const PackConfig& config, std::uint64_t epoch,
                     const std::atomic<bool>* cancel = nullptr);
 

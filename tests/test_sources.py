@@ -275,6 +275,10 @@ class DatasetLike:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[number] for number in range(len(self)))
 
+    def with_format(self, kind: str | None) -> "DatasetLike":
+        self.format = {"type": kind}
+        return self
+
     def select_columns(self, names: list[str]) -> "DatasetLike":
         return DatasetLike([{name: row.get(name) for name in names} for row in self.rows], self.decoded)
 
@@ -286,6 +290,10 @@ def test_a_data_set_in_memory_is_read_by_its_columns() -> None:
     assert records == RECORDS
     assert report.unused == ("image", "score")
     assert set(decoded) == set(PAIR)
+    # A transform of the user's makes the columns, and may read any.
+    source = DatasetLike(rows, decoded).with_format("custom")
+    assert read_records(source, columns=PAIR)[1].unused == ("image", "score")
+    assert "score" in decoded
     with pytest.raises(DataError, match=r"but received a dict of train, test. Pass one of its values if they are data"):
         read_records({"train": DatasetLike(rows, []), "test": []})
 

@@ -63,7 +63,7 @@ def open_rows(source: object, unused: set[str]) -> tuple[str, Iterator[Row]]:
             f"{', '.join(map(str, source)) or 'nothing'}. Pass one of its values if they are data sets, or a list of "
             "mappings."
         )
-    if hasattr(source, "column_names") and hasattr(source, "__getitem__"):
+    if hasattr(source, "column_names") and hasattr(source, "__getitem__") and hasattr(source, "__len__"):
         return "records", _numbered(_rows_of_columns(source, unused))
     if not isinstance(source, Iterable) or hasattr(source, "columns"):
         raise DataError(
@@ -217,6 +217,7 @@ def _rows_of_columns(source: Any, unused: set[str]) -> Iterator[object]:
         names = list(source.column_names)
         unused.update(name for name in names if name not in KNOWN)
         source = source.select_columns([name for name in names if name in KNOWN])
+        source = source.with_format(None) if hasattr(source, "with_format") else source
     for number in range(len(source)):
         row = source[number]
         yield {name: _filled(value) for name, value in row.items()} if isinstance(row, Mapping) else row
