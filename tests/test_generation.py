@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from small import PROMPTS, language_model, tokenizer
 
-from fastpref.method.errors import CutWarning
+from fastpref.method.errors import CutWarning, DataError
 from fastpref.models.policy import hidden_states
 from fastpref.sampling.completions import Completions, ended
 from fastpref.sampling.generate import generate, generate_jit, num_valid_tokens, write
@@ -235,5 +235,5 @@ def test_an_encoder_reads_prompts_alone_whatever_the_tokenizer_was_made_for() ->
 def test_an_empty_prompt_is_refused() -> None:
     bare = tokenizer.__wrapped__()
     bare.backend.post_processor = None
-    with pytest.raises(ValueError, match=r"at least one token, but prompt 1 has none \(''\). Remove empty prompts"):
+    with pytest.raises(DataError, match=r"record 1: the prompt must hold more than white space"):
         write(dataclasses.replace(language_model(), tokenizer=bare), ["w1", ""], seed=0, max_new_tokens=2)

@@ -1,6 +1,8 @@
 """One meaning: every metric that is logged is in the table, and the formulas give what a hand computes."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,9 @@ def test_every_logged_metric_is_in_the_table_and_the_other_way_round() -> None:
     examples = [{"prompt": prompt, "completion": "w1 w2"} for prompt in PROMPTS]
     pairs = [{"prompt": prompt, "chosen": "w1", "rejected": "w2"} for prompt in PROMPTS]
     tuned = sft(language_model(), examples, config, held_out=examples[:4], optimizer=sgd, quiet=True)
-    fitted = fit_preference_model(language_model(), pairs, config, held_out=pairs[:4], optimizer=sgd, quiet=True)
+    longer = dataclasses.replace(config, max_prompt_tokens=32)
+    template: dict[str, Any] = {"template": "{prompt} {first} {second}", "held_out": pairs[:4]}
+    fitted = fit_preference_model(language_model(), pairs, longer, **template, optimizer=sgd, quiet=True)
     logged = {name for run in (online, tuned, fitted) for step in run.metrics for name in step} | {"step"}
     # tests/test_algorithms.py sees the rest, whose algorithms are run there.
     assert logged | OF_ALGORITHMS == set(METRICS)

@@ -242,7 +242,7 @@ def test_bad_records_are_refused_by_place_and_reason(tmp_path: Path) -> None:
 def test_no_record_left_is_refused() -> None:
     with pytest.raises(DataError, match=r"at least one record to learn from, but received none"):
         tune([{"prompt": "w1", "completion": "w1 w2 w3 w4 w5"}], steps=1)
-    with pytest.raises(DataError, match=r"received none from the data: 1 records read, .*1 completion too long"):
+    with pytest.raises(DataError, match=r"received none from held_out: 1 records read, .*1 completion too long"):
         tune(held_out=[{"prompt": "w1", "completion": "w1 w2 w3 w4 w5"}], steps=1)
     with pytest.raises(DataError, match=r"at least one record to learn from, but received none"):
         fit_preference([], steps=1)

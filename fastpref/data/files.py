@@ -16,6 +16,7 @@ import glob
 import os
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import orjson
 
 from fastpref.data import hashes
-from fastpref.method.errors import ModelError, WriteError
+from fastpref.method.errors import ModelError, ModelWarning, WriteError
 
 JSON = orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
 
@@ -222,6 +223,10 @@ def _exchange(new: Path, path: Path) -> None:
 # Damage -------------------------------------------------------------------------------------------------------------
 
 
+EDITED = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+"""Files of a checkpoint that people change by hand: a warning says that one is not as it was written."""
+
+
 def write_manifest(directory: Path) -> None:
     """Write down size and hash of each file of a directory, in a file beside them that no other library reads."""
     (directory / MANIFEST).write_bytes(orjson.dumps({"files": hashes.of_tree(directory)}, option=JSON))
@@ -236,6 +241,9 @@ def check_manifest(directory: Path, concerns: Callable[[str], bool] = lambda nam
 
     Raises:
       ModelError: a file is missing or another, or the manifest cannot be read; the message names it and the remedy.
+
+    Warns:
+      ModelWarning: one of `EDITED` is another.
     """
     manifest = directory / MANIFEST
     if not manifest.is_file():
@@ -250,7 +258,14 @@ def check_manifest(directory: Path, concerns: Callable[[str], bool] = lambda nam
     for name in filter(concerns, written):
         path = directory / name
         received = hashes.of_file(path) if path.is_file() else "no file"
-        if received != written[name]:
+        if received != written[name] and path.is_file() and path.name in EDITED:
+            warnings.warn(
+                f"{path} is not as it was written, and is read as it is. If nobody changed it, copy it again; to read "
+                f"it without a word, delete {manifest}.",
+                ModelWarning,
+                stacklevel=4,
+            )
+        elif received != written[name]:
             raise ModelError(
                 f"{path} must be as it was written ({written[name]}), but received {received}. "
                 f"Copy it again; or, if it was changed on purpose, delete {manifest}."

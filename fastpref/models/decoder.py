@@ -18,7 +18,7 @@ from fastpref.kernels import Head
 from fastpref.models.attention import Cache, Own, Shared
 from fastpref.models.layers import ACTIVATIONS, NORMS, Attention, FeedForward, Norm, normal, right_padded
 from fastpref.models.masks import Masks, Places, causal_mask, packed_mask
-from fastpref.models.policy import check_length
+from fastpref.models.policy import check_length, hidden_states
 from fastpref.models.rope import RopeScaling, Rotation
 
 
@@ -237,6 +237,9 @@ class Decoder(nnx.Module):
             x = layer.feed_forward(x)
             written.append(own)
         return self.norm(x), tuple(written)
+
+    hidden_states = hidden_states
+    """Teacher-forced states of completions: the function of this name."""
 
     def prefill(
         self, tokens: Int[Array, "P S"], mask: Bool[Array, "P S"], *, completions: int = 1, max_new_tokens: int = 0

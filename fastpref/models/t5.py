@@ -20,6 +20,7 @@ from fastpref.kernels import Head
 from fastpref.models.attention import Cache, Own, Shared
 from fastpref.models.layers import ACTIVATIONS, Attention, FeedForward, Norm, normal, right_padded
 from fastpref.models.masks import Distances, Mask, Masks, cross_mask, packed_mask, padding_mask, prompt_mask
+from fastpref.models.policy import hidden_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +217,9 @@ class T5(nnx.Module):
             x = layer.feed_forward(cross.cross(x, prompt, mask.prompt))
             written.append(own)
         return self.decoder.norm(x), tuple(written)
+
+    hidden_states = hidden_states
+    """Teacher-forced states of completions: the function of this name."""
 
     def prefill(
         self, tokens: Int[Array, "P S"], mask: Bool[Array, "P S"], *, completions: int = 1, max_new_tokens: int = 0

@@ -245,7 +245,7 @@ def write(
     width = round_up(max((len(tokens) for tokens in encoded), default=1), 16)
     parts: list[Written] = []
     for start in range(0, len(encoded), batch_size):
-        part, of = encoded[start : start + batch_size], list(prompts[start : start + batch_size])
+        part, of = encoded[start : start + batch_size], texts[start : start + batch_size]
         # A short last batch is filled up, so that one shape is compiled.
         missing = min(batch_size, len(encoded)) - len(part)
         rows, of = part + part[:1] * missing, of + of[:1] * missing
