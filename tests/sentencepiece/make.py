@@ -148,7 +148,6 @@ def main() -> None:
             "ids": [[text, made.encode(text), made.encode(text, add_special_tokens=False)] for text in TEXTS],
             "decoded": [made.decode(made.encode(text), skip_special_tokens=True) for text in TEXTS],
         }
-        (Path("/tmp/ckpt_sp") / f"{name}.json").write_text(made.backend_tokenizer.to_str(pretty=True))
     text = json.dumps({"transformers": transformers.__version__, "cases": result}, ensure_ascii=True, indent=0)
     (HERE / "ids.json").write_text(text + "\n")
 
