@@ -71,7 +71,7 @@ def test_lists_that_do_not_fit_are_refused(counts: tuple[int, int, int], text: s
 
 
 def test_a_judge_that_answers_wrongly_is_refused() -> None:
-    with pytest.raises(JudgeError, match=r"probabilities in \[0, 1\], but returned 3\.0"):
+    with pytest.raises(JudgeError, match=r"probabilities in \[0, 1\], but received 3\.0"):
         win_rate(["x"] * 2, ["a"] * 2, ["b"] * 2, lambda *texts: [3.0, 0.5])
 
 

@@ -30,25 +30,25 @@ def test_a_plain_function_is_a_judge() -> None:
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
-        ([0.5], r"one probability for each of 2 prompts, but returned an array of shape \(1,\)"),
+        ([0.5], r"one probability for each of 2 prompts, but received an array of shape \(1,\)"),
         ([[0.5], [0.5]], r"shape \(2, 1\)"),
-        ([0.5, float("nan")], r"in \[0, 1\], but returned nan for pair 1 \(1 of 2 answers are wrong\)"),
-        ([-0.1, 2.0], r"but returned -0.1\d* for pair 0 \(2 of 2"),
-        (["yes", "no"], r"must return numbers, but returned list of str\. Return one probability"),
-        (["0.5", "0.25"], r"must return numbers, but returned list of str\. Return one probability"),
-        (["0.5", 0.25], r"must return numbers, but returned list of float, str"),
-        ([b"0.5", b"1"], r"must return numbers, but returned list of bytes"),
-        (np.array(["0.5", "1"]), r"must return numbers, but returned ndarray"),
-        ([0.5 + 0j, 1j], r"must return numbers, but returned list of complex"),
-        (np.array([0.5 + 0j, 0.5]), r"must return numbers, but returned ndarray"),
-        ([0.5, None], r"must return numbers, but returned list of NoneType, float"),
-        ([[0.5], [0.5, 1.0]], r"must return numbers, but returned list of list"),
-        ({0: 0.5, 1: 0.5}, r"must return numbers, but returned dict"),
-        ({0.5, 0.25}, r"must return numbers, but returned set"),
-        ((value for value in (0.5, 0.5)), r"must return numbers, but returned generator"),
-        (np.array([("a", 0.5), ("b", 0.5)], [("name", "U1"), ("p", "f4")]), r"must return numbers, but returned nd"),
-        ([10**400, 0], r"must return numbers, but returned list of int"),
-        (None, r"the judge must return numbers, but returned NoneType"),
+        ([0.5, float("nan")], r"in \[0, 1\], but received nan for pair 1 \(1 of 2 answers are wrong\)"),
+        ([-0.1, 2.0], r"but received -0.1\d* for pair 0 \(2 of 2"),
+        (["yes", "no"], r"must return numbers, but received list of str\. Return one probability"),
+        (["0.5", "0.25"], r"must return numbers, but received list of str\. Return one probability"),
+        (["0.5", 0.25], r"must return numbers, but received list of float, str"),
+        ([b"0.5", b"1"], r"must return numbers, but received list of bytes"),
+        (np.array(["0.5", "1"]), r"must return numbers, but received ndarray"),
+        ([0.5 + 0j, 1j], r"must return numbers, but received list of complex"),
+        (np.array([0.5 + 0j, 0.5]), r"must return numbers, but received ndarray"),
+        ([0.5, None], r"must return numbers, but received list of NoneType, float"),
+        ([[0.5], [0.5, 1.0]], r"must return numbers, but received list of list"),
+        ({0: 0.5, 1: 0.5}, r"must return numbers, but received dict"),
+        ({0.5, 0.25}, r"must return numbers, but received set"),
+        ((value for value in (0.5, 0.5)), r"must return numbers, but received generator"),
+        (np.array([("a", 0.5), ("b", 0.5)], [("name", "U1"), ("p", "f4")]), r"must return numbers, but received nd"),
+        ([10**400, 0], r"must return numbers, but received list of int"),
+        (None, r"the judge must return numbers, but received NoneType"),
     ],
 )
 def test_anything_but_probabilities_is_refused(answer: Any, text: str) -> None:
@@ -96,7 +96,7 @@ def test_a_hard_judge_may_say_true_and_false() -> None:
 
 
 def test_a_complex_tensor_is_refused() -> None:
-    with pytest.raises(JudgeError, match="must return numbers, but returned Tensor"):
+    with pytest.raises(JudgeError, match="must return numbers, but received Tensor"):
         ask(lambda *texts: Tensor([0.5j]), ["x"], ["a"], ["b"])
 
 
@@ -176,9 +176,9 @@ def test_rewards_are_any_finite_numbers() -> None:
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
-        ([1.0], r"one reward for each of 2 prompts, but returned an array of shape \(1,\)"),
-        ([1.0, float("inf")], r"finite rewards, but returned inf for completion 1 \(1 of 2 answers are wrong\)"),
-        (["good", "bad"], r"must return numbers, but returned list of str. Return one reward"),
+        ([1.0], r"one reward for each of 2 prompts, but received an array of shape \(1,\)"),
+        ([1.0, float("inf")], r"finite rewards, but received inf for completion 1 \(1 of 2 answers are wrong\)"),
+        (["good", "bad"], r"must return numbers, but received list of str. Return one reward"),
     ],
 )
 def test_other_rewards_are_refused(answer: Any, text: str) -> None:

@@ -149,5 +149,5 @@ def test_a_judge_that_errs_is_named_in_every_kind_of_choice() -> None:
         return [2.0] * len(texts[0])
 
     for pairs in ("both", "first", "tournament", "win rates"):
-        with pytest.raises(JudgeError, match=r"probabilities in \[0, 1\], but returned 2.0"):
+        with pytest.raises(JudgeError, match=r"probabilities in \[0, 1\], but received 2.0"):
             chosen(broken, shuffled(2 if pairs in ("both", "first") else 4), pairs)

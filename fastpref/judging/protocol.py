@@ -119,7 +119,7 @@ def ask(
     if wrong.any():
         index = int(np.flatnonzero(wrong)[0])
         raise JudgeError(
-            f"the judge must return probabilities in [0, 1], but returned {preference[index]} for pair {index} "
+            f"the judge must return probabilities in [0, 1], but received {preference[index]} for pair {index} "
             f"({int(wrong.sum())} of {len(prompts)} answers are wrong). "
             "Return p(first beats second), not a score or a difference of scores."
         )
@@ -153,7 +153,7 @@ def rate(
     if wrong.any():
         index = int(np.flatnonzero(wrong)[0])
         raise JudgeError(
-            f"the judge must return finite rewards, but returned {rewards[index]} for completion {index} "
+            f"the judge must return finite rewards, but received {rewards[index]} for completion {index} "
             f"({int(wrong.sum())} of {len(prompts)} answers are wrong). Mend the reward model."
         )
     return rewards
@@ -204,7 +204,7 @@ def _answer(
     numbers = _numbers(kind, answer)
     if numbers.shape != (len(prompts),):
         raise JudgeError(
-            f"the judge must return one {kind} for each of {len(prompts)} prompts, but returned an array of shape "
+            f"the judge must return one {kind} for each of {len(prompts)} prompts, but received an array of shape "
             f"{numbers.shape}. Return a flat list in the order of the prompts."
         )
     return numbers
@@ -251,7 +251,7 @@ def _numbers(kind: str, answer: Any) -> Float[np.ndarray, "..."]:
     except Exception as error:
         inside = f" of {', '.join(sorted({type(value).__name__ for value in answer}))}" if parts and answer else ""
         raise JudgeError(
-            f"the judge must return numbers, but returned {type(answer).__name__}{inside}. "
+            f"the judge must return numbers, but received {type(answer).__name__}{inside}. "
             f"Return one {kind} for each prompt, as a float."
         ) from error
 
