@@ -210,8 +210,7 @@ def test_rendered_prompts_get_no_second_special_tokens() -> None:
     assert ChatTemplate.of(numbered).tokens["eos_token"] == "</s>"
     rows = [PAIRS[0], {"prompt": "q", "chosen": " yes", "rejected": " no"}]
     records, _ = read_records(rows, columns=PAIR, template=template)
-    limits = {"max_prompt_tokens": 9, "max_completion_tokens": 9}
-    tokens, report = tokenize_completions(records, tokenizer, **limits)  # type: ignore[arg-type]
+    tokens, report = tokenize_completions(records, tokenizer, max_prompt_tokens=9, max_completion_tokens=9)
     assert [tokens.prompts[at].tolist() for at in (0, 1)] == [[1, 2, 4, 0, 3], [1, 4]]
     # One EOS, though the template writes its own, with a line end behind it.
     assert [[tokens.completions[k][at].tolist() for k in (0, 1)] for at in (0, 1)] == [[[5, 0], [6, 0]]] * 2

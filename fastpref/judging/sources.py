@@ -9,7 +9,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from fastpref.data.token_files import read_json
 from fastpref.judging.http import HttpJudge
@@ -18,6 +17,7 @@ from fastpref.judging.protocol import Judge
 from fastpref.method.errors import ConfigError, ModelError, nearest
 from fastpref.models import load
 from fastpref.models.huggingface import SCALAR_HEAD
+from fastpref.models.tensors import read_header, read_tensor
 
 VALUE_HEAD = "value_head.safetensors"
 """A scalar head stored beside a body."""
@@ -140,15 +140,9 @@ def _scalar_head(source: Path) -> dict[str, np.ndarray]:
         )
     found = {}
     for path in [*sorted(source.glob("model*.safetensors")), *source.glob(VALUE_HEAD)]:
-        try:
-            with safe_open(path, framework="np") as file:
-                for name in file.keys():  # noqa: SIM118, no mapping
-                    if SCALAR_HEAD.fullmatch(name):
-                        found[name] = np.asarray(file.get_tensor(name)).astype(np.float32)
-        except SafetensorError as error:
-            raise ModelError(
-                f"{path} must be a whole safetensors file, but received one that is not ({error}). Copy it again."
-            ) from error
+        for name, tensor in read_header(path).items():
+            if SCALAR_HEAD.fullmatch(name):
+                found[name] = np.asarray(read_tensor(tensor, np.float32, finite=False))
     return found
 
 

@@ -276,11 +276,8 @@ def report_drops(
             remedies.append("Check the records.")
         if report.delivered:
             remedies.append("To learn from the rest alone, raise max_lost.")
-        rule = (
-            f"keep {1 - config.max_lost:.0%} of its records"
-            if report.delivered
-            else ("have at least one record to learn from")
-        )
+        some = f"keep {1 - config.max_lost:.0%} of its records"
+        rule = some if report.delivered else "have at least one record to learn from"
         raise DataError(
             f"a training must {rule}, but received {'this' if report.delivered else 'none'} from {source}: {report}. "
             + " ".join(remedies)
