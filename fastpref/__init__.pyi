@@ -33,9 +33,9 @@ from fastpref.method.errors import ConfigError as ConfigError
 from fastpref.method.errors import FastprefError as FastprefError
 from fastpref.method.errors import JudgeError as JudgeError
 from fastpref.method.schedules import Schedule as Schedule
+from fastpref.models.directories import load as load
+from fastpref.models.directories import save as save
 from fastpref.models.huggingface import LanguageModel as LanguageModel
-from fastpref.models.huggingface import load as load
-from fastpref.models.huggingface import save as save
 from fastpref.models.policy import Policy as Policy
 from fastpref.runs.read_model import read_model as read_model
 from fastpref.sampling.generate import write as write

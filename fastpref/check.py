@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import orjson
 from flax import nnx
@@ -15,6 +16,8 @@ from fastpref.judging.sources import VALUE_HEAD, load_judge
 from fastpref.learning.memory import TrainMemory, size, train_memory
 from fastpref.method.config import TrainConfig, from_mapping
 from fastpref.method.errors import ChatError, FastprefError
+from fastpref.models import LanguageModel, load
+from fastpref.models.adapters import adapt, split
 from fastpref.models.huggingface import SCALAR_HEAD, Description, abstract_module, describe, read_tokenizer
 from fastpref.models.t5 import T5Config
 from fastpref.models.tensors import open_tensors
@@ -55,7 +58,8 @@ def check(path: str | Path, settings: Mapping[str, Any]) -> Iterator[Line]:
     if adapter.is_file():
         entries = read_json({adapter.name: adapter.read_bytes()}, adapter.name)
         yield "kind", f"an adapter ({entries.get('peft_type')}) of the base {entries.get('base_model_name_or_path')!r}"
-        describe(given)  # which refuses it, and says the way out
+        yield from adapter_of(load(given), config)
+        return
     source, saved = given, (given / "manifest").is_file()
     if saved:
         source = given.absolute().parent.parent
@@ -90,6 +94,23 @@ def check(path: str | Path, settings: Mapping[str, Any]) -> Iterator[Line]:
     else:
         parameters = size([variable for _, variable in described.leaves])
         yield "memory as a judge", f"{gib(parameters)} of parameters, float32, counted"
+
+
+def adapter_of(model: LanguageModel, config: TrainConfig) -> Iterator[Line]:
+    """Lines on an adapter that was read with its base."""
+    parts = split(model)
+    assert parts is not None
+    base, adapters = parts
+    ranks = sorted({factors.a.shape[1] for factors in adapters.values()})
+    ends = sorted({name.rpartition(".")[2] for name in adapters})
+    yield "rank", f"{', '.join(map(str, ranks))}, scale {', '.join(map(str, sorted({x.scale for x in base.sites})))}"
+    yield "modules", f"{len(adapters)}, which end with {', '.join(ends)}"
+    yield "size", f"{sum(leaf.size for leaf in jax.tree.leaves(adapters)):,} parameters in the adapter"
+    yield "loads", f"yes, on the base in {model.source}: every tensor was read and is finite"
+    yield "completions end with", ends_of(model.tokenizer)
+    yield from template_of(model.tokenizer)
+    definition = nnx.graphdef(model.module)
+    yield from memory_lines(train_memory(config, definition, base.params, parts), config)
 
 
 def judge_of(source: Path) -> str | None:
@@ -188,8 +209,17 @@ def _differ(files: Mapping[str, bytes], named: Sequence[str]) -> bool:
 
 def memory_of(described: Description, config: TrainConfig) -> Iterator[Line]:
     """Memory of `train` with these settings."""
-    definition, params = nnx.split(abstract_module(described.config))
-    memory: TrainMemory = train_memory(config, definition, params)
+    module = abstract_module(described.config)
+    definition, params = nnx.split(module)
+    parts = None
+    if config.adapter is not None:
+        model = LanguageModel(module, read_tokenizer(described), described.raw)
+        parts = adapt(model, config.adapter, seed=config.seed)
+    yield from memory_lines(train_memory(config, definition, params, parts), config)
+
+
+def memory_lines(memory: TrainMemory, config: TrainConfig) -> Iterator[Line]:
+    """Memory in words."""
     yield (
         "memory of train",
         f"{gib(memory.total)} at the peak, float32: {config.algorithm}, batch_size {config.batch_size}, prompts of "

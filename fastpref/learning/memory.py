@@ -14,6 +14,7 @@ from fastpref.data.ragged import Ragged
 from fastpref.learning import update
 from fastpref.learning.row_plan import plan_rows
 from fastpref.method.config import TrainConfig
+from fastpref.models.adapters import Adapters, Base
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,12 @@ class TrainMemory:
     """Bytes that a run of `train` needs at its peak on its device, without what JAX and the program take themselves."""
 
     policy: int
-    """Parameters of π, counted."""
+    """What is trained of π, parameters or adapters, counted."""
     ref: int
-    """Parameters of π_ref, counted: the policy as it was given, of which the run learns a copy."""
+    """Parameters of π_ref, counted: the policy as it was given, of which the run learns a copy, or the base of its
+    adapters."""
     round: int
-    """Parameters of π_t, counted; 0 in methods without rounds."""
+    """π_t, as much as is trained of π, counted; 0 in methods without rounds."""
     optimizer: int
     """State of the optimiser, counted."""
     cache: int
@@ -41,13 +43,16 @@ class TrainMemory:
         return self.policy + self.ref + self.round + self.optimizer + max(self.cache, self.temporaries)
 
 
-def train_memory(config: TrainConfig, definition: Any, params: Any) -> TrainMemory:
+def train_memory(
+    config: TrainConfig, definition: Any, params: Any, parts: tuple[Base, Adapters] | None = None
+) -> TrainMemory:
     """Memory of a run at its longest prompts and completions.
 
     Args:
       config: the settings.
       definition: GraphDef of the policy.
       params: its parameters, or their shapes; nothing is computed with them.
+      parts: the base of its adapters and these, or their shapes, where they are trained alone.
 
     Returns:
       `TrainMemory`.
@@ -55,10 +60,11 @@ def train_memory(config: TrainConfig, definition: Any, params: Any) -> TrainMemo
     Raises:
       ConfigError: the settings contradict each other or the model.
     """
-    params = jax.eval_shape(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params))
+    params = _shapes(params)
+    base, trained = (None, params) if parts is None else _shapes(parts)
     module = nnx.merge(definition, params)
     optimizer, method = update.build(config), config.method
-    opt_state = jax.eval_shape(partial(update.initial_state, optimizer), params)
+    opt_state = jax.eval_shape(partial(update.initial_state, optimizer), trained)
     completions = 1 if method.pairs == "first" else 2
     prompts, longest, tokens = config.batch_size, config.max_prompt_tokens, config.max_new_tokens
     plan = plan_rows(
@@ -74,7 +80,7 @@ def train_memory(config: TrainConfig, definition: Any, params: Any) -> TrainMemo
     )
     compiled = update.update.lower(
         definition,
-        params,
+        trained,
         opt_state,
         pairs,
         np.float32(1),
@@ -82,6 +88,8 @@ def train_memory(config: TrainConfig, definition: Any, params: Any) -> TrainMemo
         objective=method.objective,
         gradient_accumulation=config.gradient_accumulation,
         length_normalize=config.length_normalize,
+        base=base,
+        key=update.dropout_key(config.seed, 0, base),
     ).compile()
     measured: Any = compiled.memory_analysis()
     # Results that take the place of arguments are counted with the arguments.
@@ -100,14 +108,18 @@ def train_memory(config: TrainConfig, definition: Any, params: Any) -> TrainMemo
 
         cache = 2 * size(jax.eval_shape(prefill, params))
     return TrainMemory(
-        policy=size(params),
+        policy=size(trained),
         ref=size(params),
-        round=size(params) if method.in_rounds else 0,
+        round=size(trained) if method.in_rounds else 0,
         optimizer=size(opt_state),
         cache=cache,
         temporaries=measured.temp_size_in_bytes + fresh,
-        gradients=size(params),
+        gradients=size(trained),
     )
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.eval_shape(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree))
 
 
 def size(tree: Any) -> int:

@@ -14,6 +14,7 @@ from fastpref.judging.models import answer_margins, rewards
 from fastpref.kernels import token_logprobs
 from fastpref.learning import update
 from fastpref.method.losses import bradley_terry
+from fastpref.models.adapters import Base
 from fastpref.models.policy import hidden_states
 
 Batch = dict[str, Array]
@@ -21,16 +22,25 @@ Objective = Callable[[Any, Batch], tuple[Array, Array]]
 """A module and a batch to the sum of its losses and their number, two scalars."""
 
 
-def token_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
+def token_loss(module: Any, batch: Batch, *, frozen_head: bool = False) -> tuple[Array, Array]:
     """Sum of −log π over completion tokens, and how many there are: maximum likelihood."""
     tokens = batch["completion_tokens"]
     real = token_mask(batch["completion_lengths"], tokens.shape[-1])
     prompts = batch["prompt_tokens"]
     hidden = hidden_states(module, prompts, token_mask(batch["prompt_lengths"], prompts.shape[1]), tokens)
     logps = token_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]), module.head(), tokens.reshape(-1), where=real.reshape(-1)
+        hidden.reshape(-1, hidden.shape[-1]),
+        module.head(),
+        tokens.reshape(-1),
+        where=real.reshape(-1),
+        frozen_head=frozen_head,
     )
     return -logps.sum(), real.sum().astype(jnp.float32)
+
+
+def token_loss_with_frozen_head(module: Any, batch: Batch) -> tuple[Array, Array]:
+    """`token_loss`, of which no gradient goes to the head."""
+    return token_loss(module, batch, frozen_head=True)
 
 
 def answer_loss(module: Any, batch: Batch) -> tuple[Array, Array]:
@@ -59,12 +69,24 @@ def _readings(batch: Batch) -> tuple[Array, Array, Array, Array]:
 
 @partial(jax.jit, static_argnames=("definition", "objective", "optimizer"), donate_argnames=("params", "opt_state"))
 def learn(
-    definition: Any, params: Any, opt_state: Any, batch: Batch, *, objective: Objective, optimizer: Any
+    definition: Any,
+    params: Any,
+    opt_state: Any,
+    batch: Batch,
+    *,
+    objective: Objective,
+    optimizer: Any,
+    base: Base | None = None,
+    key: Array | None = None,
 ) -> tuple[Any, Any, dict[str, Array]]:
-    """An optimiser step on the mean of an objective: new parameters, state, metrics; what is not finite is skipped."""
+    """An optimiser step on the mean of an objective: new parameters, state, metrics; what is not finite is skipped.
+
+    With a `base`, `params` are the adapters on it, and `key` is that of their dropout.
+    """
 
     def mean_loss(parameters: Any) -> Array:
-        total, count = objective(nnx.merge(definition, parameters), batch)
+        whole = parameters if base is None else base.adapted(parameters, key=key)
+        total, count = objective(nnx.merge(definition, whole), batch)
         return total / jnp.maximum(count, 1.0)
 
     loss, gradients = jax.value_and_grad(mean_loss)(params)

@@ -20,7 +20,7 @@ from fastpref.method.schedules import value_at
 from fastpref.models import LanguageModel
 from fastpref.runs.metrics import sampling_metrics
 from fastpref.sampling.completions import Completions
-from fastpref.sampling.generate import decode, generate_jit, num_valid_tokens, require_finite
+from fastpref.sampling.generate import decode, num_valid_tokens, require_finite, sample
 
 
 class Frozen(NamedTuple):
@@ -66,7 +66,7 @@ def draw(
     """
     betas = config.method.mixture_betas(value_at(config.mixture_beta, step), config.completions)
     prompts, completions = len(batch.ids), len(betas)
-    drawn: Completions = generate_jit(
+    drawn: Completions = sample(
         writer.definition,
         writer.params,
         partner.definition,

@@ -30,10 +30,20 @@ from fastpref.judging.identity import identity
 from fastpref.judging.models import SUMMARY_PROMPT, PreferenceModel, RewardModel
 from fastpref.judging.protocol import agreement, columns_of
 from fastpref.learning import loop, update
-from fastpref.learning.objectives import Objective, answer_loss, learn, measure, reward_loss, token_loss
+from fastpref.learning.objectives import (
+    Objective,
+    answer_loss,
+    learn,
+    measure,
+    reward_loss,
+    token_loss,
+    token_loss_with_frozen_head,
+)
 from fastpref.method.config import SupervisedConfig
 from fastpref.method.errors import require
 from fastpref.models import LanguageModel, as_model, save
+from fastpref.models.adapters import Adapters, Base, trainable
+from fastpref.models.directories import ADAPTER_FILES, warn_of_merging
 from fastpref.runs import metrics, owner, plots
 from fastpref.runs.report import finish
 
@@ -62,6 +72,7 @@ class FitResult:
 
 def _fit(
     module: Any,
+    parts: tuple[Base, Adapters] | None,
     objective: Objective,
     source: loop.Source,
     read: Callable[[], Mapping[str, Any]],
@@ -75,9 +86,19 @@ def _fit(
     description: str,
     quiet: bool,
 ) -> tuple[Any, list[dict[str, float]], float | None]:
-    """Minimise an objective over batches from `read`; keep the best module by `validate`."""
+    """Minimise an objective over batches from `read`; keep the best module by `validate`.
+
+    With `parts`, the module's base and adapters, those alone are trained.
+    """
     chain = update.build(config) if optimizer is None else optimizer
     definition, start = nnx.split(module)
+    base = None
+    if parts is not None:
+        base, start = parts
+
+    def with_params(params: Any) -> Any:
+        return nnx.merge(definition, params if base is None else base.adapted(params))
+
     sign = 1.0 if metrics.METRICS[criterion].better == "higher" else -1.0
 
     def copy(tree: Any) -> Any:
@@ -88,7 +109,14 @@ def _fit(
         params, opt_state, *best = arrays
         rate = {} if optimizer is not None else {"learning_rate": update.learning_rate(config, opt_state)}
         params, opt_state, measured = learn(
-            definition, params, opt_state, dict(read()), objective=objective, optimizer=chain
+            definition,
+            params,
+            opt_state,
+            dict(read()),
+            objective=objective,
+            optimizer=chain,
+            base=base,
+            key=update.dropout_key(config.seed, done, base),
         )
         return loop.Outcome((params, opt_state, *best), {name: float(value) for name, value in measured.items()} | rate)
 
@@ -96,7 +124,7 @@ def _fit(
         params, opt_state, best, best_value = arrays
         if validate is None or not (done % config.eval_every == 0 or done == config.steps):
             return loop.Outcome(arrays, {})
-        value = validate(nnx.merge(definition, params))
+        value = validate(with_params(params))
         if sign * value > float(best_value):
             best, best_value = copy(params), jnp.asarray(sign * value, jnp.float32)
         return loop.Outcome((params, opt_state, best, best_value), {criterion: value})
@@ -109,7 +137,7 @@ def _fit(
         config,
         run_dir=None if run_dir is None else Path(run_dir),
         fingerprint={
-            "model": loop.digest(start),
+            "model": loop.digest(start) if base is None else loop.digest(base.params, start),
             "objective": description,
             **({"held_out": hashes.of_json(held_out)} if len(held_out) else {}),
             "optimizer": config.optimizer if optimizer is None else identity(chain).fingerprint(),
@@ -119,8 +147,8 @@ def _fit(
         quiet=quiet,
     )
     if validate is None:
-        return nnx.merge(definition, params), history, None
-    return nnx.merge(definition, best), history, sign * float(best_value)
+        return with_params(params), history, None
+    return with_params(best), history, sign * float(best_value)
 
 
 def _arrays(batch: CompletionBatch) -> dict[str, Any]:
@@ -169,7 +197,15 @@ def _within_limits(
 
 def _check_destination(run_dir: str | Path | None, *beside: str) -> None:
     if run_dir is not None:
-        loop.check_destination(Path(run_dir) / "model", *beside)
+        loop.check_destination(Path(run_dir) / "model", *beside, *ADAPTER_FILES)
+
+
+def _parts(model: LanguageModel, config: SupervisedConfig, run_dir: str | Path | None) -> tuple[Base, Adapters] | None:
+    """The base and the initial adapters of a training, or None where all parameters are trained."""
+    parts = trainable(model, config.adapter, seed=config.seed)
+    if parts is not None and run_dir is not None:
+        warn_of_merging(model)
+    return parts
 
 
 def _report(source: Source, report: DropReport, config: SupervisedConfig, quiet: bool) -> None:
@@ -215,6 +251,7 @@ def sft(
     """
     config = SupervisedConfig() if config is None else config
     model = as_model(policy)
+    parts = _parts(model, config, run_dir)
     _check_destination(run_dir)
     tokens, report = _tokens(data, model, ("prompt", "completion"), config, cache)
     _report(data, report, config, quiet)
@@ -245,7 +282,8 @@ def sft(
 
         module, metrics, best = _fit(
             model.module,
-            token_loss,
+            parts,
+            token_loss_with_frozen_head if parts is not None and parts[0].frozen_head else token_loss,
             batcher,
             lambda: _arrays(next(batcher)),
             config,
@@ -316,6 +354,7 @@ def fit_preference_model(
         config.overlong,
         "Drop long completions, or raise max_completion_tokens.",
     )
+    parts = _parts(judge.model, config, run_dir)
     _check_destination(run_dir, "preference_model.json")
     records, report = _within_limits(*_pairs(data, judge.model, config), judge.model, config)
     _report(data, report, config, quiet)
@@ -347,6 +386,7 @@ def fit_preference_model(
 
         module, metrics, best = _fit(
             judge.model.module,
+            parts,
             answer_loss,
             batcher,
             lambda: _arrays(next(batcher)) | constants,
@@ -403,6 +443,10 @@ def fit_reward_model(
     config = SupervisedConfig() if config is None else config
     read = {"max_prompt_tokens": config.max_prompt_tokens, "chat_template_kwargs": config.chat_template_kwargs}
     judge = RewardModel.from_model(as_model(model), **read)
+    parts = _parts(judge.model, config, run_dir)
+    if parts is not None:
+        base, adapters = parts
+        parts = base.within(judge.module, "policy", adapters)
     _check_destination(run_dir, "reward_model.json", "reward_head.safetensors")
     tokens, report = _tokens(data, judge.model, PAIR_COLUMNS, config, cache)
     _report(data, report, config, quiet)
@@ -430,6 +474,7 @@ def fit_reward_model(
 
         module, metrics, best = _fit(
             judge.module,
+            parts,
             reward_loss,
             batcher,
             lambda: _arrays(next(batcher)),

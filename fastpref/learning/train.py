@@ -35,6 +35,8 @@ from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError, DataError, require
 from fastpref.method.schedules import value_at
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
+from fastpref.models.adapters import Base, on_base, trainable
+from fastpref.models.directories import ADAPTER_FILES, warn_of_merging
 from fastpref.models.policy import check_length
 from fastpref.models.rows import shared_rows
 from fastpref.runs import owner
@@ -75,7 +77,7 @@ class TrainResult:
 
 
 Learned = tuple[Any, Any, Any]
-"""Arrays that a step changes and a checkpoint holds: parameters of π, optimiser state, parameters of π_t or ()."""
+"""Arrays that a step changes and a checkpoint holds: what is trained of π, optimiser state, the same of π_t or ()."""
 
 
 class Prompted(NamedTuple):
@@ -97,6 +99,7 @@ class Trainer:
       config: the settings; `config.method` says who writes, what judges, what is learned from and how.
       policy: the model as it was given, for its tokenizer and sizes.
       definition: its GraphDef.
+      base: the frozen model that adapters are trained on; None where all parameters are.
       ref: π_ref.
       partner: the frozen model that the sampler mixes with: π_ref, or μ.
       source: prompts or recorded pairs.
@@ -108,6 +111,7 @@ class Trainer:
     config: TrainConfig
     policy: LanguageModel
     definition: Any
+    base: Base | None
     ref: rollout.Frozen
     partner: rollout.Frozen
     source: Prompted
@@ -130,7 +134,7 @@ class Trainer:
         params, opt_state, round_params = learned
         if method.in_rounds and done % config.round_steps == 0:
             round_params = _copy(params)
-        at_round = rollout.Frozen(self.definition, round_params)
+        at_round = self._model(round_params)
 
         epoch = self.source.batches.epoch
         batch: PromptBatch | PackedPairs = self.source.batches.__next__()
@@ -140,7 +144,7 @@ class Trainer:
         if isinstance(batch, PackedPairs):
             paired = rollout.recorded(batch, self.ref)
         else:
-            writer = at_round if "round" in method.writers else rollout.Frozen(self.definition, params)
+            writer = at_round if "round" in method.writers else self._model(params)
             drawn = rollout.draw(config, done, batch, self.policy, writer, self.partner)
             clock.lap("time/generate")
             judge = cast(RecordedJudge, self.judge)  # which every online method has
@@ -155,7 +159,7 @@ class Trainer:
         pairs = rollout.anchor(config, done, paired, at_round)
         clock.lap("time/pair")
         params, opt_state, measured = update.learn(
-            config, done, self.definition, params, opt_state, pairs, optimizer=self.optimizer
+            config, done, self.definition, params, opt_state, pairs, optimizer=self.optimizer, base=self.base
         )
         clock.lap("time/learn")
 
@@ -175,8 +179,13 @@ class Trainer:
         return loop.Outcome(learned, metrics, list(self.held_out.samples))
 
     def current(self, learned: Learned) -> LanguageModel:
-        """The policy as it is now, in arrays of its own."""
-        return dataclasses.replace(self.policy, module=nnx.merge(self.definition, _copy(learned[0])))
+        """The policy as it is now; what is trained of it in arrays of its own."""
+        return dataclasses.replace(self.policy, module=nnx.merge(*self._model(_copy(learned[0]))))
+
+    def _model(self, trained: Any) -> rollout.Frozen:
+        """The model of trained parameters or adapters."""
+        whole = self.base is None or not trained
+        return rollout.Frozen(self.definition, trained if whole else cast(Base, self.base).adapted(trained))
 
 
 def _copy(parameters: Any) -> Any:
@@ -253,9 +262,15 @@ def train(
     policy, ref, *others = shared_rows(models)
     folder = None if run_dir is None else Path(run_dir)
     destination = folder / "policy" if folder is not None and isinstance(policy.module, T5 | Decoder) else None
-    if destination is not None:
-        loop.check_destination(destination)
     definition, start = nnx.split(policy.module)
+    base = None
+    if (parts := trainable(policy, config.adapter, seed=config.seed)) is not None:
+        base, start = parts
+        ref = ref if ref is policy else on_base(ref, base)
+    if destination is not None:
+        loop.check_destination(destination, *ADAPTER_FILES)
+        if base is not None:
+            warn_of_merging(policy)
     frozen = rollout.Frozen(*nnx.split(ref.module))
     partner = rollout.Frozen(*nnx.split(others[0].module)) if others else frozen
     checks = _checks(eval_prompts, policy, config, quiet)
@@ -275,7 +290,7 @@ def train(
                 ref, checks, same or RecordedJudge(eval_judge, log, timeout=config.judge_timeout), config
             )
         fingerprint = {
-            "policy": loop.digest(start),
+            "policy": loop.digest(start) if base is None else loop.digest(base.params, start),
             "tokenizer": policy.tokenizer.fingerprint.hex(),
             "reference": loop.digest(frozen.params),
             "optimizer": config.optimizer if optimizer is None else identity(optimizer).fingerprint(),
@@ -288,6 +303,7 @@ def train(
             config=config,
             policy=policy,
             definition=definition,
+            base=base,
             ref=frozen,
             partner=partner,
             source=source,

@@ -18,6 +18,7 @@ from fastpref.kernels.preference_loss.objective import sequence_sums
 from fastpref.method import losses
 from fastpref.method.config import SupervisedConfig, TrainConfig
 from fastpref.method.schedules import Schedule, Value, value_at
+from fastpref.models.adapters import Base
 from fastpref.models.policy import Policy
 from fastpref.runs.metrics import pair_metrics
 
@@ -33,6 +34,7 @@ def learn(
     pairs: PackedPairs,
     *,
     optimizer: optax.GradientTransformation | None = None,
+    base: Base | None = None,
 ) -> tuple[Any, Any, dict[str, float]]:
     """`update` as the config says, at a training step.
 
@@ -40,10 +42,11 @@ def learn(
       config: the settings.
       step: updates done, for τ and η.
       definition: GraphDef of the policy.
-      params: its parameters; donated.
+      params: its parameters, or adapters; donated.
       opt_state: state of the optimiser; donated.
       pairs: judged pairs, anchored.
       optimizer: an optax transformation, instead of the one that the config names.
+      base: the frozen model that `params` are the adapters of; None where they are all parameters.
 
     Returns:
       New parameters, new optimiser state, and metrics: those of the update, and the strengths it was made with.
@@ -62,6 +65,8 @@ def learn(
         objective=method.objective,
         gradient_accumulation=config.gradient_accumulation,
         length_normalize=config.length_normalize,
+        base=base,
+        key=dropout_key(config.seed, step, base),
     )
     metrics = {name: float(value) for name, value in measured.items()}
     if method.anchor != "ref":
@@ -69,6 +74,14 @@ def learn(
         metrics = {name.replace("rewards/", "anchor/"): value for name, value in metrics.items()}
     metrics |= rate | {"tau": tau} | ({"eta": eta} if method.strength == "eta" else {})
     return params, opt_state, metrics
+
+
+def dropout_key(seed: int, step: int, base: Base | None) -> Array | None:
+    """The key of the adapters' dropout at a step; None where there is none."""
+    if base is None or not base.dropout:
+        return None
+    # The key without the last fold is the sampler's.
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 1)
 
 
 class Scored(NamedTuple):
@@ -102,6 +115,7 @@ def batch_loss(
     objective: losses.Objective,
     tau: Float[Array, ""],
     length_normalize: bool = False,
+    frozen_head: bool = False,
 ) -> tuple[Float[Array, ""], Float[Array, "P 2"]]:
     """Mean loss of a batch of judged pairs, and the policy's sequence log-probs.
 
@@ -112,6 +126,7 @@ def batch_loss(
       objective: the loss, and how it reads the batch.
       tau: the loss's strength, τ or η, a scalar; may be traced.
       length_normalize: ρ from averages of token log-probs instead of sums.
+      frozen_head: no gradient goes to the head.
 
     Returns:
       The loss, a scalar, and log π(y), log π(y') as sums, shape [P, 2].
@@ -129,10 +144,11 @@ def batch_loss(
             preference,
             loss=bound,
             where=where,
+            frozen_head=frozen_head,
         )
         return result.loss, result.policy_logps
     pairs = where.shape[0]
-    logps = token_logprobs(hidden, policy.head(), targets, where=segments >= 0)
+    logps = token_logprobs(hidden, policy.head(), targets, where=segments >= 0, frozen_head=frozen_head)
     policy_logps = sequence_sums(logps, segments, pairs)
     lengths = jnp.asarray(batch.lengths, jnp.float32)
     # Selecting on both sides of the loss keeps a pair that does not count, NaN included, out of its gradient.
@@ -163,6 +179,8 @@ def update(
     objective: losses.Objective,
     gradient_accumulation: int = 1,
     length_normalize: bool = False,
+    base: Base | None = None,
+    key: Array | None = None,
 ) -> tuple[Any, Any, Metrics]:
     """One optimiser step on a batch of judged pairs.
 
@@ -171,7 +189,7 @@ def update(
 
     Args:
       definition: GraphDef of the policy.
-      params: its parameters; donated.
+      params: its parameters, or adapters; donated.
       opt_state: state of the optimiser; donated.
       batch: P judged pairs in R rows.
       tau: the loss's strength, τ or η, a scalar.
@@ -179,30 +197,41 @@ def update(
       objective: the loss, and how it reads the batch.
       gradient_accumulation: parts of the batch; divides R.
       length_normalize: ρ from averages of token log-probs instead of sums.
+      base: the frozen model that `params` are the adapters of; None where they are all parameters.
+      key: of the adapters' dropout.
 
     Returns:
       New parameters, new optimiser state, metrics.
     """
     total = jnp.maximum(batch.where.sum(), 1).astype(jnp.float32)
 
-    def part_loss(parameters: Any, part: PackedPairs) -> tuple[Array, Array]:
+    def part_loss(parameters: Any, part: PackedPairs, number: Array | int) -> tuple[Array, Array]:
+        noise = None if key is None else jax.random.fold_in(key, number)
         value, logps = batch_loss(
-            nnx.merge(definition, parameters), part, objective=objective, tau=tau, length_normalize=length_normalize
+            nnx.merge(definition, parameters if base is None else base.adapted(parameters, key=noise)),
+            part,
+            objective=objective,
+            tau=tau,
+            length_normalize=length_normalize,
+            frozen_head=base is not None and base.frozen_head,
         )
         return value * part.where.sum().astype(jnp.float32) / total, logps
 
     value_and_grad = jax.value_and_grad(part_loss, has_aux=True)
     if gradient_accumulation == 1:
-        (value, policy_logps), gradients = value_and_grad(params, batch)
+        (value, policy_logps), gradients = value_and_grad(params, batch, 0)
     else:
         parts = _cut(batch, gradient_accumulation)
 
-        def add(carry: tuple[Array, Any], part: PackedPairs) -> tuple[tuple[Array, Any], Array]:
-            (value, logps), gradients = value_and_grad(params, part)
+        def add(carry: tuple[Array, Any], numbered: tuple[Array, PackedPairs]) -> tuple[tuple[Array, Any], Array]:
+            number, part = numbered
+            (value, logps), gradients = value_and_grad(params, part, number)
             return (carry[0] + value, jax.tree.map(jnp.add, carry[1], gradients)), logps
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        (value, gradients), stacked = jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), parts)
+        (value, gradients), stacked = jax.lax.scan(
+            add, (jnp.zeros((), jnp.float32), zeros), (jnp.arange(gradient_accumulation), parts)
+        )
         policy_logps = stacked.reshape(-1, 2)
     params, opt_state, metrics = apply_gated(optimizer, value, gradients, opt_state, params)
     if not objective.alone:

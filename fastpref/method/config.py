@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from fastpref.method.adapter import AdapterConfig
 from fastpref.method.algorithms import ALGORITHMS, Algorithm
 from fastpref.method.choices import OnBadRecord, Overlong, TruncationSide
 from fastpref.method.errors import nearest, require
@@ -102,6 +103,7 @@ class Settings:
     optimizer: Optimizer = "adafactor"
     learning_rate: Value = 1e-4
     max_grad_norm: float | None = None
+    adapter: AdapterConfig | None = None
     seed: int = 0
     eval_every: int = 0
     checkpoint_every: int = 100
@@ -154,6 +156,8 @@ class TrainConfig(Settings):
       optimizer: "adafactor" (decay 0.8) or "adamw".
       learning_rate: a number or a `Schedule`.
       max_grad_norm: clip the global gradient norm to this; None for no clipping.
+      adapter: train low-rank adapters on the frozen model, which then serves as reference as well; None trains all
+        parameters. A model that has an adapter already goes on with it, and this is then left out or says the same.
       length_normalize: use averages of token log-probs instead of sums, which is not the paper; τ then means about
         |y| times more. For contrastive losses only.
       rescore_reference: score completions by a forward pass of the reference instead of using what sampling collected.
@@ -315,6 +319,8 @@ class SupervisedConfig(Settings):
       optimizer: "adafactor" or "adamw".
       learning_rate: a number or a `Schedule`.
       max_grad_norm: clip the global gradient norm to this; None for no clipping.
+      adapter: train low-rank adapters on the frozen model, which then serves as reference as well; None trains all
+        parameters. A model that has an adapter already goes on with it, and this is then left out or says the same.
       seed: of the order.
       eval_every: steps between held-out evaluations; the best by the selection criterion is what is returned.
       checkpoint_every: steps between checkpoints, when a run directory is given; the last step is always saved.
@@ -368,6 +374,8 @@ def _parse(key: str, value: Any, kinds: tuple[type, ...], default: Any) -> Any:
             "For a constant, write a number.",
         )
         return Schedule(**{**value, "start": float(value["start"]), "end": float(value["end"])})
+    if isinstance(value, Mapping) and AdapterConfig in kinds:
+        return AdapterConfig.of(value)
     if float in kinds and type(value) is int:
         return float(value)
     wanted = " or ".join(kind.__name__ for kind in kinds if kind not in (Schedule, type(None)))

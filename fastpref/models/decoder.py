@@ -17,6 +17,7 @@ from fastpref.data.batches import PackedPairs
 from fastpref.kernels import Head
 from fastpref.models.attention import Cache, Own, Shared
 from fastpref.models.layers import ACTIVATIONS, NORMS, Attention, FeedForward, Norm, normal, right_padded
+from fastpref.models.lowrank import dense
 from fastpref.models.masks import Masks, Places, causal_mask, packed_mask
 from fastpref.models.policy import check_length, hidden_states
 from fastpref.models.rope import RopeScaling, Rotation
@@ -197,7 +198,7 @@ class Decoder(nnx.Module):
         logits: dict[str, Any] = {"scale": self.config.logit_scale, "soft_cap": self.config.logit_cap}
         if self.lm_head is None:
             return Head(self.embedding[...], **logits)
-        return Head(self.lm_head[...], vocab_axis=1, **logits)
+        return Head(dense(self.lm_head[...]), vocab_axis=1, **logits)
 
     def forward(
         self,

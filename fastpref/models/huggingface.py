@@ -88,6 +88,8 @@ class LanguageModel:
     tokenizer: Tokenizer
     config: Mapping[str, Any] = field(default_factory=dict)
     """`config.json` as loaded, with entries that only other libraries read; empty writes one from the module."""
+    source: Path | None = field(default=None, compare=False)
+    """The directory that the model, or the base of its adapter, was loaded from."""
 
     def __post_init__(self) -> None:
         # Whatever the tokenizer was made for, an encoder reads prompts alone.
@@ -95,7 +97,9 @@ class LanguageModel:
             object.__setattr__(self, "tokenizer", self.tokenizer.apart())
 
 
-def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = True, body: bool = False) -> LanguageModel:
+def load_whole(
+    path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = True, body: bool = False
+) -> LanguageModel:
     """Read a checkpoint directory in Hugging Face's layout.
 
     Supported are `t5` and `mt5` (both forms of T5) and the decoders of `families.FAMILIES`. Of a Gemma 3 that reads
@@ -124,7 +128,7 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = Tru
     leaves = {place: variable.replace(array) for place, variable, array in described.arrays(dtype=dtype, finite=finite)}
     module = nnx.merge(described.graph, nnx.from_flat_state(leaves))
     tokenizer = read_tokenizer(described)
-    return LanguageModel(module, tokenizer, described.raw)
+    return LanguageModel(module, tokenizer, described.raw, described.source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +260,7 @@ def read_tokenizer(described: Description) -> Tokenizer:
     return tokenizer
 
 
-def save(
+def save_whole(
     model: LanguageModel,
     path: str | Path,
     *,
@@ -429,8 +433,3 @@ def stored_tensors(config: T5Config | DecoderConfig, raw: Mapping[str, Any], sta
 def natural(name: str) -> list[tuple[int, str]]:
     """A sorting key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def as_model(model: LanguageModel | str | Path) -> LanguageModel:
-    """The model itself, or the one that a checkpoint directory holds."""
-    return load(model) if isinstance(model, str | Path) else model

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from fastpref.models.attention import Own, Shared, attend
+from fastpref.models.lowrank import Kernel, product
 from fastpref.models.masks import Mask, Masks
 from fastpref.models.rope import Rotation
 
@@ -213,14 +214,14 @@ def normed_heads(flat: Float[Array, "P K T I"], norm: Norm | None, shape: tuple[
 
 
 def project(x: Float[Array, "*rows I"], kernel: nnx.Param[Array], bias: nnx.Param[Array] | None = None) -> Array:
-    """x @ kernel + bias, in the dtype of the kernel.
+    """x @ kernel + bias, in the dtype of the kernel, with the adapters that the kernel has.
 
     Rows are flattened first: else the gradient of the kernel contracts several axes at once, which XLA turns into a
     transposing copy of the activations on a CPU.
     """
-    weight = kernel[...]
-    product = (x.reshape(-1, x.shape[-1]) @ weight).reshape(*x.shape[:-1], weight.shape[1])
-    return product if bias is None else product + jnp.broadcast_to(bias[...], product.shape)
+    weight: Kernel = kernel[...]
+    result = product(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
+    return result if bias is None else result + jnp.broadcast_to(bias[...], result.shape)
 
 
 def as_queries(heads: Float[Array, "P K T N G H"]) -> Float[Array, "P N K G T H"]:

@@ -10,6 +10,7 @@ from flax import nnx
 from fastpref.method.errors import ModelError, ModelWarning
 from fastpref.models.decoder import Decoder
 from fastpref.models.huggingface import LanguageModel, abstract_module
+from fastpref.models.lowrank import dense
 from fastpref.models.t5 import T5
 
 
@@ -57,8 +58,11 @@ def cut(model: LanguageModel, rows: int) -> LanguageModel:
     graph, state = nnx.split(abstract_module(config))
     shapes = {path: variable.shape for path, variable in nnx.to_flat_state(state)}
     leaves = {
-        path: variable.replace(variable[...][tuple(slice(side) for side in shapes[path])])
+        path: variable
+        if tuple(variable.shape) == shapes[path]
+        else variable.replace(dense(variable[...])[tuple(slice(side) for side in shapes[path])])
         for path, variable in nnx.to_flat_state(nnx.state(module))
     }
     raw = {**model.config, "vocab_size": rows} if model.config else model.config
-    return replace(model, module=nnx.merge(graph, nnx.from_flat_state(leaves)), config=raw)
+    # What lies in the directory is no longer this model.
+    return replace(model, module=nnx.merge(graph, nnx.from_flat_state(leaves)), config=raw, source=None)

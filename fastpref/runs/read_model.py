@@ -3,10 +3,13 @@
 import dataclasses
 from pathlib import Path
 
+import orjson
 from flax import nnx
 
 from fastpref.data.tokenizer import Tokenizer
+from fastpref.method.adapter import AdapterConfig
 from fastpref.models import LanguageModel, load
+from fastpref.models.adapters import trainable, with_adapters
 from fastpref.runs import checkpoints
 
 Model = LanguageModel | str | Path
@@ -69,8 +72,12 @@ def read_model(source: Model, *, like: Model | None = None) -> LanguageModel:
     if not (folder / "manifest").is_file():
         return load(folder)
     pattern = read_model(_final(folder) if like is None else like)
+    # The loop saves (parameters or adapters, ...): what follows them stays on disk.
+    parts = trainable(pattern, _adapter(folder), seed=0)
+    if parts is not None:
+        base, adapters = parts
+        return with_adapters(pattern, base, checkpoints.read(folder, (adapters,))[0])
     definition, params = nnx.split(pattern.module)
-    # The loop saves (parameters, ...): what follows the parameters stays on disk.
     (restored,) = checkpoints.read(folder, (params,))
     return dataclasses.replace(pattern, module=nnx.merge(definition, restored))
 
@@ -86,6 +93,15 @@ def read_tokenizer(source: Model) -> Tokenizer:
         return source.tokenizer
     folder = locate(source)
     return Tokenizer.load(_final(folder) if (folder / "manifest").is_file() else folder)
+
+
+def _adapter(checkpoint: Path) -> AdapterConfig | None:
+    """The adapter's settings of the run that a checkpoint belongs to, where its config can be read."""
+    try:
+        table = orjson.loads((checkpoint.absolute().parent.parent / "config.json").read_bytes()).get("adapter")
+    except (OSError, orjson.JSONDecodeError, AttributeError):
+        return None
+    return AdapterConfig.of(table) if isinstance(table, dict) else None
 
 
 def _final(checkpoint: Path) -> Path:

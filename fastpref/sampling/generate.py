@@ -24,6 +24,7 @@ from fastpref.kernels import mixture_sample
 from fastpref.method.choices import TruncationSide
 from fastpref.method.errors import DivergedError
 from fastpref.models import LanguageModel
+from fastpref.models.lowrank import stacked as stacked_params
 from fastpref.models.policy import Policy
 from fastpref.models.rows import shared_rows
 from fastpref.sampling.completions import Completions, ended
@@ -42,6 +43,7 @@ def generate(
     max_new_tokens: int,
     num_valid_tokens: int | None = None,
     temperature: float = 1.0,
+    stacked: bool = False,
 ) -> Completions:
     """Write K completions to each of P prompts. Traceable: call it under `jax.jit`.
 
@@ -58,12 +60,16 @@ def generate(
       max_new_tokens: T.
       num_valid_tokens: ids from here on are never drawn; None draws from the whole head.
       temperature: of the draw; 0 takes the most likely token of the mixture.
+      stacked: `policy` holds both models (`models.lowrank.stacked`), whose rows take each product with the base at
+        once; `ref` is then None.
 
     Returns:
       `Completions`, with summed log-probs of both models at temperature 1.
     """
     prompts, completions = mixture_beta.shape
     rows = prompts * completions
+    shares = 2 if stacked else 1
+    prompt_tokens, prompt_mask = (jnp.tile(array, (shares, 1)) for array in (prompt_tokens, prompt_mask))
     betas, ids = mixture_beta.reshape(rows), row_ids.reshape(rows)
     models = (policy,) if ref is None else (policy, ref)
     heads = [model.head() for model in models]
@@ -82,8 +88,8 @@ def generate(
         step, written, inputs = state
         hidden, caches = [], []
         for model, (tokens, cache) in zip(models, inputs, strict=True):
-            states, after = model.decode(cache, tokens.reshape(prompts, completions, 1), step)
-            hidden.append(states.reshape(rows, -1))
+            states, after = model.decode(cache, tokens.reshape(shares * prompts, completions, 1), step)
+            hidden += list(states.reshape(shares, rows, -1))
             caches.append(after)
         drawn = mixture_sample(
             hidden[0],
@@ -107,7 +113,7 @@ def generate(
             "mixture": written["mixture"] + jnp.where(live, drawn.mixture_logp, 0.0),
             "done": written["done"] | ended,
         }
-        return step + 1, written, tuple((drawn.token, cache) for cache in caches)
+        return step + 1, written, tuple((jnp.tile(drawn.token, shares), cache) for cache in caches)
 
     zeros = jnp.zeros(rows, jnp.float32)
     blank = {
@@ -130,9 +136,21 @@ def generate(
     )
 
 
+def sample(
+    policy_def: Any, params: Any, ref_def: Any, ref_params: Any, *arguments: Any, **settings: Any
+) -> Completions:
+    """`generate_jit`, with the rows of both models in one pass where they are adapters of one base."""
+    both = None
+    if policy_def == ref_def and params is not None:
+        both = stacked_params(params, ref_params)
+    if both is None:
+        return generate_jit(policy_def, params, ref_def, ref_params, *arguments, **settings)
+    return generate_jit(policy_def, both, None, None, *arguments, stacked=True, **settings)
+
+
 @partial(
     jax.jit,
-    static_argnames=("policy_def", "ref_def", "eos_id", "max_new_tokens", "num_valid_tokens", "temperature"),
+    static_argnames=("policy_def", "ref_def", "eos_id", "max_new_tokens", "num_valid_tokens", "temperature", "stacked"),
 )
 def generate_jit(
     policy_def: Any,
@@ -149,6 +167,7 @@ def generate_jit(
     max_new_tokens: int,
     num_valid_tokens: int | None,
     temperature: float,
+    stacked: bool = False,
 ) -> Completions:
     """`generate` on split NNX modules, compiled once for each pair of models and shape; `ref_def` may be None."""
     mask = token_mask(prompt_lengths, prompt_tokens.shape[1])
@@ -164,6 +183,7 @@ def generate_jit(
         max_new_tokens=max_new_tokens,
         num_valid_tokens=num_valid_tokens,
         temperature=temperature,
+        stacked=stacked,
     )
 
 
@@ -254,7 +274,7 @@ def write(
             tokens[row, : len(ids)] = ids
         row_ids = (start + np.arange(len(rows)))[:, None] * completions + np.arange(completions)[None, :]
         lengths = np.array([len(ids) for ids in rows], np.int32)
-        batch = generate_jit(
+        batch = sample(
             definition,
             params,
             ref_definition,

@@ -1,0 +1,279 @@
+"""Adapters of a model: where they are placed, their initial values, and the base that they are trained on.
+
+The parameters of a run with adapters are a mapping from names of modules, in Hugging Face's layout, to `LowRank`
+factors; the base stays as it is and is shared by all models that have adapters on it.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from fastpref.method.adapter import ALL_LINEAR, AdapterConfig
+from fastpref.method.errors import ConfigError, ModelError
+from fastpref.models.configs import text_config, write_config
+from fastpref.models.decoder import Decoder
+from fastpref.models.huggingface import KEPT_AS_IS, LanguageModel, stored_tensors
+from fastpref.models.lowrank import Adapted, LowRank, dense
+from fastpref.models.t5 import T5
+
+HEAD = "lm_head"
+"""The name of the head, and of its parameter."""
+
+Adapters = dict[str, Any]
+"""`LowRank` factors by the name of the module that they are added to; arrays of what is trained whole by their path."""
+
+
+class Place(NamedTuple):
+    """A kernel of a module, and the columns of the adapter's B that belong to it."""
+
+    path: tuple[Any, ...]
+    start: int
+    end: int
+
+
+class Site(NamedTuple):
+    """A module with an adapter. Several kernels may lie in it, side by side, as q, k and v of Phi-3 do."""
+
+    name: str
+    places: tuple[Place, ...]
+    scale: float
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True, slots=True, eq=False)
+class Base:
+    """A frozen model with the sites of adapters: makes the parameters of a model from its adapters.
+
+    A pytree whose only child is `params`.
+    """
+
+    params: Any
+    """Of the model, without adapters."""
+    sites: tuple[Site, ...]
+    dropout: float = 0.0
+    whole: tuple[tuple[Any, ...], ...] = ()
+    """Paths of parameters that are trained as they are, beside the adapters."""
+
+    def tree_flatten(self) -> tuple[tuple[Any], tuple[Any, ...]]:
+        """The parameters, and what is static."""
+        return (self.params,), (self.sites, self.dropout, self.whole)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any, ...], children: tuple[Any]) -> "Base":
+        """Rebuild without validation."""
+        base = object.__new__(cls)
+        for name, value in zip(("params", "sites", "dropout", "whole"), (*children, *static), strict=True):
+            object.__setattr__(base, name, value)
+        return base
+
+    @property
+    def frozen_head(self) -> bool:
+        """Whether no gradient goes to the head."""
+        return all(site.name != HEAD for site in self.sites)
+
+    def adapted(self, adapters: Adapters, *, key: Array | None = None) -> Any:
+        """The parameters of the model with these adapters; the base's arrays are shared.
+
+        Args:
+          adapters: of every site.
+          key: of the dropout, while the adapters are learned; None for none.
+        """
+        flat = dict(nnx.to_flat_state(self.params))
+        for number, (name, places, scale) in enumerate(self.sites):
+            a, b = adapters[name]
+            noise = None if key is None or not self.dropout else jax.random.fold_in(key, number)
+            for path, start, end in places:
+                part = b if (start, end) == (0, b.shape[1]) else b[:, start:end]
+                kernel = Adapted(flat[path][...], (LowRank(a, part),), scale, noise, self.dropout)
+                flat[path] = flat[path].replace(kernel)
+        for path in self.whole:
+            flat[path] = flat[path].replace(adapters[_joined(path)])
+        return nnx.from_flat_state(flat.items())
+
+    def within(self, module: nnx.Module, attribute: str, adapters: Adapters) -> tuple["Base", Adapters]:
+        """The base of a module that holds the model as an attribute and trains its own parameters whole."""
+        params = nnx.state(module)
+        own = {path: variable[...] for path, variable in nnx.to_flat_state(params) if path[0] != attribute}
+        inner = {path[1:]: variable for path, variable in nnx.to_flat_state(params) if path[0] == attribute}
+        inner |= dict(nnx.to_flat_state(self.params))
+        flat = {(attribute, *path): variable for path, variable in inner.items()}
+        flat |= {path: variable for path, variable in nnx.to_flat_state(params) if path in own}
+        sites = tuple(
+            site._replace(places=tuple(place._replace(path=(attribute, *place.path)) for place in site.places))
+            for site in self.sites
+        )
+        base = replace(self, params=nnx.from_flat_state(flat.items()), sites=sites, whole=tuple(own))
+        return base, adapters | {_joined(path): array for path, array in own.items()}
+
+
+def trainable(model: LanguageModel, config: AdapterConfig | None, *, seed: int) -> tuple[Base, Adapters] | None:
+    """The base and the initial adapters that a training with this setting starts from; None to train all parameters.
+
+    Args:
+      model: the model as it is given, with adapters or without.
+      config: the setting.
+      seed: of the initial values.
+
+    Raises:
+      ConfigError: the setting names no module, or the model has adapters of another shape.
+      ModelError: the module is not of this package.
+    """
+    present = split(model)
+    if present is None:
+        return None if config is None else adapt(model, config, seed=seed)
+    base, adapters = present
+    if config is None:
+        return base, adapters
+    wanted = dict.fromkeys(targeted(linear_modules(model), config.targets), config.rank)
+    received = {name: factors.a.shape[1] for name, factors in adapters.items()}
+    scales = {site.scale for site in base.sites}
+    if wanted != received or scales != {config.scale}:
+        raise ConfigError(
+            "adapter must be left out, or be as that of the policy, which goes on with its own (rank "
+            f"{', '.join(map(str, sorted(set(received.values()))))}, scale {', '.join(map(str, sorted(scales)))}, "
+            f"{len(received)} modules), but received {config}. Leave it out, or merge the policy first: "
+            "fastpref.models.merged(policy)."
+        )
+    return replace(base, dropout=config.dropout), adapters
+
+
+def adapt(model: LanguageModel, config: AdapterConfig, *, seed: int) -> tuple[Base, Adapters]:
+    """The model as a base, and initial adapters, with which it computes what it did.
+
+    Raises:
+      ConfigError: a target names no module.
+      ModelError: the module is not of this package.
+    """
+    modules = linear_modules(model)
+    params = nnx.state(model.module)
+    shapes = {path: tuple(variable.shape) for path, variable in nnx.to_flat_state(params)}
+    sites, adapters = [], {}
+    for number, name in enumerate(targeted(modules, config.targets)):
+        places = modules[name]
+        inner, outer = shapes[places[0].path][0], places[-1].end
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        zeros_b = config.init == "zero-b"
+        drawn = (inner, config.rank) if zeros_b else (config.rank, outer)
+        bound = (inner if zeros_b else config.rank) ** -0.5
+        random = jax.random.uniform(key, drawn, jnp.float32, -bound, bound)
+        zeros = jnp.zeros((config.rank, outer) if zeros_b else (inner, config.rank), jnp.float32)
+        adapters[name] = LowRank(random, zeros) if zeros_b else LowRank(zeros, random)
+        sites.append(Site(name, places, config.scale))
+    return Base(params, tuple(sites), config.dropout), adapters
+
+
+def linear_modules(model: LanguageModel) -> dict[str, tuple[Place, ...]]:
+    """Kernels by the name of their module in Hugging Face's layout, in the order of the layout.
+
+    Raises:
+      ModelError: the module is not of this package.
+    """
+    module: Any = model.module
+    if not isinstance(module, T5 | Decoder):
+        raise ModelError(
+            f"a model with adapters must be a T5 or a Decoder, but received a {type(module).__name__}. "
+            "Leave adapter out, or load the model with fastpref.models.load."
+        )
+    raw = text_config(model.config) or write_config(module.config, eos_id=0, pad_id=0)
+    modules = {}
+    for name, stored in stored_tensors(module.config, raw, nnx.state(module)).items():
+        leaves = [(path, tuple(variable.shape)) for path, variable in stored.leaves]
+        if any(len(shape) != 2 or path[-1] in KEPT_AS_IS for path, shape in leaves):
+            continue
+        places, end = [], 0
+        for path, shape in leaves:
+            places.append(Place(path, end, end + shape[1]))
+            end += shape[1]
+        modules[name.removesuffix(".weight")] = tuple(places)
+    return modules
+
+
+def targeted(modules: Mapping[str, object], targets: str | Sequence[str]) -> list[str]:
+    """Names of the modules that the targets name, in their order.
+
+    As PEFT reads them: one text is "all-linear" (all but the head) or a regular expression of whole names; names of a
+    list are those of modules, or their ends behind a point.
+
+    Raises:
+      ConfigError: a target names none.
+    """
+    ends = sorted({name.rpartition(".")[2] for name in modules})
+    if isinstance(targets, str):
+        matched = [name for name in modules if (name != HEAD if targets == ALL_LINEAR else re.fullmatch(targets, name))]
+        unmatched = [] if matched else [targets]
+    else:
+        matched = [name for name in modules if any(_ends_with(name, target) for target in targets)]
+        unmatched = [target for target in targets if not any(_ends_with(name, target) for name in modules)]
+    if unmatched:
+        tied = HEAD in unmatched
+        remedy = " The head of this model is its embedding, which has no adapter." if tied else ""
+        raise ConfigError(
+            f"targets of an adapter must name modules of the model, which end with {', '.join(ends)}, but received "
+            f"{unmatched[0]!r}, which names none.{remedy} Choose among them, or leave targets out."
+        )
+    return matched
+
+
+def _joined(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def split(model: LanguageModel) -> tuple[Base, Adapters] | None:
+    """The base and the adapters of a model that has them; None where it has none."""
+    flat = dict(nnx.to_flat_state(nnx.state(model.module)))
+    kernels = {path: variable[...] for path, variable in flat.items() if isinstance(variable.get_value(), Adapted)}
+    if not kernels:
+        return None
+    sites, adapters = [], {}
+    for name, places in linear_modules(model).items():
+        parts = [kernels[place.path] for place in places if place.path in kernels]
+        if not parts:
+            continue
+        factors = [part.adapters[0] for part in parts]
+        b = factors[0].b if len(factors) == 1 else jnp.concatenate([factor.b for factor in factors], axis=1)
+        adapters[name] = LowRank(factors[0].a, b)
+        sites.append(Site(name, places, parts[0].scale))
+    bare = {path: variable.replace(kernels[path].weight) for path, variable in flat.items() if path in kernels}
+    dropout = next(iter(kernels.values())).dropout
+    return Base(nnx.from_flat_state((flat | bare).items()), tuple(sites), dropout), adapters
+
+
+def on_base(model: LanguageModel, base: Base) -> LanguageModel:
+    """The model on the arrays of a base, where its own hold the same numbers; else the model itself."""
+    parts = split(model)
+    own = Base(nnx.state(model.module), ()) if parts is None else parts[0]
+    leaves, shared = (jax.tree.leaves_with_path(each.params) for each in (own, base))
+    same = [path for path, _ in leaves] == [path for path, _ in shared] and all(
+        mine is theirs or (mine.shape == theirs.shape and mine.dtype == theirs.dtype and bool((mine == theirs).all()))
+        for (_, mine), (_, theirs) in zip(leaves, shared, strict=True)
+    )
+    if not same:
+        return model
+    return with_adapters(model, replace(own, params=base.params), {} if parts is None else parts[1])
+
+
+def with_adapters(model: LanguageModel, base: Base, adapters: Adapters) -> LanguageModel:
+    """The model on the base with these adapters."""
+    return replace(model, module=nnx.merge(nnx.graphdef(model.module), base.adapted(adapters)))
+
+
+def merged(model: LanguageModel) -> LanguageModel:
+    """The model with its adapter added to its kernels, W + s·A B, in arrays of its own where there was one.
+
+    Logits are those of the model with its adapter, but for rounding.
+    """
+    flat = [
+        (path, variable.replace(dense(variable[...])) if isinstance(variable.get_value(), Adapted) else variable)
+        for path, variable in nnx.to_flat_state(nnx.state(model.module))
+    ]
+    return replace(model, module=nnx.merge(nnx.graphdef(model.module), nnx.from_flat_state(flat)))

@@ -1,0 +1,90 @@
+"""Directories of models: whole checkpoints, and adapters on a base, told apart by their files."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from fastpref.method.errors import ModelWarning
+from fastpref.models.adapters import merged
+from fastpref.models.huggingface import LanguageModel, load_whole, save_whole
+from fastpref.models.lowrank import is_adapted
+from fastpref.models.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
+
+ADAPTER_FILES = (CONFIG, WEIGHTS)
+"""Files of an adapter beside those of its tokenizer."""
+
+
+def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = True, body: bool = False) -> LanguageModel:
+    """Read a checkpoint directory in Hugging Face's layout (`huggingface.load_whole`), or an adapter in PEFT's.
+
+    Args:
+      path: a checkpoint, or an adapter whose `base_model_name_or_path` is a directory here.
+      dtype: of the parameters, whatever the file has; adapters are float32.
+      finite: refuse weights that hold NaN or infinity.
+      body: read a model whose states alone are used, by a reward model.
+
+    Returns:
+      The module, a `Policy`, and its tokenizer.
+
+    Raises:
+      FileNotFoundError: the directory, one of its files or the base of an adapter is missing.
+      ModelError: a file cannot be read, the model is of an unsupported kind, or its parts do not fit each other.
+    """
+    if _is_adapter(Path(path)):
+        return load_adapter(path, dtype=dtype, finite=finite)
+    return load_whole(path, dtype=dtype, finite=finite, body=body)
+
+
+def _is_adapter(path: Path) -> bool:
+    # Beside whole weights it is refused, since each may be meant.
+    return (path / CONFIG).is_file() and not any(path.glob("model*.safetensors"))
+
+
+def save(
+    model: LanguageModel,
+    path: str | Path,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    beside: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write a directory that `load` and Hugging Face's libraries read; of a model with an adapter, that alone.
+
+    A model whose base was loaded from no directory is written whole, its adapter merged, with a `ModelWarning`.
+
+    Args:
+      model: what to save.
+      path: a new or empty directory, or one that holds a checkpoint and nothing else.
+      max_shard_bytes: weights above this size are cut into shards of at most it, one tensor at least in each.
+      beside: further files of the checkpoint, contents by name.
+
+    Raises:
+      WriteError: the disk refused; the message names `path`, which is as it was.
+      TypeError: the module is neither a `T5` nor a `Decoder`.
+      ModelError: `model.config` describes another model, or no kind of checkpoint fits the module's configuration.
+      FileExistsError: `path` holds files that are no part of a checkpoint.
+    """
+    if is_adapted(nnx.state(model.module)) and not warn_of_merging(model):
+        save_adapter(model, path, beside=beside)
+    else:
+        save_whole(merged(model), path, max_shard_bytes=max_shard_bytes, beside=beside)
+
+
+def warn_of_merging(model: LanguageModel) -> bool:
+    """Whether `save` writes a model with an adapter whole, since nothing names its base; says so."""
+    if model.source is None:
+        warnings.warn(
+            "the base of the adapter was loaded from no directory, which its files could name: it is saved merged, as "
+            "a whole model",
+            ModelWarning,
+            stacklevel=3,
+        )
+    return model.source is None
+
+
+def as_model(model: LanguageModel | str | Path) -> LanguageModel:
+    """The model itself, or the one that a directory holds."""
+    return load(model) if isinstance(model, str | Path) else model

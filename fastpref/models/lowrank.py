@@ -1,0 +1,166 @@
+"""Kernels with low-rank adapters (LoRA: Hu et al., 2021), and the one product that all layers take with a kernel.
+
+Models that share a base are run in one pass: their rows lie one after the other, in equal parts, in every product with
+a kernel W, which is read once; each model's own difference s·(x A) B is added to its own rows.
+"""
+
+from dataclasses import dataclass
+from types import EllipsisType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+
+class LowRank(NamedTuple):
+    """A trained difference of rank r to a kernel: s · A B (LoRA, section 4.1), s kept by the kernel."""
+
+    a: Float[Array, "I r"]
+    b: Float[Array, "r O"]
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapted:
+    """A kernel with the adapters of M models that share it. It stands in the place of the kernel's array."""
+
+    weight: Float[Array, "I O"]
+    """W, read once for the rows of all models."""
+    adapters: tuple[LowRank | None, ...]
+    """Of each model; None for one that is the base itself."""
+    scale: float = 1.0
+    """s, α / r."""
+    noise: Array | None = None
+    """A key, while adapters are trained with dropout."""
+    dropout: float = 0.0
+    """Probability that an entry of x does not reach A, where there is noise."""
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[float, float]]:
+        """The arrays, and what is static."""
+        names = ("weight", "adapters", "noise")
+        return tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names), (
+            self.scale,
+            self.dropout,
+        )
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[float, float], leaves: tuple[Any, ...]) -> "Adapted":
+        """Rebuild without validation: JAX puts tracers, shapes and None in the place of leaves."""
+        kernel = object.__new__(cls)
+        for name, value in zip(("weight", "adapters", "noise", "scale", "dropout"), (*leaves, *static), strict=True):
+            object.__setattr__(kernel, name, value)
+        return kernel
+
+    def __getitem__(self, index: EllipsisType) -> "Adapted":
+        """The kernel itself: how a parameter is read."""
+        return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kernel."""
+        return tuple(self.weight.shape)
+
+    @property
+    def size(self) -> int:
+        """Entries of the kernel."""
+        return int(self.weight.size)
+
+    def merged(self) -> Float[Array, "I O"]:
+        """W + s · A B of a single model, in the dtype of W.
+
+        Raises:
+          ValueError: several models share the kernel.
+        """
+        if len(self.adapters) != 1:
+            raise ValueError(
+                f"a kernel to be merged must have the adapter of one model, but received {len(self.adapters)}. "
+                "Merge each model by itself."
+            )
+        (adapter,) = self.adapters
+        if adapter is None:
+            return self.weight
+        a, b = (x.astype(jnp.float32) for x in adapter)
+        difference = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        return (self.weight.astype(jnp.float32) + self.scale * difference).astype(self.weight.dtype)
+
+
+Kernel = Array | Adapted
+"""A matrix [I, O] that rows are multiplied with."""
+
+
+def product(x: Float[Array, "N I"], kernel: Kernel) -> Float[Array, "N O"]:
+    """x W, and to the rows of each model s · (x A) B of its own adapter.
+
+    Args:
+      x: rows; those of M models one after the other, in equal parts.
+      kernel: W, with adapters or without.
+    """
+    if not isinstance(kernel, Adapted):
+        return x @ kernel
+    shared = x @ kernel.weight
+    models = len(kernel.adapters)
+    parts = zip(jnp.split(x, models), jnp.split(shared, models), kernel.adapters, strict=True)
+    rows = [base if adapter is None else base + _difference(part, adapter, kernel) for part, base, adapter in parts]
+    return rows[0] if models == 1 else jnp.concatenate(rows)
+
+
+def _difference(x: Float[Array, "n I"], adapter: LowRank, kernel: Adapted) -> Float[Array, "n O"]:
+    a, b = (factor.astype(x.dtype) for factor in adapter)
+    if kernel.noise is not None and kernel.dropout:
+        kept = jax.random.bernoulli(kernel.noise, 1 - kernel.dropout, x.shape)
+        x = jnp.where(kept, x / (1 - kernel.dropout), jnp.zeros_like(x))
+    return kernel.scale * ((x @ a) @ b)
+
+
+def dense(kernel: Kernel) -> Array:
+    """The kernel as one array, its adapter merged."""
+    return kernel.merged() if isinstance(kernel, Adapted) else kernel
+
+
+def is_adapted(tree: Any) -> bool:
+    """Whether a tree of parameters has adapters."""
+    return any(isinstance(leaf, Adapted) for leaf in jax.tree.leaves(tree, is_leaf=_is_kernel))
+
+
+def stacked(params: Any, ref_params: Any) -> Any | None:
+    """Parameters of two models that share a base, for one pass over the rows of the first and then of the second.
+
+    Args:
+      params: of the first model, a tree of arrays and `Adapted` kernels.
+      ref_params: of the second.
+
+    Returns:
+      The tree in which each kernel has the adapters of both; None where they do not share all else as the same arrays,
+      or where a head has an adapter: the sampler takes heads as they are.
+    """
+    (leaves, structure), (ref_leaves, ref_structure) = (
+        jax.tree.flatten_with_path(tree, is_leaf=_is_kernel) for tree in (params, ref_params)
+    )
+    if structure != ref_structure:
+        return None
+    kernels = [_shared(path, leaf, ref) for (path, leaf), (_, ref) in zip(leaves, ref_leaves, strict=True)]
+    return None if any(kernel is None for kernel in kernels) else jax.tree.unflatten(structure, kernels)
+
+
+def _shared(path: Any, first: Kernel, second: Kernel) -> Kernel | None:
+    """One kernel of two models, or None where it is not the same."""
+    both = [kernel for kernel in (first, second) if isinstance(kernel, Adapted)]
+    if _weight(first) is not _weight(second):
+        return None
+    if not both:
+        return first
+    alike = len({kernel.scale for kernel in both}) == 1 and all(len(kernel.adapters) == 1 for kernel in both)
+    if not alike or "lm_head" in jax.tree_util.keystr(path):
+        return None
+    adapters = tuple(kernel.adapters[0] if isinstance(kernel, Adapted) else None for kernel in (first, second))
+    return Adapted(_weight(first), adapters, both[0].scale)
+
+
+def _is_kernel(leaf: Any) -> bool:
+    return isinstance(leaf, Adapted)
+
+
+def _weight(leaf: Kernel) -> Array:
+    return leaf.weight if isinstance(leaf, Adapted) else leaf
