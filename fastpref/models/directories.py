@@ -35,7 +35,7 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = Tru
       ModelError: a file cannot be read, the model is of an unsupported kind, or its parts do not fit each other.
     """
     if _is_adapter(Path(path)):
-        return load_adapter(path, dtype=dtype, finite=finite)
+        return load_adapter(path, dtype=dtype, finite=finite, body=body)
     return load_whole(path, dtype=dtype, finite=finite, body=body)
 
 

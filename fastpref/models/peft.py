@@ -53,6 +53,7 @@ def load_adapter(
     base: LanguageModel | str | Path | None = None,
     dtype: DTypeLike = jnp.float32,
     finite: bool = True,
+    body: bool = False,
 ) -> LanguageModel:
     """Read an adapter of PEFT's layout, and its base.
 
@@ -62,6 +63,7 @@ def load_adapter(
         here or from beside the adapter.
       dtype: of the base; adapters are float32.
       finite: refuse numbers that are not.
+      body: read a base whose states alone are used, by a reward model.
 
     Returns:
       The model with its adapter, on the arrays of `base` where that is a model.
@@ -84,7 +86,8 @@ def load_adapter(
         raise FileNotFoundError(f"an adapter must hold {WEIGHTS}, but received {source} without. Save it again.")
     tensors = read_header(source / WEIGHTS)
     if not isinstance(base, LanguageModel):
-        base = load_whole(_base_of(source, entries) if base is None else base, dtype=dtype, finite=finite)
+        where = _base_of(source, entries) if base is None else base
+        base = load_whole(where, dtype=dtype, finite=finite, body=body)
     if split(base) is not None:
         raise ModelError(
             f"the base of an adapter must be a whole checkpoint, but received one with an adapter for {source}. "
