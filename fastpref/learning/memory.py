@@ -90,6 +90,7 @@ def train_memory(
         length_normalize=config.length_normalize,
         base=base,
         key=update.dropout_key(config.seed, 0, base),
+        remat=config.remat,
     ).compile()
     measured: Any = compiled.memory_analysis()
     # Results that take the place of arguments are counted with the arguments.

@@ -13,6 +13,7 @@ from fastpref.data.batches import token_mask
 from fastpref.judging.models import answer_margins, rewards
 from fastpref.kernels import token_logprobs
 from fastpref.learning import update
+from fastpref.method.choices import Remat
 from fastpref.method.losses import bradley_terry
 from fastpref.models.adapters import Base
 from fastpref.models.policy import hidden_states
@@ -67,7 +68,9 @@ def _readings(batch: Batch) -> tuple[Array, Array, Array, Array]:
     return batch["prompt_tokens"], batch["prompt_lengths"], batch["completion_tokens"], batch["completion_lengths"]
 
 
-@partial(jax.jit, static_argnames=("definition", "objective", "optimizer"), donate_argnames=("params", "opt_state"))
+@partial(
+    jax.jit, static_argnames=("definition", "objective", "optimizer", "remat"), donate_argnames=("params", "opt_state")
+)
 def learn(
     definition: Any,
     params: Any,
@@ -78,6 +81,7 @@ def learn(
     optimizer: Any,
     base: Base | None = None,
     key: Array | None = None,
+    remat: Remat = "none",
 ) -> tuple[Any, Any, dict[str, Array]]:
     """An optimiser step on the mean of an objective: new parameters, state, metrics; what is not finite is skipped.
 
@@ -85,8 +89,7 @@ def learn(
     """
 
     def mean_loss(parameters: Any) -> Array:
-        whole = parameters if base is None else base.adapted(parameters, key=key)
-        total, count = objective(nnx.merge(definition, whole), batch)
+        total, count = objective(update.learner(definition, parameters, base, key, remat), batch)
         return total / jnp.maximum(count, 1.0)
 
     loss, gradients = jax.value_and_grad(mean_loss)(params)

@@ -117,6 +117,7 @@ def _fit(
             optimizer=chain,
             base=base,
             key=update.dropout_key(config.seed, done, base),
+            remat=config.remat,
         )
         return loop.Outcome((params, opt_state, *best), {name: float(value) for name, value in measured.items()} | rate)
 

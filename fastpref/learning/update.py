@@ -16,7 +16,9 @@ from fastpref.data.batches import PackedPairs
 from fastpref.kernels import preference_loss, token_logprobs
 from fastpref.kernels.preference_loss.objective import sequence_sums
 from fastpref.method import losses
+from fastpref.method.choices import Remat
 from fastpref.method.config import SupervisedConfig, TrainConfig
+from fastpref.method.errors import ConfigError
 from fastpref.method.schedules import Schedule, Value, value_at
 from fastpref.models.adapters import Base
 from fastpref.models.policy import Policy
@@ -67,6 +69,7 @@ def learn(
         length_normalize=config.length_normalize,
         base=base,
         key=dropout_key(config.seed, step, base),
+        remat=config.remat,
     )
     metrics = {name: float(value) for name, value in measured.items()}
     if method.anchor != "ref":
@@ -74,6 +77,20 @@ def learn(
         metrics = {name.replace("rewards/", "anchor/"): value for name, value in metrics.items()}
     metrics |= rate | {"tau": tau} | ({"eta": eta} if method.strength == "eta" else {})
     return params, opt_state, metrics
+
+
+def learner(definition: Any, params: Any, base: Base | None, key: Array | None, remat: Remat) -> Any:
+    """The module that a gradient is taken of, from its parameters or its adapters on a base."""
+    module = nnx.merge(definition, params if base is None else base.adapted(params, key=key))
+    if remat != "none":
+        body = getattr(module, "policy", module)
+        if not hasattr(body, "remat"):
+            raise ConfigError(
+                f"remat must be 'none' for a module of another package, but received {remat!r} for a "
+                f"{type(body).__name__}. Leave it out, and use jax.checkpoint inside the module."
+            )
+        body.remat = remat
+    return module
 
 
 def dropout_key(seed: int, step: int, base: Base | None) -> Array | None:
@@ -165,7 +182,7 @@ def batch_loss(
 
 @partial(
     jax.jit,
-    static_argnames=("definition", "optimizer", "objective", "gradient_accumulation", "length_normalize"),
+    static_argnames=("definition", "optimizer", "objective", "gradient_accumulation", "length_normalize", "remat"),
     donate_argnames=("params", "opt_state"),
 )
 def update(
@@ -181,6 +198,7 @@ def update(
     length_normalize: bool = False,
     base: Base | None = None,
     key: Array | None = None,
+    remat: Remat = "none",
 ) -> tuple[Any, Any, Metrics]:
     """One optimiser step on a batch of judged pairs.
 
@@ -199,6 +217,7 @@ def update(
       length_normalize: ρ from averages of token log-probs instead of sums.
       base: the frozen model that `params` are the adapters of; None where they are all parameters.
       key: of the adapters' dropout.
+      remat: what is kept of each layer for the gradient.
 
     Returns:
       New parameters, new optimiser state, metrics.
@@ -208,7 +227,7 @@ def update(
     def part_loss(parameters: Any, part: PackedPairs, number: Array | int) -> tuple[Array, Array]:
         noise = None if key is None else jax.random.fold_in(key, number)
         value, logps = batch_loss(
-            nnx.merge(definition, parameters if base is None else base.adapted(parameters, key=noise)),
+            learner(definition, parameters, base, noise, remat),
             part,
             objective=objective,
             tau=tau,

@@ -5,5 +5,8 @@ from typing import Literal
 Overlong = Literal["drop", "truncate", "raise"]
 OnBadRecord = Literal["raise", "skip", "warn"]
 
+Remat = Literal["none", "layers", "all"]
+"""What the learner keeps of each layer for the gradient: all that it needs, products with kernels, or its input alone."""
+
 TruncationSide = Literal["left", "right"]
 """Where a text that is too long is cut: "right" keeps its first tokens, "left" its last."""

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from fastpref.method.adapter import AdapterConfig
 from fastpref.method.algorithms import ALGORITHMS, Algorithm
-from fastpref.method.choices import OnBadRecord, Overlong, TruncationSide
+from fastpref.method.choices import OnBadRecord, Overlong, Remat, TruncationSide
 from fastpref.method.errors import nearest, require
 from fastpref.method.schedules import Schedule, Value, bounds, value_at
 
@@ -64,6 +64,7 @@ CHOICES = {
     "truncation_side": "Choose the side on which a text that is too long is cut.",
     "on_bad_record": "Choose what happens to records that cannot be used.",
     "optimizer": "For any other, pass an optax.GradientTransformation as the `optimizer` argument of the function.",
+    "remat": "Choose what is computed again to save memory.",
     "mixture_partner": "Choose the model that the policy is mixed with.",
     "baseline": "Choose one of them.",
 }
@@ -104,6 +105,7 @@ class Settings:
     learning_rate: Value = 1e-4
     max_grad_norm: float | None = None
     adapter: AdapterConfig | None = None
+    remat: Remat = "none"
     seed: int = 0
     eval_every: int = 0
     checkpoint_every: int = 100
@@ -158,6 +160,8 @@ class TrainConfig(Settings):
       max_grad_norm: clip the global gradient norm to this; None for no clipping.
       adapter: train low-rank adapters on the frozen model, which then serves as reference as well; None trains all
         parameters. A model that has an adapter already goes on with it, and this is then left out or says the same.
+      remat: what is kept of each layer for the gradient: "none" keeps all that it needs, "layers" its input and the
+        products with kernels, "all" its input alone; the rest is computed again. Memory for time.
       length_normalize: use averages of token log-probs instead of sums, which is not the paper; τ then means about
         |y| times more. For contrastive losses only.
       rescore_reference: score completions by a forward pass of the reference instead of using what sampling collected.
@@ -321,6 +325,8 @@ class SupervisedConfig(Settings):
       max_grad_norm: clip the global gradient norm to this; None for no clipping.
       adapter: train low-rank adapters on the frozen model, which then serves as reference as well; None trains all
         parameters. A model that has an adapter already goes on with it, and this is then left out or says the same.
+      remat: what is kept of each layer for the gradient: "none" keeps all that it needs, "layers" its input and the
+        products with kernels, "all" its input alone; the rest is computed again. Memory for time.
       seed: of the order.
       eval_every: steps between held-out evaluations; the best by the selection criterion is what is returned.
       checkpoint_every: steps between checkpoints, when a run directory is given; the last step is always saved.

@@ -5,6 +5,7 @@ is grouped, over all of the text or over a window of it.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,7 +17,16 @@ from jaxtyping import Bool, Float, Int
 from fastpref.data.batches import PackedPairs
 from fastpref.kernels import Head
 from fastpref.models.attention import Cache, Own, Shared
-from fastpref.models.layers import ACTIVATIONS, NORMS, Attention, FeedForward, Norm, normal, right_padded
+from fastpref.models.layers import (
+    ACTIVATIONS,
+    NORMS,
+    Attention,
+    FeedForward,
+    Norm,
+    normal,
+    rematerialised,
+    right_padded,
+)
 from fastpref.models.lowrank import dense
 from fastpref.models.masks import Masks, Places, causal_mask, packed_mask
 from fastpref.models.policy import check_length, hidden_states
@@ -171,6 +181,20 @@ class DecoderLayer(nnx.Module):
             **block_norms(),
         )
 
+    def __call__(
+        self,
+        x: Float[Array, "P K T D"],
+        *,
+        mask: Masks,
+        prompt: Shared | None,
+        past: Own | None,
+        slot: Int[Array, ""] | int,
+        rotation: Rotation | None,
+    ) -> tuple[Float[Array, "P K T D"], Shared | Own]:
+        """Both blocks; the arguments and the second result are those of `Attention`."""
+        x, own = self.attention(x, mask, prompt=prompt, past=past, slot=slot, rotation=rotation)
+        return self.feed_forward(x), own
+
 
 class Decoder(nnx.Module):
     """A decoder-only language model: keeps `fastpref.models.Policy`.
@@ -185,6 +209,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.vocab_size = config.vocab_size
         self.decoder_start: int | None = None
+        self.remat = "none"
         self.embedding = normal(rngs, (config.vocab_size, config.width), config.initial_std, dtype)
         places = (config.max_positions or 0, config.width)
         self.positions = normal(rngs, places, config.initial_std, dtype) if config.learned_positions else None
@@ -234,8 +259,8 @@ class Decoder(nnx.Module):
         for number, (layer, prompt, before) in enumerate(zip(self.layers, prompts or none, past or none, strict=True)):
             local = number in config.local
             rotation = None if number in config.unrotated else rotations[local]
-            x, own = layer.attention(x, masks[local], prompt=prompt, past=before, slot=slot, rotation=rotation)
-            x = layer.feed_forward(x)
+            run = partial(layer, mask=masks[local], slot=slot, rotation=rotation)
+            x, own = rematerialised(run, self.remat)(x, prompt=prompt, past=before)
             written.append(own)
         return self.norm(x), tuple(written)
 

@@ -7,6 +7,7 @@ with K = 1. Kernels are stored [in, out], so that no step transposes a weight.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,18 @@ class Norm(nnx.Module):
             return (wide * (1 + scale.astype(jnp.float32))).astype(x.dtype)
         bias = jnp.broadcast_to(self.bias[...], x.shape).astype(jnp.float32)
         return (wide * scale.astype(jnp.float32) + bias).astype(x.dtype)
+
+
+REMAT = {
+    "layers": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "all": jax.checkpoint_policies.nothing_saveable,
+}
+"""What is kept of a layer besides its input for the gradient, by the setting `remat`; "none" keeps all that it needs."""
+
+
+def rematerialised(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """A layer as a function of arrays, of which the rest is computed again for the gradient."""
+    return layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat])
 
 
 def residual(x: Array, result: Array, after: Norm | None, multiplier: float) -> Array:

@@ -6,6 +6,7 @@ stack, is added instead (Raffel et al., 2020).
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from fastpref.data.batches import PackedPairs
 from fastpref.kernels import Head
 from fastpref.models.attention import Cache, Own, Shared
-from fastpref.models.layers import ACTIVATIONS, Attention, FeedForward, Norm, normal, right_padded
+from fastpref.models.layers import ACTIVATIONS, Attention, FeedForward, Norm, normal, rematerialised, right_padded
 from fastpref.models.lowrank import dense
 from fastpref.models.masks import Distances, Mask, Masks, cross_mask, packed_mask, padding_mask, prompt_mask
 from fastpref.models.policy import hidden_states
@@ -108,6 +109,22 @@ class T5Layer(nnx.Module):
             rngs=rngs,
         )
 
+    def __call__(
+        self,
+        x: Float[Array, "P K T D"],
+        *,
+        mask: Masks,
+        cross: Attention | None = None,
+        prompt: Shared | None = None,
+        past: Own | None = None,
+        slot: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "P K T D"], Shared | Own]:
+        """The blocks, with `cross` between them, which reads the prompt, in a decoder; and what attention returns."""
+        x, own = self.attention(x, mask, past=past, slot=slot)
+        if cross is not None and prompt is not None:
+            x = cross.cross(x, prompt, mask.prompt)
+        return self.feed_forward(x), own
+
 
 def attention(config: T5Config, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Attention:
     """A T5 attention block; the missing scale of the scores is in the initial values of q."""
@@ -164,6 +181,7 @@ class T5(nnx.Module):
         self.config = config
         self.vocab_size = config.vocab_size
         self.decoder_start: int | None = config.start_id
+        self.remat = "none"
         self.embedding = normal(rngs, (config.vocab_size, config.width), config.initial_factor, dtype)
         self.encoder = Stack(config, decoder=False, dtype=dtype, rngs=rngs)
         self.decoder = Stack(config, decoder=True, dtype=dtype, rngs=rngs)
@@ -184,8 +202,7 @@ class T5(nnx.Module):
         x = self.embedding[...][tokens][:, None]
         own = Masks(mask._replace(distances=self.encoder.distances(tokens.shape[1])))
         for layer in self.encoder.layers:
-            x, _ = layer.attention(x, own)
-            x = layer.feed_forward(x)
+            x, _ = rematerialised(partial(layer, mask=own), self.remat)(x)
         x = self.encoder.norm(x)
         return tuple(Shared.of(cross.keys(x), cross.values(x)) for cross in self.cross)
 
@@ -211,11 +228,11 @@ class T5(nnx.Module):
         """
         x = self.embedding[...][tokens]
         size = past[0].values.shape[3] if past else tokens.shape[2]
-        own_mask = Masks(mask.own._replace(distances=self.decoder.distances(size, slot)))
+        mask = mask._replace(own=mask.own._replace(distances=self.decoder.distances(size, slot)))
         none, written = (None,) * len(self.cross), []
         for layer, cross, prompt, before in zip(self.decoder.layers, self.cross, prompts, past or none, strict=True):
-            x, own = layer.attention(x, own_mask, past=before, slot=slot)
-            x = layer.feed_forward(cross.cross(x, prompt, mask.prompt))
+            run = partial(layer, mask=mask, cross=cross, slot=slot)
+            x, own = rematerialised(run, self.remat)(x, prompt=prompt, past=before)
             written.append(own)
         return self.decoder.norm(x), tuple(written)
 
