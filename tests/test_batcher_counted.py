@@ -1,7 +1,6 @@
 """Batches of exactly so many pairs: against a slow, obvious batcher, byte for byte; packing decides only the rows."""
 
 import itertools
-import json
 from collections import Counter
 from typing import Any
 
@@ -13,7 +12,7 @@ from slow_pairs import SlowBatcher, SlowPair, part_of, plan_counted, random_pair
 from test_batcher_pairs import LAYOUTS, check_batch, in_layout
 from test_batcher_pairs import batcher as filled
 
-from fastpref.data import PairBatcher, _native, row_counts, state
+from fastpref.data import PairBatcher, _native, hashes, row_counts, state
 from fastpref.data.row_shapes import batch_shapes
 from fastpref.method.errors import ConfigError, DataError
 
@@ -178,7 +177,7 @@ def test_the_state_of_another_batch_is_refused() -> None:
             with pytest.raises(DataError, match=rf"state must have the .*{message}\. Restore with what it was"):
                 other.restore(native.state())
         # Before there was a number of pairs, a state had none.
-        content = json.loads(native.state()[len(state.MAGIC) + 16 :])
+        content = hashes.unsealed(native.state())
         del content["identity"]["batch_size"]
         with pytest.raises(DataError, match=r"state must have the batch_size of this batcher, 5, but received None"):
             native.restore(state.encode(content["identity"], content["position"]))

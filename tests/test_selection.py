@@ -143,7 +143,9 @@ def test_candidates_that_cannot_be_ranked_are_refused(tmp_path: Path) -> None:
         select("no/run")
     with pytest.raises(ValueError, match=r"at least 2 prompts, but received 1"):
         select_checkpoint("no/run", "no/model", ["w1"], early, max_new_tokens=6)
-    with pytest.raises(JudgeError, match=r"must return one probability for each of 24 prompts, but received an array of shape \(1,\)"):
+    with pytest.raises(
+        JudgeError, match=r"must return one probability for each of 24 prompts, but received an array of shape \(1,\)"
+    ):
         select_checkpoint(language_model(), language_model(), PROMPTS, lambda *texts: [0.5], max_new_tokens=6)
 
 
