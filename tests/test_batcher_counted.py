@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_pairs import SlowBatcher, SlowPair, part_of, plan_counted, random_pairs, same
+from slow_pairs import SlowBatcher, SlowPair, native_plan, part_of, plan_counted, random_pairs, same
 from test_batcher_pairs import LAYOUTS, check_batch, in_layout
 from test_batcher_pairs import batcher as filled
 
@@ -43,20 +43,8 @@ def test_plan_equals_the_python_version(
 ) -> None:
     sizes = [(tokens, prompt * encoder) for tokens, prompt in sizes]
     shapes = [(rows, 31, 13 * encoder) for rows in sorted({max(batch // 4, 1), batch + 1})]
-    tokens, prompts = np.asarray(sizes, np.int32).T.copy()
-    members, ends, batches, _ = _native.plan_pairs(
-        tokens,
-        prompts if encoder else np.zeros(0, np.int32),
-        shapes=shapes,
-        batch_pairs=batch,
-        max_pairs_per_row=most,
-        window=1,
-        seed=seed,
-        epoch=epoch,
-    )
-    native = [row.tolist() for row in np.split(members, ends)[:-1]]
-    found = [(shape, native[first : first + count]) for first, count, shape in batches.tolist()]
-    assert found == plan_counted(sizes, shapes, most, batch, seed, epoch)
+    options = {"batch_pairs": batch, "max_pairs_per_row": most, "window": 1, "seed": seed, "epoch": epoch}
+    assert native_plan(sizes, shapes, **options) == plan_counted(sizes, shapes, most, batch, seed, epoch)
 
 
 def test_a_plan_is_pinned() -> None:
