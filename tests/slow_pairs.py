@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fastpref.data import _native
 from fastpref.data.batches import PackedPairs
 
 MASK = 2**64 - 1
@@ -87,6 +88,15 @@ def plan(
         rows = [rows[row] for row in permutation(len(rows), seed, epoch, ROWS + i)]
         batches += [(i, rows[at : at + count]) for at in range(0, len(rows), count)]
     return [batches[batch] for batch in permutation(len(batches), seed, epoch, BATCHES)]
+
+
+def native_plan(sizes: Sequence[Size], shapes: Sequence[Any], **options: Any) -> list[tuple[int, list[list[int]]]]:
+    """What `plan` and `plan_counted` give, from the native core."""
+    tokens, prompts = np.asarray(sizes, np.int32).T.copy()
+    prompts = prompts if prompts.any() else prompts[:0]
+    members, ends, batches, _ = _native.plan_pairs(tokens, prompts, shapes=shapes, **options)
+    rows = [row.tolist() for row in np.split(members, ends)[:-1]]
+    return [(shape, rows[first : first + count]) for first, count, shape in batches.tolist()]
 
 
 def plan_counted(

@@ -1,7 +1,6 @@
 """Batches of exactly so many pairs: against a slow, obvious batcher, byte for byte; packing decides only the rows."""
 
 import itertools
-import json
 from collections import Counter
 from typing import Any
 
@@ -9,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_pairs import SlowBatcher, SlowPair, part_of, plan_counted, random_pairs, same
+from slow_pairs import SlowBatcher, SlowPair, native_plan, part_of, plan_counted, random_pairs, same
 from test_batcher_pairs import LAYOUTS, check_batch, in_layout
 from test_batcher_pairs import batcher as filled
 
-from fastpref.data import PairBatcher, _native, row_counts, state
+from fastpref.data import PairBatcher, _native, hashes, row_counts, state
 from fastpref.data.row_shapes import batch_shapes
 from fastpref.method.errors import ConfigError, DataError
 
@@ -44,20 +43,8 @@ def test_plan_equals_the_python_version(
 ) -> None:
     sizes = [(tokens, prompt * encoder) for tokens, prompt in sizes]
     shapes = [(rows, 31, 13 * encoder) for rows in sorted({max(batch // 4, 1), batch + 1})]
-    tokens, prompts = np.asarray(sizes, np.int32).T.copy()
-    members, ends, batches, _ = _native.plan_pairs(
-        tokens,
-        prompts if encoder else np.zeros(0, np.int32),
-        shapes=shapes,
-        batch_pairs=batch,
-        max_pairs_per_row=most,
-        window=1,
-        seed=seed,
-        epoch=epoch,
-    )
-    native = [row.tolist() for row in np.split(members, ends)[:-1]]
-    found = [(shape, native[first : first + count]) for first, count, shape in batches.tolist()]
-    assert found == plan_counted(sizes, shapes, most, batch, seed, epoch)
+    options = {"batch_pairs": batch, "max_pairs_per_row": most, "window": 1, "seed": seed, "epoch": epoch}
+    assert native_plan(sizes, shapes, **options) == plan_counted(sizes, shapes, most, batch, seed, epoch)
 
 
 def test_a_plan_is_pinned() -> None:
@@ -178,7 +165,7 @@ def test_the_state_of_another_batch_is_refused() -> None:
             with pytest.raises(DataError, match=rf"state must have the .*{message}\. Restore with what it was"):
                 other.restore(native.state())
         # Before there was a number of pairs, a state had none.
-        content = json.loads(native.state()[len(state.MAGIC) + 16 :])
+        content = hashes.unsealed(native.state())
         del content["identity"]["batch_size"]
         with pytest.raises(DataError, match=r"state must have the batch_size of this batcher, 5, but received None"):
             native.restore(state.encode(content["identity"], content["position"]))

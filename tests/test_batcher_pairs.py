@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_pairs import SlowBatcher, SlowPair, pack, part_of, permutation, plan, random_pairs, same, write
+from slow_pairs import SlowBatcher, SlowPair, native_plan, pack, part_of, permutation, plan, random_pairs, same, write
 
 from fastpref.data import PackedPairs, PairBatcher, _native, pack_pairs, row_counts
 from fastpref.method.errors import DataError
@@ -66,32 +66,18 @@ def test_plan_equals_the_python_version(
     shapes = [(rows, 31, 13 * encoder)]
     if tail:
         shapes = [(2 * rows, 9, 6 * encoder), (rows, 16, 6 * encoder), *shapes]
-    tokens, prompts = np.asarray(sizes, np.int32).T.copy()
-    members, ends, batches, _ = _native.plan_pairs(
-        tokens,
-        prompts if encoder else np.zeros(0, np.int32),
-        shapes=shapes,
-        max_pairs_per_row=most,
-        window=window,
-        seed=seed,
-        epoch=epoch,
-    )
-    native = [row.tolist() for row in np.split(members, ends)[:-1]]
-    found = [(shape, native[first : first + count]) for first, count, shape in batches.tolist()]
-    assert found == plan(sizes, shapes, most, window, seed, epoch)
-    assert sorted(members.tolist()) == list(range(len(sizes)))
+    native = native_plan(sizes, shapes, max_pairs_per_row=most, window=window, seed=seed, epoch=epoch)
+    assert native == plan(sizes, shapes, most, window, seed, epoch)
+    assert sorted(pair for _, rows in native for row in rows for pair in row) == list(range(len(sizes)))
 
 
 def test_a_plan_is_pinned() -> None:
     """A change of these numbers is a change of everyone's order: it needs a new plan version."""
-    tokens = np.asarray([3, 9, 4, 4, 7, 1, 6, 2, 5, 5], np.int32)
-    members, ends, batches, digest = _native.plan_pairs(
-        tokens, np.zeros(0, np.int32), shapes=[(2, 10, 0)], max_pairs_per_row=3, window=6, seed=42, epoch=3
-    )
-    assert plan([(n, 0) for n in tokens.tolist()], [(2, 10, 0)], 3, 6, 42, 3) == [
-        (0, [members[ends[at - 1] if at else 0 : ends[at]].tolist() for at in range(first, first + count)])
-        for first, count, _ in batches.tolist()
-    ]
+    tokens, shapes = np.asarray([3, 9, 4, 4, 7, 1, 6, 2, 5, 5], np.int32), [(2, 10, 0)]
+    options: dict[str, Any] = {"max_pairs_per_row": 3, "window": 6, "seed": 42, "epoch": 3}
+    members, ends, batches, digest = _native.plan_pairs(tokens, np.zeros(0, np.int32), shapes=shapes, **options)
+    sizes = [(n, 0) for n in tokens.tolist()]
+    assert native_plan(sizes, shapes, **options) == plan(sizes, shapes, 3, 6, 42, 3)
     assert (members.tolist(), ends.tolist(), batches.tolist(), digest) == PINNED
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from small import PROMPTS, language_model, prefers_w1
 
 from fastpref.data.batches import token_mask
-from fastpref.evaluation.during_training import HeldOut, exact_kl
+from fastpref.evaluation.during_training import HeldOut, _Texts, exact_kl
 from fastpref.judging.recorded import RecordedJudge
 from fastpref.kernels import Head
 from fastpref.method.config import TrainConfig
@@ -101,8 +101,8 @@ def test_every_metric_is_what_was_written() -> None:
     assert found["eval/entropy"] == pytest.approx((entropy * real).sum() / real.sum(), rel=1e-4)
     assert 0 < found["eval/kl_per_token"] < found["eval/kl_exact"]
 
-    ratios = [evaluation._score(policy, side) - side.ref_logps[:, 0] for side in pair]
-    margins = ratios[0] - ratios[1]
+    ratios = evaluation._score(policy, _Texts.of(*pair)) - np.concatenate([side.ref_logps for side in pair], axis=1)
+    margins = ratios[:, 0] - ratios[:, 1]
     agreed = (1 + np.sign(margins) * np.sign(np.array(prefers_w1([], first, second)) - 0.5)) / 2
     different = np.array([a != b for a, b in zip(first, second, strict=True)])
     assert found["eval/agreement"] == pytest.approx(agreed[different].mean())

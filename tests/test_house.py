@@ -149,6 +149,7 @@ TRAINER = [
     "matplotlib",
     "optax",
     "orbax",
+    "orjson",
     "pyarrow",
     "rich",
     "safetensors",

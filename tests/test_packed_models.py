@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from model_cases import compiled, make
 from slow_packing import LAYOUTS, PaddedPairs, pack, scored
-from test_models import compiled, make
 
 from fastpref.data.batches import PackedPairs
 from fastpref.kernels import preference_loss, token_logprobs

@@ -25,7 +25,7 @@ from fastpref.method.algorithms import ALGORITHMS
 from fastpref.method.config import TrainConfig
 from fastpref.method.errors import CheckpointError, ConfigError, JudgeError
 from fastpref.method.schedules import Schedule
-from fastpref.models import LanguageModel, load
+from fastpref.models import LanguageModel, load, scoring
 from fastpref.sampling.generate import write
 
 SGD = optax.sgd(1.0)
@@ -88,7 +88,7 @@ def update(
 
 def scored(batch: PaddedPairs, family: str = "decoder") -> PaddedPairs:
     definition, params = nnx.split(language_model(family).module)
-    logps = np.asarray(learner.score(definition, params, packed(batch, family)))
+    logps = np.asarray(scoring.score(definition, params, packed(batch, family)))
     return batch._replace(ref_logps=logps[: len(batch.where)])
 
 
@@ -186,9 +186,9 @@ def test_gradients_are_those_of_the_papers_formulas() -> None:
 
     @jax.jit
     def pull(params: Any, batch: PackedPairs, slopes: jax.Array) -> Any:
-        return jax.vjp(lambda weights: learner.sequence_logps(nnx.merge(definition, weights), batch), params)[1](slopes)
+        return jax.vjp(lambda weights: scoring.sequence_logps(nnx.merge(definition, weights), batch), params)[1](slopes)
 
-    policy = np.asarray(learner.score(definition, params, packed(plain))).astype(np.float64)
+    policy = np.asarray(scoring.score(definition, params, packed(plain))).astype(np.float64)
     cases = {
         "inpo": (combined, eta, inpo_slopes(policy, tau, eta)),
         "nash-md-pg": (LOGPS[0], tau, gradient_slopes(policy, tau, scores)),

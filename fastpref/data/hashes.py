@@ -1,11 +1,11 @@
 """XXH3-128 of files, directories and arrays: the one hash by which content is named and damage is found."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import orjson
 import xxhash
 
 
@@ -29,11 +29,25 @@ def of_buffers(buffers: Iterable[Any]) -> bytes:
     return bytes(digest.digest())
 
 
-def of_json(value: Any) -> str:
-    """XXH3-128 of a value as JSON, its arrays and dataclasses included, in hexadecimal."""
-    return of_bytes(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY))
-
-
 def of_bytes(content: bytes) -> str:
     """XXH3-128 of bytes, in hexadecimal."""
     return xxhash.xxh3_128_hexdigest(content)
+
+
+def sealed(content: dict[str, Any], *, indent: int | None = None) -> bytes:
+    """A JSON object below a line with its XXH3-128, in hexadecimal: what `unsealed` reads."""
+    text = json.dumps(content, indent=indent, separators=(",", ":")).encode()
+    return of_bytes(text).encode() + b"\n" + text
+
+
+def unsealed(blob: bytes) -> dict[str, Any]:
+    """The object that `sealed` was given.
+
+    Raises:
+      ValueError: a byte of it has changed.
+    """
+    digest, _, text = blob.partition(b"\n")
+    if of_bytes(text).encode() != digest:
+        raise ValueError("its first line is not the xxh3 of the rest")
+    content: dict[str, Any] = json.loads(text)
+    return content

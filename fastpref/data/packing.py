@@ -11,10 +11,9 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
-import xxhash
 from jaxtyping import Bool, Float, Int, Int32, Int64
 
-from fastpref.data import _native, state
+from fastpref.data import _native, hashes, state
 from fastpref.data.batches import PackedPairs
 from fastpref.data.columns import Numbers, Rows, column, fingerprint, per_record, preferences, ragged
 from fastpref.data.ragged import Ragged
@@ -179,7 +178,7 @@ class PairBatcher:
             prefetch=prefetch,
         )
         self._identity = {
-            "tokenizer hash": xxhash.xxh3_128_hexdigest(
+            "tokenizer hash": hashes.of_bytes(
                 tokenizer_hash.encode() if isinstance(tokenizer_hash, str) else tokenizer_hash
             ),
             "number of pairs": count - len(dropped),

@@ -1,20 +1,16 @@
 """The saved state of a batcher: what it belongs to and where the next batch is taken from, in a few hundred bytes.
 
-`FPSTATE`, the XXH3-64 checksum of what follows, and a JSON object with the identity and the position. A state of other
-data, settings or format is refused with the name of what differs.
+A sealed JSON object with the format, the identity and the position. A state of other data, settings or format is
+refused with the name of what differs.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-import xxhash
-
+from fastpref.data import hashes
 from fastpref.method.errors import DataError
 
-MAGIC = b"FPSTATE\n"
-FORMAT = 2
-_CHECKSUM = slice(len(MAGIC), len(MAGIC) + 16)
+FORMAT = 3
 
 
 def encode(identity: Mapping[str, Any], position: Mapping[str, int]) -> bytes:
@@ -24,9 +20,7 @@ def encode(identity: Mapping[str, Any], position: Mapping[str, int]) -> bytes:
       identity: what `decode` compares, the plainest differences first: values that JSON keeps, with lists for tuples.
       position: whole numbers by name.
     """
-    content = {"format": FORMAT, "identity": dict(identity), "position": dict(position)}
-    text = json.dumps(content, separators=(",", ":")).encode()
-    return MAGIC + xxhash.xxh3_64_hexdigest(text).encode() + text
+    return hashes.sealed({"format": FORMAT, "identity": dict(identity), "position": dict(position)})
 
 
 def decode(state: bytes, identity: Mapping[str, Any]) -> dict[str, int]:
@@ -38,14 +32,14 @@ def decode(state: bytes, identity: Mapping[str, Any]) -> dict[str, int]:
     """
     if not isinstance(state, bytes):
         raise TypeError(f"state must be bytes, but received {type(state).__name__}. Pass what state() returned.")
-    text = state[_CHECKSUM.stop :]
-    if not state.startswith(MAGIC) or state[_CHECKSUM] != xxhash.xxh3_64_hexdigest(text).encode():
+    try:
+        saved = hashes.unsealed(state)
+    except ValueError as error:
         raise DataError(
             f"state must be the bytes of state(), but received {len(state)} bytes that are not. Start from an "
             "undamaged copy, or anew."
-        )
-    saved = json.loads(text)
-    differing = [("format", saved["format"], FORMAT)]
+        ) from error
+    differing = [("format", saved.get("format"), FORMAT)]
     differing += [(name, saved["identity"].get(name), own) for name, own in identity.items()]
     for name, received, own in differing:
         if received != own:

@@ -12,15 +12,17 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from fastpref.data.batches import token_mask
+from fastpref.data.packing import pack_pairs
 from fastpref.evaluation.win_rates import both_orders, summarise
 from fastpref.judging.identity import digest
 from fastpref.judging.recorded import RecordedJudge
-from fastpref.kernels import Divergence, divergence, token_logprobs
+from fastpref.kernels import Divergence, divergence
 from fastpref.kernels.divergence import xla
 from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError, CutWarning, ModelError
 from fastpref.models import LanguageModel
 from fastpref.models.policy import Policy, hidden_states
+from fastpref.models.scoring import score
 from fastpref.sampling.generate import Written, write
 
 PURPOSE = "evaluation"
@@ -79,44 +81,38 @@ def _along(
     definition: Any, params: Any, ref_definition: Any, ref_params: Any, *written: Array
 ) -> tuple[Float[Array, "P K"], Float[Array, "P K"]]:
     """KL and entropy, summed along each completion."""
-    prompt_tokens, prompt_mask, tokens, mask = _masked(*written)
-    found = exact_kl(
-        nnx.merge(definition, params), nnx.merge(ref_definition, ref_params), prompt_tokens, prompt_mask, tokens, mask
-    )
-    return found.kl.sum(-1), found.entropy.sum(-1)
+    prompt_tokens, prompt_lengths, tokens, lengths = written
+    masks = token_mask(prompt_lengths, prompt_tokens.shape[1]), token_mask(lengths, tokens.shape[2])
+    policy, ref = nnx.merge(definition, params), nnx.merge(ref_definition, ref_params)
+    kl, entropy = exact_kl(policy, ref, prompt_tokens, masks[0], tokens, masks[1])
+    return kl.sum(-1), entropy.sum(-1)
 
 
-@partial(jax.jit, static_argnames=("definition",))
-def _logps(definition: Any, params: Any, *written: Array) -> Float[Array, "P K"]:
-    """Teacher-forced log π(y | x)."""
-    policy: Policy = nnx.merge(definition, params)
-    prompt_tokens, prompt_mask, tokens, mask = _masked(*written)
-    hidden = hidden_states(policy, prompt_tokens, prompt_mask, tokens).reshape(tokens.size, -1)
-    logps = token_logprobs(hidden, policy.head(), tokens.reshape(-1), where=mask.reshape(-1))
-    return logps.reshape(tokens.shape).sum(-1)
+class _Texts(NamedTuple):
+    """Prompts and completions as arrays, padded on the right."""
 
+    prompt_tokens: Int[np.ndarray, "P S"]
+    prompt_lengths: Int[np.ndarray, " P"]
+    tokens: Int[np.ndarray, "P K T"]
+    lengths: Int[np.ndarray, "P K"]
 
-def _masked(
-    prompt_tokens: Int[Array, "P S"],
-    prompt_lengths: Int[Array, " P"],
-    tokens: Int[Array, "P K T"],
-    lengths: Int[Array, "P K"],
-) -> tuple[Array, Array, Array, Array]:
-    return (
-        prompt_tokens,
-        token_mask(prompt_lengths, prompt_tokens.shape[1]),
-        tokens,
-        token_mask(lengths, tokens.shape[2]),
-    )
+    @classmethod
+    def of(cls, *written: Written) -> "_Texts":
+        """Completions of the same prompts, side by side."""
+        first = written[0]
+        tokens, lengths = (
+            np.concatenate([getattr(side, name) for side in written], axis=1) for name in ("tokens", "lengths")
+        )
+        return cls(first.prompt_tokens, first.prompt_lengths, tokens, lengths)
 
 
 class _References(NamedTuple):
     """What the reference wrote to the held-out prompts, and what the judge and the reference itself say of it."""
 
-    pairs: tuple[Written, Written]
+    pairs: _Texts
     first: list[str]
     preference: Float[np.ndarray, " P"]
-    ref_logps: tuple[Float[np.ndarray, " P"], ...]
+    ref_logps: Float[np.ndarray, "P 2"]
 
 
 class HeldOut:
@@ -174,10 +170,11 @@ class HeldOut:
             for prompt, before, after, p in zip(self._prompts[:SAMPLES], baseline, texts, judged, strict=False)
         ]
         definition, params = nnx.split(policy.module)
-        kl, entropy = self._batched(partial(_along, definition, params, *nnx.split(self._ref.module)), written)
+        measure = partial(_along, definition, params, *nnx.split(self._ref.module))
+        kl, entropy = self._batched(measure, _Texts.of(written))
         # Both from the same computation, so that a policy that is the reference ties exactly.
-        first, second = (self._score(policy, side) - logps for side, logps in zip(pairs, ref_logps, strict=True))
-        differ = (pairs[0].tokens != pairs[1].tokens).any((1, 2))
+        first, second = (self._score(policy, pairs) - ref_logps).T
+        differ = (pairs.tokens[:, 0] != pairs.tokens[:, 1]).any(1)
         agreed = (1 + np.sign(first - second) * np.sign(preference - 0.5)) / 2
         tokens = float(written.lengths.sum())
         return {
@@ -195,10 +192,11 @@ class HeldOut:
 
     def _references(self) -> _References:
         # Two calls of one program: with two completions at once it would be another, compiled for this alone.
-        pairs = self._write(self._ref, seed=1), self._write(self._ref, seed=2)
-        first, second = ([text for (text,) in side.texts] for side in pairs)
+        written = self._write(self._ref, seed=1), self._write(self._ref, seed=2)
+        first, second = ([text for (text,) in side.texts] for side in written)
         preference = both_orders(self._judge.at(PURPOSE, 0), self._prompts, first, second)
-        return _References(pairs, first, preference, tuple(self._score(self._ref, side) for side in pairs))
+        pairs = _Texts.of(*written)
+        return _References(pairs, first, preference, self._score(self._ref, pairs))
 
     def _write(self, model: LanguageModel, *, seed: int) -> Written:
         with warnings.catch_warnings():
@@ -216,20 +214,27 @@ class HeldOut:
                 batch_size=self._rows,
             )
 
-    def _score(self, model: LanguageModel, written: Written) -> Float[np.ndarray, " P"]:
+    def _score(self, model: LanguageModel, pairs: _Texts) -> Float[np.ndarray, "P 2"]:
+        """Teacher-forced log π of both completions of each prompt."""
         definition, params = nnx.split(model.module)
-        (logps,) = self._batched(lambda *batch: (_logps(definition, params, *batch),), written)
-        return logps[:, 0]
+        prompt, completions = pairs.prompt_tokens.shape[1], 2 * pairs.tokens.shape[2]
+        rows: dict[str, Any] = {"row_tokens": prompt + completions}
+        if (start := model.module.decoder_start) is not None:
+            rows = {"row_tokens": completions, "prompt_row_tokens": prompt, "decoder_start": start}
+            rows["layout"] = "encoder-decoder"
 
-    def _batched(
-        self, measure: Callable[..., tuple[Array, ...]], written: Written
-    ) -> tuple[Float[np.ndarray, "P K"], ...]:
+        def logps(*batch: np.ndarray) -> tuple[np.ndarray]:
+            packed, slots = pack_pairs(*batch, **rows, max_pairs_per_row=1, counts=[len(batch[0])])
+            return (np.asarray(score(definition, params, packed))[slots],)
+
+        return self._batched(logps, pairs)[0]
+
+    def _batched(self, measure: Callable[..., tuple[Any, ...]], texts: _Texts) -> tuple[Float[np.ndarray, "P K"], ...]:
         """Call `measure` on batches of one shape, the last filled up, and join what it finds."""
-        arrays = (written.prompt_tokens, written.prompt_lengths, written.tokens, written.lengths)
-        count = len(written.lengths)
+        count = len(texts.lengths)
         filled = np.arange(-(-count // self._rows) * self._rows) % count
         found = [
-            measure(*(array[filled[start : start + self._rows]] for array in arrays))
+            measure(*(array[filled[start : start + self._rows]] for array in texts))
             for start in range(0, count, self._rows)
         ]
         return tuple(np.concatenate([np.asarray(part) for part in parts])[:count] for parts in zip(*found, strict=True))

@@ -117,11 +117,13 @@ def drive(
             if saved_state is not None:
                 done, arrays = saved_state.step, saved_state.arrays
                 source.restore(saved_state.extra["source"])
-                skipped, unreported = _progress(saved_state.extra, arrays)
-                if _report_changes(run_dir, done, saved_state.extra.get("settings", {}), settings):
-                    skipped = 0
+                progress = json.loads(saved_state.extra["progress"])
+                if (rest := progress["unreported"]) is not None:
+                    unreported = Outcome(arrays, rest["metrics"], rest["samples"])
+                changed = _report_changes(run_dir, done, progress["settings"], settings)
+                skipped = 0 if changed else progress["skipped"]
             run.write_config(settings)
-            written = None if saved_state is None else saved_state.extra.get("metrics")
+            written = None if saved_state is None else saved_state.extra["metrics"]
             history = _metrics(run.resume(done if unreported is None else done - 1, written))
         saved = done
         position = source.state()
@@ -129,7 +131,6 @@ def drive(
         def keep() -> None:
             nonlocal saved
             if folder is not None and saved < done:
-                rest = {} if unreported is None else {"metrics": unreported.metrics, "samples": unreported.samples}
                 checkpoints.save(
                     folder,
                     done,
@@ -137,10 +138,7 @@ def drive(
                     {
                         "source": position,
                         "metrics": b"" if run is None else run.history(),
-                        "skipped": skipped,
-                        "settings": _free(settings),
-                        # As bytes: metrics may be NaN, for which JSON has no word.
-                        "unreported": json.dumps(rest).encode(),
+                        "progress": _progress(skipped, unreported, settings),
                     },
                     fingerprint=fingerprint,
                     keep=config.keep_checkpoints,
@@ -202,10 +200,11 @@ def _check_health(skipped: int, done: int) -> None:
         )
 
 
-def _progress(extra: Mapping[str, Any], arrays: Any) -> tuple[int, Outcome | None]:
-    """Skipped updates in a row, and the step whose measurement or report failed, if there is one."""
-    rest = json.loads(extra.get("unreported", b"{}"))
-    return extra.get("skipped", 0), Outcome(arrays, rest["metrics"], rest["samples"]) if rest else None
+def _progress(skipped: int, unreported: Outcome | None, settings: Mapping[str, Any]) -> bytes:
+    """Skipped updates in a row, the step whose measurement or report failed, if there is one, and what may change."""
+    rest = None if unreported is None else {"metrics": unreported.metrics, "samples": unreported.samples}
+    # Not orjson: metrics may be NaN.
+    return json.dumps({"skipped": skipped, "unreported": rest, "settings": _free(settings)}).encode()
 
 
 def _free(settings: Mapping[str, Any]) -> dict[str, Any]:

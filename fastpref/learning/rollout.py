@@ -13,11 +13,11 @@ from fastpref.data.batches import PackedPairs, PromptBatch
 from fastpref.data.packing import pack_pairs
 from fastpref.judging.pairs import Jury, Selection, select
 from fastpref.judging.recorded import RecordedJudge
-from fastpref.learning import update
 from fastpref.learning.row_plan import RowPlan
 from fastpref.method.config import TrainConfig
 from fastpref.method.schedules import value_at
 from fastpref.models import LanguageModel
+from fastpref.models.scoring import score
 from fastpref.runs.metrics import sampling_metrics
 from fastpref.sampling.completions import Completions
 from fastpref.sampling.generate import decode, num_valid_tokens, require_finite, sample
@@ -180,7 +180,7 @@ def pair(
     metrics = {}
     # What sampling collected is log π_ref only where π_ref was mixed in, and log π_t only where π_t wrote.
     if config.rescore_reference or not partner_is_ref:
-        pairs = pairs._replace(ref_logps=update.score(ref.definition, ref.params, pairs))
+        pairs = pairs._replace(ref_logps=score(ref.definition, ref.params, pairs))
         ref_logps[used] = np.asarray(pairs.ref_logps)[slots[used]]
     if not partner_is_ref:
         ratios = (policy_logps - ref_logps)[used, : learned.shape[1]]
@@ -203,7 +203,7 @@ def recorded(pairs: PackedPairs, ref: Frozen) -> Paired:
         "pairs/used": float(pairs.where.sum()),
     }
     # Not kept from epoch to epoch: their rounding depends on the batch, and a continued run must not differ.
-    return Paired(pairs._replace(ref_logps=update.score(ref.definition, ref.params, pairs)), None, metrics)
+    return Paired(pairs._replace(ref_logps=score(ref.definition, ref.params, pairs)), None, metrics)
 
 
 def anchor(config: TrainConfig, step: int, paired: Paired, at_round: Frozen) -> PackedPairs:
@@ -220,7 +220,7 @@ def anchor(config: TrainConfig, step: int, paired: Paired, at_round: Frozen) -> 
     if of_round == 0:
         return pairs
     if round_logps is None:
-        round_logps = np.asarray(update.score(at_round.definition, at_round.params, pairs))
+        round_logps = np.asarray(score(at_round.definition, at_round.params, pairs))
     if of_ref == 0:
         return pairs._replace(ref_logps=round_logps)
     both = np.float32(of_ref) * np.asarray(pairs.ref_logps) + np.float32(of_round) * round_logps

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orjson
 from flax import nnx
 
 from fastpref.data import (
@@ -85,8 +86,11 @@ def _fit(
     run_dir: str | Path | None,
     description: str,
     quiet: bool,
-) -> tuple[Any, list[dict[str, float]], float | None]:
-    """Minimise an objective over batches from `read`; keep the best module by `validate`.
+    with_module: Callable[[Any], Any],
+    save: Callable[[Any, Path], object],
+    report: DropReport,
+) -> FitResult:
+    """Minimise an objective over batches from `read`; keep, save and report on the best module by `validate`.
 
     With `parts`, the module's base and adapters, those alone are trained.
     """
@@ -140,16 +144,22 @@ def _fit(
         fingerprint={
             "model": loop.digest(start) if base is None else loop.digest(base.params, start),
             "objective": description,
-            **({"held_out": hashes.of_json(held_out)} if len(held_out) else {}),
+            **({"held_out": _content(held_out)} if len(held_out) else {}),
             "optimizer": config.optimizer if optimizer is None else identity(chain).fingerprint(),
         },
         description=description,
         measure=measure,
         quiet=quiet,
     )
-    if validate is None:
-        return with_params(params), history, None
-    return with_params(best), history, sign * float(best_value)
+    fitted = with_module(with_params(params if validate is None else best))
+    if run_dir is not None:
+        save(fitted, Path(run_dir) / "model")
+        finish(run_dir, description, plots.plot_supervised, data=report)
+    return FitResult(fitted, history, None if validate is None else sign * float(best_value), report)
+
+
+def _content(records: TokenRecords | list[Record]) -> str:
+    return hashes.of_bytes(orjson.dumps(records, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
 def _arrays(batch: CompletionBatch) -> dict[str, Any]:
@@ -172,6 +182,12 @@ def _tokens(
         on_bad_record=config.on_bad_record,
         template=ChatTemplate.find(model.tokenizer, config.chat_template_kwargs),
     )
+
+
+def _sizes(config: SupervisedConfig) -> dict[str, Any]:
+    """The settings that batchers take."""
+    names = ("batch_size", "seed", "max_prompt_tokens", "max_completion_tokens", "max_shapes")
+    return {name: getattr(config, name) for name in names}
 
 
 def _pairs(data: Source, model: LanguageModel, config: SupervisedConfig) -> tuple[list[Record], DropReport]:
@@ -261,16 +277,7 @@ def sft(
         _report("held_out", held, config, quiet)
 
     def batches(of: TokenRecords) -> CompletionBatcher:
-        return CompletionBatcher(
-            of.prompts,
-            *of.completions,
-            ids=of.ids,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            max_prompt_tokens=config.max_prompt_tokens,
-            max_completion_tokens=config.max_completion_tokens,
-            max_shapes=config.max_shapes,
-        )
+        return CompletionBatcher(of.prompts, *of.completions, ids=of.ids, **_sizes(config))
 
     with owner.hold(run_dir), batches(tokens) as batcher:
 
@@ -281,7 +288,7 @@ def sft(
             total, count = (sum(float(part[which]) for part in sums) for which in (0, 1))
             return total / count
 
-        module, metrics, best = _fit(
+        return _fit(
             model.module,
             parts,
             token_loss_with_frozen_head if parts is not None and parts[0].frozen_head else token_loss,
@@ -295,12 +302,10 @@ def sft(
             run_dir=run_dir,
             description="sft",
             quiet=quiet,
+            with_module=lambda module: dataclasses.replace(model, module=module),
+            save=save,
+            report=report,
         )
-        tuned = dataclasses.replace(model, module=module)
-        if run_dir is not None:
-            save(tuned, Path(run_dir) / "model")
-            finish(run_dir, "sft", plots.plot_supervised, data=report)
-    return FitResult(tuned, metrics, best, report)
 
 
 def fit_preference_model(
@@ -373,19 +378,15 @@ def fit_preference_model(
             forward,
             backward,
             preference,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            max_prompt_tokens=config.max_prompt_tokens,
-            max_completion_tokens=max(map(len, forward + backward), default=1),
-            max_shapes=config.max_shapes,
             vocab_size=judge.model.module.vocab_size,
+            **(_sizes(config) | {"max_completion_tokens": max(map(len, forward + backward), default=1)}),
         ) as batcher,
     ):
 
         def with_module(module: Any) -> PreferenceModel:
             return dataclasses.replace(judge, model=dataclasses.replace(judge.model, module=module))
 
-        module, metrics, best = _fit(
+        return _fit(
             judge.model.module,
             parts,
             answer_loss,
@@ -399,12 +400,10 @@ def fit_preference_model(
             run_dir=run_dir,
             description="preference model",
             quiet=quiet,
+            with_module=with_module,
+            save=PreferenceModel.save,
+            report=report,
         )
-        fitted = with_module(module)
-        if run_dir is not None:
-            fitted.save(Path(run_dir) / "model")
-            finish(run_dir, "preference model", plots.plot_supervised, data=report)
-    return FitResult(fitted, metrics, best, report)
 
 
 def fit_reward_model(
@@ -457,23 +456,14 @@ def fit_reward_model(
     with (
         owner.hold(run_dir),
         PaddedPairBatcher(
-            tokens.prompts,
-            tokens.completions[0],
-            tokens.completions[1],
-            tokens.preference,
-            ids=tokens.ids,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            max_prompt_tokens=config.max_prompt_tokens,
-            max_completion_tokens=config.max_completion_tokens,
-            max_shapes=config.max_shapes,
+            tokens.prompts, *tokens.completions, tokens.preference, ids=tokens.ids, **_sizes(config)
         ) as batcher,
     ):
 
         def with_module(module: Any) -> RewardModel:
             return dataclasses.replace(judge, module=module)
 
-        module, metrics, best = _fit(
+        return _fit(
             judge.module,
             parts,
             reward_loss,
@@ -487,9 +477,7 @@ def fit_reward_model(
             run_dir=run_dir,
             description="reward model",
             quiet=quiet,
+            with_module=with_module,
+            save=RewardModel.save,
+            report=report,
         )
-        fitted = with_module(module)
-        if run_dir is not None:
-            fitted.save(Path(run_dir) / "model")
-            finish(run_dir, "reward model", plots.plot_supervised, data=report)
-    return FitResult(fitted, metrics, best, report)

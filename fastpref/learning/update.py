@@ -2,7 +2,7 @@
 
 import functools
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from fastpref.data.batches import PackedPairs
 from fastpref.kernels import preference_loss, token_logprobs
@@ -22,6 +22,7 @@ from fastpref.method.errors import ConfigError
 from fastpref.method.schedules import Schedule, Value, value_at
 from fastpref.models.adapters import Base
 from fastpref.models.policy import Policy
+from fastpref.models.scoring import scored
 from fastpref.runs.metrics import pair_metrics
 
 Metrics = dict[str, Array]
@@ -99,30 +100,6 @@ def dropout_key(seed: int, step: int, base: Base | None) -> Array | None:
         return None
     # The key without the last fold is the sampler's.
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 1)
-
-
-class Scored(NamedTuple):
-    """Places of a batch as every loss reads them: N of them flat, in any order."""
-
-    hidden: Float[Array, "N D"]
-    """States that predict the targets."""
-    targets: Int[Array, " N"]
-    segments: Int[Array, " N"]
-    """2i at a token of y of pair i, 2i + 1 at one of y', −1 where nothing is scored."""
-
-
-def scored(policy: Policy, batch: PackedPairs) -> Scored:
-    """Teacher-forced states of the places of a batch. Every loss goes through here. Differentiable."""
-    hidden = policy.packed_hidden_states(batch)
-    targets, segments = (jnp.asarray(places).reshape(-1) for places in (batch.targets, batch.sequences))
-    return Scored(hidden.reshape(-1, hidden.shape[-1]), targets, segments)
-
-
-def sequence_logps(policy: Policy, batch: PackedPairs) -> Float[Array, "P 2"]:
-    """Teacher-forced log π(y | x) of both completions, sums over tokens, shape [P, 2]. Differentiable."""
-    hidden, targets, segments = scored(policy, batch)
-    logps = token_logprobs(hidden, policy.head(), targets, where=segments >= 0)
-    return sequence_sums(logps, segments, batch.where.shape[0])
 
 
 def batch_loss(
@@ -265,12 +242,6 @@ def _cut(batch: PackedPairs, number: int) -> PackedPairs:
     first = 2 * jnp.arange(number, dtype=jnp.int32) * parts.where.shape[1]
     sequences = jnp.where(parts.sequences < 0, -1, parts.sequences - first[:, None, None])
     return parts._replace(sequences=sequences)
-
-
-@partial(jax.jit, static_argnames=("definition",))
-def score(definition: Any, params: Any, batch: PackedPairs) -> Float[Array, "P 2"]:
-    """`sequence_logps` of a split NNX module, compiled."""
-    return sequence_logps(nnx.merge(definition, params), batch)
 
 
 # Optimisers ---------------------------------------------------------------------------------------------------------

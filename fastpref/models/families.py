@@ -150,6 +150,9 @@ class Family:
 WINDOWS = ("sliding_window", "layer_types")
 SOME = ("use_sliding_window", "max_window_layers", *WINDOWS)
 GELU = {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256}
+LATER_GEMMA = ("attention_bias", *WINDOWS, "query_pre_attn_scalar", "final_logit_softcapping")
+LATER_GELU = GELU | {"num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+LATER_NORMS = {"norm": "rms+1", "norms": "both"}
 QWEN = {
     "num_key_value_heads": 32,
     "sliding_window": 4096,
@@ -219,18 +222,15 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(
         "Gemma2ForCausalLM",
         GEMMA,
-        ("attention_bias", *WINDOWS, "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
-        GELU
+        (*LATER_GEMMA, "attn_logit_softcapping"),
+        LATER_GELU
         | {
-            "num_key_value_heads": 4,
-            "query_pre_attn_scalar": 256,
             "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0,
-            "sliding_window": 4096,
             "sliding_window_pattern": 2,
             "max_position_embeddings": 8192,
         },
-        {"norm": "rms+1", "norms": "both"},
+        LATER_NORMS,
         windows="pattern",
         scaled=True,
         entries={"hidden_act": "hidden_activation"},
@@ -238,30 +238,20 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
         GEMMA,
-        (
-            "attention_bias",
-            *WINDOWS,
-            "sliding_window_pattern",
-            "query_pre_attn_scalar",
-            "final_logit_softcapping",
-            "rope_local_base_freq",
-        ),
-        GELU
+        (*LATER_GEMMA, "sliding_window_pattern", "rope_local_base_freq"),
+        LATER_GELU
         | {
             "vocab_size": 262208,
             "hidden_size": 2304,
             "intermediate_size": 9216,
             "num_hidden_layers": 26,
             "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 4096,
             "sliding_window_pattern": 6,
             "rope_theta": 1e6,
             "rope_local_base_freq": 1e4,
             "max_position_embeddings": 131072,
         },
-        {"norm": "rms+1", "norms": "both", "qk_norm": "head"},
+        LATER_NORMS | {"qk_norm": "head"},
         windows="pattern",
         scaled=True,
         entries={"hidden_act": "hidden_activation"},

@@ -4,12 +4,11 @@ Orbax writes the arrays. Around it: a step is written beside its place, every fi
 rename makes the step appear; so a step that is listed was complete when it was written. Orbax restores a flipped bit
 without a word; here the hashes find it, and `restore` takes the step before.
 
-    checkpoints/00000040/manifest      xxh3 of the rest, a line; then step, fingerprint, arrays and files, as JSON
-    checkpoints/00000040/extra.json    small values beside the arrays
+    checkpoints/00000040/manifest      sealed JSON: step, fingerprint, arrays, names of extra, and the files
+    checkpoints/00000040/extra/        small values beside the arrays, each a file
     checkpoints/00000040/arrays/       what Orbax wrote
 """
 
-import base64
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -37,8 +36,8 @@ class Checkpoint:
     step: int
     arrays: Any
     """The tree that was saved, in the structure and with the shardings of `like`."""
-    extra: dict[str, Any]
-    """The values that were saved beside it: JSON or bytes."""
+    extra: dict[str, bytes]
+    """The values that were saved beside it."""
 
 
 def steps(directory: Path | str) -> list[int]:
@@ -53,7 +52,7 @@ def save(
     directory: Path | str,
     step: int,
     arrays: Any,
-    extra: Mapping[str, Any],
+    extra: Mapping[str, bytes],
     *,
     fingerprint: Mapping[str, Any],
     keep: int,
@@ -69,7 +68,7 @@ def save(
       step: number of steps taken, at least 0.
       arrays: a tree of `jax.Array`s of any shapes: dictionaries, tuples, named tuples, optimiser states.
         Typed PRNG keys go through `jax.random.key_data` first.
-      extra: small values by name, each either JSON that comes back equal (lists, not tuples; no NaN) or bytes.
+      extra: small values beside the arrays, each written as a file of its name.
       fingerprint: what must be the same at resume, as JSON: configuration, hashes of data and tokenizer.
       keep: checkpoints to keep, this one included, at least 1.
 
@@ -86,11 +85,11 @@ def save(
         )
     _one_process()
     leaves = _leaves(arrays, "arrays", jax.Array)
-    extra_json = _encode_extra(extra)
     described: dict[str, Any] = {
         "step": step,
         "fingerprint": _plain_json(fingerprint),
         "arrays": {name: _description(leaf) for name, leaf in leaves.items()},
+        "extra": sorted(extra),
     }
     directory = Path(directory).absolute()
     target = directory / f"{step:08d}"
@@ -98,13 +97,13 @@ def save(
         files.tidy(directory)
         stale = _later_steps(directory, step)
         with files.replacing(target) as new:
-            new.mkdir()
-            (new / "extra.json").write_bytes(extra_json)
+            (new / "extra").mkdir(parents=True)
+            for name, value in extra.items():
+                (new / "extra" / name).write_bytes(value)
             _write_arrays(new / "arrays", leaves)
             described["files"] = hashes.of_tree(new)
             _require_parts(new, described)
-            body = orjson.dumps(described, option=orjson.OPT_INDENT_2)
-            (new / MANIFEST).write_bytes(hashes.of_bytes(body).encode() + b"\n" + body)
+            (new / MANIFEST).write_bytes(hashes.sealed(described, indent=2))
     except CheckpointError:
         raise
     except Exception as error:
@@ -146,7 +145,7 @@ def restore(directory: Path | str, like: Any, *, fingerprint: Mapping[str, Any] 
             if fingerprint is not None:
                 _check_fingerprint(path, manifest["fingerprint"], _plain_json(fingerprint))
             tree = _read_tree(path, manifest["arrays"], wanted, like)
-            return Checkpoint(step, tree, _decode_extra((path / "extra.json").read_bytes()))
+            return Checkpoint(step, tree, {name: (path / "extra" / name).read_bytes() for name in manifest["extra"]})
         except _Damage as damage:
             warnings.warn(
                 f"the checkpoint of step {step} is damaged and passed over: {damage}", CheckpointWarning, stacklevel=2
@@ -221,19 +220,18 @@ def _later_steps(directory: Path, step: int) -> list[Path]:
 def _require_parts(path: Path, manifest: Mapping[str, Any]) -> None:
     """Raise `_Damage` unless a manifest lists every part that `restore` reads."""
     listed = manifest["files"]
-    for part in ("extra.json", "arrays/"):
-        if not any(name.startswith(part) for name in listed):
-            raise _Damage(f"{path / part}: no such part is in the manifest")
+    missing = [f"extra/{name}" for name in manifest["extra"] if f"extra/{name}" not in listed]
+    if not any(name.startswith("arrays/") for name in listed):
+        missing.append("arrays")
+    if missing:
+        raise _Damage(f"{path / missing[0]}: no such part is in the manifest")
 
 
 def _verified(path: Path) -> dict[str, Any]:
     """The manifest, after every file was compared with it."""
     name = MANIFEST
     try:
-        digest, _, body = (path / name).read_bytes().partition(b"\n")
-        if hashes.of_bytes(body).encode() != digest:
-            raise _Damage(f"{path / name}: its first line is not the xxh3 of the rest")
-        manifest: dict[str, Any] = orjson.loads(body)
+        manifest = hashes.unsealed((path / name).read_bytes())
         _require_parts(path, manifest)
         for name, written in manifest["files"].items():
             here = hashes.of_file(path / name)
@@ -241,6 +239,10 @@ def _verified(path: Path) -> dict[str, Any]:
                 raise _Damage(f"{path / name}: {here} differs from the manifest's {written}")
     except OSError as error:
         raise _Damage(f"{path / name}: {error.strerror}") from error
+    except ValueError as error:
+        raise _Damage(f"{path / name}: {error}") from error
+    except KeyError as error:
+        raise _Damage(f"{path / MANIFEST}: it must have an entry {error}, and has none") from error
     return manifest
 
 
@@ -256,28 +258,6 @@ def _plain_json(value: Mapping[str, Any]) -> dict[str, Any]:
             f"fingerprint must be JSON, but received {dict(value)}: {error}. Convert its values to text or numbers."
         ) from error
     return plain
-
-
-def _encode_extra(extra: Mapping[str, Any]) -> bytes:
-    binary = {name: bytes(value) for name, value in extra.items() if isinstance(value, bytes | bytearray)}
-    plain = {name: value for name, value in extra.items() if name not in binary}
-    for name, value in plain.items():
-        try:
-            same = orjson.loads(orjson.dumps(value)) == value
-        except TypeError:
-            same = False
-        if not same:
-            raise ValueError(
-                f"extra must be bytes or JSON that comes back equal (lists, not tuples; finite numbers), "
-                f"but received {name}={value!r}. Convert it to a list or to bytes."
-            )
-    encoded = {name: base64.b64encode(value).decode() for name, value in binary.items()}
-    return orjson.dumps({"json": plain, "base64": encoded}, option=orjson.OPT_INDENT_2)
-
-
-def _decode_extra(blob: bytes) -> dict[str, Any]:
-    saved: dict[str, dict[str, Any]] = orjson.loads(blob)
-    return saved["json"] | {name: base64.b64decode(value) for name, value in saved["base64"].items()}
 
 
 def _check_fingerprint(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -33,8 +33,9 @@ def divergence(
     of `kl` has the mean of log π(y) − log π_ref(y), with each token's draw integrated out.
 
     KL is accurate to a few 10⁻⁷ of 1 + KL for logits as they are, also where both models are near; equal logits give
-    exactly 0, and roundings below 0 are 0. A token that π cannot draw adds nothing; one that only π can draw makes KL
-    infinite. If both heads hold the same weight array and use it alike, it is read once.
+    exactly 0. KL cannot be negative: what rounding leaves below 0, no more than that accuracy, is cut off here. A token
+    that π cannot draw adds nothing; one that only π can draw makes KL infinite. If both heads hold the same weight
+    array and use it alike, it is read once.
 
     A measurement: differentiating raises, except with `implementation="reference"`, which keeps all logits.
 

@@ -37,7 +37,7 @@ from ..tiles import (
     weight_spec,
 )
 from ..vmem import CHUNK, LANES, NEVER, SUBLANES, UNIT, finite_or_zero, product, tile_bytes, unit_ids
-from .constants import forward_only
+from .forward_only import forward_only
 from .sums import FIELDS, Divergence, Sums, finish, moved, over_parts, over_slices, terms
 
 

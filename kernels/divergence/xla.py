@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from ..chunks import chunk_index, chunk_rows, compact, over_chunks, put
 from ..head import Head
 from ..slices import axes_of, vary, vary_alike
-from .constants import forward_only
+from .forward_only import forward_only
 from .sums import FIELDS, Divergence, Sums, finish, of_logits, over_slices
 
 

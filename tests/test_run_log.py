@@ -1,13 +1,10 @@
-"""What a run writes can be read back exactly, cut at a checkpoint, shown and plotted."""
+"""What a run writes can be read back exactly, cut at a checkpoint, and mended from it."""
 
-import io
 import math
 import random
-import re
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import orjson
 import pytest
-from matplotlib.figure import Figure
-from PIL import Image
-from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from fastpref.method.errors import RunWarning
-from fastpref.runs import plots
 from fastpref.runs.log import Run, gaps
-from fastpref.runs.metrics import METRICS
-from fastpref.runs.plots import plot_run, plot_supervised
-from fastpref.runs.terminal import SHOWN, progress, samples_table, table
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -39,14 +29,6 @@ def events(path: Path) -> list[Event]:
         found.append(Event.FromString(blob[12 : 12 + length]))
         blob = blob[16 + length :]
     return found
-
-
-def output(width: int = 100, **options: Any) -> tuple[Console, io.StringIO]:
-    file = io.StringIO()
-    return Console(file=file, width=width, **options), file
-
-
-# A run directory ----------------------------------------------------------------------------------------------------
 
 
 def test_config_is_sorted_and_replaced(tmp_path: Path) -> None:
@@ -303,214 +285,3 @@ def test_tensorboard_hides_the_steps_that_are_taken_again(tmp_path: Path) -> Non
         e.step: e.summary.value[0].simple_value for e in after if e.summary.value and e.summary.value[0].tag == "loss"
     }
     assert losses == {step: float(np.float32(1 / step)) for step in (6, 7, 8)}
-
-
-# Progress and tables ------------------------------------------------------------------------------------------------
-
-STEP = {"loss": 0.25, "objective/kl": 1.5, "tokens/generated": 500, "time/step": 0.25, "tau": 1.0}
-
-
-def test_a_terminal_gets_a_bar_with_metrics() -> None:
-    console, file = output(80, force_terminal=True)
-    with progress(4, description="ipo-md", console=console) as bar:
-        bar.update(**STEP, **{"eval/win_rate": 0.6125})
-        bar.update(2)
-    assert "\x1b[" in file.getvalue()
-    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).rstrip().splitlines()
-    assert max(map(len, lines)) <= 80
-    for part in ("ipo-md", "3/4", "elapsed", "left", "loss 0.25", "win rate 61.3%", "KL 1.5 nats", "2,000 tokens/s"):
-        assert part in " ".join(lines[-2:])
-    assert "tau" not in file.getvalue()
-
-
-def test_a_file_gets_a_plain_line_at_each_tenth() -> None:
-    console, file = output(20)
-    with progress(50, description="ipo-md", console=console) as bar:
-        for _ in range(50):
-            bar.update(**STEP)
-    lines = file.getvalue().splitlines()
-    assert [line.split()[1] for line in lines] == [f"{step}/50" for step in range(5, 51, 5)]
-    assert lines[0].startswith("ipo-md 5/50 · loss 0.25 · KL 1.5 nats · 2,000 tokens/s · 0:00:00 elapsed, 0:00:00 left")
-    assert "\x1b" not in file.getvalue()
-
-
-def test_a_slow_run_gets_a_line_a_minute_and_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    console, file = output()
-    with progress(100, description="sft", completed=20, console=console) as bar:
-        for _ in range(5):
-            now += 25.0
-            bar.update()
-    assert file.getvalue().splitlines() == ["sft 23/100 · 0:01:15 elapsed, 0:32:05 left"]
-
-
-def test_quiet_is_quiet_and_a_bar_can_be_forced() -> None:
-    for enabled, anything in ((False, False), (True, True)):
-        console, file = output(force_terminal=False)
-        with progress(1, description="sft", enabled=enabled, console=console) as bar:
-            bar.update(loss=1.0)
-        assert bool(file.getvalue()) == anything
-    console, file = output(force_terminal=True)
-    with progress(1, description="sft", enabled=False, console=console) as bar:
-        bar.update(loss=1.0)
-    assert file.getvalue() == ""
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_lets_errors_through_and_takes_empty_runs(terminal: bool) -> None:
-    console, _ = output(force_terminal=terminal)
-    with pytest.raises(KeyError, match="judge"), progress(3, description="sft", console=console):
-        raise KeyError("judge")
-    with progress(0, description="sft", console=console):
-        pass
-    with progress(0, description="sft", console=console) as bar:  # the console is free again
-        bar.update(0)
-
-
-def test_a_table_aligns_numbers_and_shows_text_as_it_is() -> None:
-    console, file = output(60)
-    rows = [["[bold]ipo-md[/bold]", 0.612345, 12000.4, None], ["sft\x1b[31m", np.float32(0.5), 7, 3]]
-    table("Win rates", ["policy", "win rate", "tokens", "runs"], rows, console=console)
-    lines = file.getvalue().splitlines()
-    assert lines[0].strip() == "Win rates"
-    body = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
-    assert body == [["[bold]ipo-md[/bold]", "0.6123", "12,000", "–"], ["sft�[31m", "0.5", "7", "3"]]
-    numbers = [line.split("│")[2] for line in lines if line.startswith("│")]
-    assert [cell.rstrip()[-1] == cell[-2] for cell in numbers] == [True, True]
-    with pytest.raises(ValueError, match=r"a line must have 2 cells, for \['a', 'b'\], but received 1: \[1\]"):
-        table("t", ["a", "b"], [[1]], console=console)
-
-
-def test_samples_stand_side_by_side_wrapped_and_shortened() -> None:
-    console, file = output(70)
-    samples = [
-        {"prompt": "word " * 200, "before": "[red]x[/red]", "after": "Return the sum.\nAnd\x07 more."},
-        {"prompt": "short", "before": "y", "after": "z"},
-    ]
-    samples_table("Held-out prompts", samples, limit=60, console=console)
-    lines = file.getvalue().splitlines()
-    assert max(map(len, lines)) <= 70
-    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
-    prompt = " ".join(row[0] for row in cells if row[0] and row[0] != "short")
-    assert prompt == ("word " * 12).strip() + "…"
-    assert {"[red]x[/red]", "y"} <= {row[1] for row in cells}
-    assert {"Return the", "sum.", "And� more.", "z"} <= {row[2] for row in cells}
-    assert sum(line.startswith("├") for line in lines) == 1
-
-
-# Metrics and plots --------------------------------------------------------------------------------------------------
-
-
-def test_every_metric_that_is_shown_or_plotted_is_documented() -> None:
-    panels = plots.RUN_PANELS + plots.SUPERVISED_PANELS
-    plotted = {name for panel in panels for name, _ in panel.series} | {n for panel in panels for n in panel.band or ()}
-    assert (plotted | set(SHOWN)) <= set(METRICS)
-    assert all(metric.formula and metric.better in ("higher", "lower", "") for metric in METRICS.values())
-    assert all(METRICS[name].unit == "s" for name in METRICS if name.startswith("time/"))
-
-
-def online_run(directory: Path, steps: int = 60) -> Path:
-    rng = np.random.default_rng(0)
-    with Run(directory, tensorboard=False) as run:
-        for step in range(1, steps + 1):
-            metrics = {"loss": float(rng.normal()), "objective/kl": step / 10, "completions/mean_length": 9.0}
-            if step % 20 == 0:
-                metrics |= {"eval/win_rate": 0.6, "eval/win_rate_low": 0.55, "eval/win_rate_high": 0.65}
-            run.log(step, metrics | {"grad_norm": math.nan if step == 5 else 1.0})
-    return directory
-
-
-def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
-
-    def keep(figure: Figure, path: Path) -> Path:
-        figures[path.stem] = figure
-        return path
-
-    monkeypatch.setattr(plots, "_write", keep)
-    return figures
-
-
-def test_a_run_is_plotted_to_images(tmp_path: Path) -> None:
-    written = plot_run(online_run(tmp_path / "ipo-md"))
-    assert [path.name for path in written] == [
-        f"{name}.png" for name in ("overview", "loss", "win_rate", "kl", "lengths", "grad_norm")
-    ]
-    for path in written:
-        assert path.parent == tmp_path / "ipo-md" / "plots"
-        with Image.open(path) as image:
-            assert min(image.size) > 500
-            assert len(image.convert("RGB").getcolors(1 << 24) or []) > 50
-
-
-def test_plots_show_the_numbers_with_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = drawn(monkeypatch)
-    plot_run(online_run(tmp_path / "ipo-md"))
-    assert figures["overview"].get_suptitle() == "ipo-md"
-    assert len(figures["overview"].axes) == 5
-    assert all(
-        axes.get_title(loc="left") and axes.get_xlabel() and axes.get_ylabel() for axes in figures["overview"].axes
-    )
-    (kl,) = figures["kl"].axes
-    assert kl.get_ylabel() == "KL (nats per completion)"
-    points, smooth = kl.lines
-    assert points.get_xydata().tolist() == [[step, step / 10] for step in range(1, 61)]
-    np.testing.assert_allclose(smooth.get_ydata()[4:-4], np.arange(5, 57) / 10)
-    (grad_norm,) = figures["grad_norm"].axes
-    assert 5 not in grad_norm.lines[0].get_xdata()
-    (win_rate,) = figures["win_rate"].axes
-    assert win_rate.lines[0].get_ydata() == [0.5, 0.5]
-    (band,) = win_rate.collections
-    corners = band.get_paths()[0].vertices
-    assert (corners[:, 1].min(), corners[:, 1].max()) == (0.55, 0.65)
-
-
-def test_supervised_training_is_plotted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Run(tmp_path, tensorboard=False) as run:
-        for step in range(1, 5):
-            run.log(step, {"loss": 2.0, **({"eval/loss": 2.5, "eval/accuracy": 0.7} if step == 4 else {})})
-    figures = drawn(monkeypatch)
-    plot_supervised(tmp_path)
-    assert list(figures) == ["overview", "loss", "accuracy"]
-    (loss,) = figures["loss"].axes
-    legend = loss.get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["training", "held out"]
-
-
-def test_smoothing_keeps_short_and_straight_series() -> None:
-    noise = np.random.default_rng(1).normal(size=400)
-    np.testing.assert_allclose(plots._smooth(noise[:39]), noise[:39])
-    np.testing.assert_allclose(plots._smooth(np.arange(400.0))[10:-10], np.arange(10.0, 390.0))
-    np.testing.assert_allclose(plots._smooth(noise)[200], noise[190:211].mean())
-
-
-def test_long_runs_are_thinned_and_a_single_step_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = drawn(monkeypatch)
-    monkeypatch.setattr(plots, "MOST_POINTS", 20)
-    plot_run(online_run(tmp_path / "long"))
-    assert [len(line.get_xdata()) for line in figures["kl"].axes[0].lines] == [20, 20]
-    plot_run(online_run(tmp_path / "one", steps=1))
-    assert figures["loss"].axes[0].lines[0].get_xdata().tolist() == [1.0]
-
-
-def test_a_run_with_nothing_to_plot_says_so(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"metrics.jsonl must hold at least one finite metric .*; it is not there. Run"
-    ):
-        plot_run(tmp_path)
-    (tmp_path / "metrics.jsonl").write_bytes(b"")
-    with pytest.raises(ValueError, match="it has None"):
-        plot_supervised(tmp_path)
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step":1,"loss":null,"tau":1.0}\n{"step":2,"lo')
-    with pytest.raises(ValueError, match=r"it has \['loss', 'step', 'tau'\]"):
-        plot_run(tmp_path)
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step":1,"loss":0.5}\n{"step":2,"lo\n')
-    with pytest.warns(RunWarning, match=r"metrics.jsonl must hold .* but lines 2 do not. They stay out"):
-        assert plot_run(tmp_path)
-
-
-def test_plots_leave_the_global_pyplot_alone() -> None:
-    code = "import sys, fastpref.runs.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
