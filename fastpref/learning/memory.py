@@ -11,7 +11,7 @@ from flax import nnx
 
 from fastpref.data.packing import pack_pairs
 from fastpref.data.ragged import Ragged
-from fastpref.learning import update
+from fastpref.learning import optimizers, update
 from fastpref.learning.row_plan import plan_rows
 from fastpref.method.config import TrainConfig
 
@@ -57,8 +57,8 @@ def train_memory(config: TrainConfig, definition: Any, params: Any) -> TrainMemo
     """
     params = jax.eval_shape(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params))
     module = nnx.merge(definition, params)
-    optimizer, method = update.build(config), config.method
-    opt_state = jax.eval_shape(partial(update.initial_state, optimizer), params)
+    optimizer, method = optimizers.build(config), config.method
+    opt_state = jax.eval_shape(partial(optimizers.initial_state, optimizer), params)
     completions = 1 if method.pairs == "first" else 2
     prompts, longest, tokens = config.batch_size, config.max_prompt_tokens, config.max_new_tokens
     plan = plan_rows(

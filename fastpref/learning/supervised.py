@@ -29,7 +29,7 @@ from fastpref.data.batches import CompletionBatch
 from fastpref.judging.identity import identity
 from fastpref.judging.models import SUMMARY_PROMPT, PreferenceModel, RewardModel
 from fastpref.judging.protocol import agreement, columns_of
-from fastpref.learning import loop, update
+from fastpref.learning import loop, optimizers
 from fastpref.learning.objectives import Objective, answer_loss, learn, measure, reward_loss, token_loss
 from fastpref.method.config import SupervisedConfig
 from fastpref.method.errors import require
@@ -76,7 +76,7 @@ def _fit(
     quiet: bool,
 ) -> tuple[Any, list[dict[str, float]], float | None]:
     """Minimise an objective over batches from `read`; keep the best module by `validate`."""
-    chain = update.build(config) if optimizer is None else optimizer
+    chain = optimizers.build(config, optimizer)
     definition, start = nnx.split(module)
     sign = 1.0 if metrics.METRICS[criterion].better == "higher" else -1.0
 
@@ -86,7 +86,7 @@ def _fit(
 
     def advance(done: int, arrays: Any) -> loop.Outcome:
         params, opt_state, *best = arrays
-        rate = {} if optimizer is not None else {"learning_rate": update.learning_rate(config, opt_state)}
+        rate = {} if optimizer is not None else {"learning_rate": optimizers.learning_rate(config, opt_state)}
         params, opt_state, measured = learn(
             definition, params, opt_state, dict(read()), objective=objective, optimizer=chain
         )
@@ -104,7 +104,7 @@ def _fit(
     params = copy(start)
     (params, _, best, best_value), history = loop.drive(
         advance,
-        (params, update.initial_state(chain, params), copy(start), jnp.asarray(-jnp.inf, jnp.float32)),
+        (params, optimizers.initial_state(chain, params), copy(start), jnp.asarray(-jnp.inf, jnp.float32)),
         source,
         config,
         run_dir=None if run_dir is None else Path(run_dir),
