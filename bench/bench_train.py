@@ -31,6 +31,7 @@ from flax import nnx
 from fastpref.data import PromptBatcher, Ragged, pack_pairs
 from fastpref.data.tokenizer import Tokenizer
 from fastpref.judging.protocol import ask
+from fastpref.learning import optimizers
 from fastpref.learning import update as learner
 from fastpref.learning.row_plan import plan_rows
 from fastpref.method.algorithms import ALGORITHMS
@@ -79,7 +80,7 @@ def stepper(model: LanguageModel, config: TrainConfig, chain: Any, compiling: di
     algorithm, key = ALGORITHMS[config.algorithm], jax.random.key(0)
     definition, ref_params = nnx.split(model.module)
     params = jax.tree.map(jnp.copy, ref_params)
-    opt_state = learner.initial_state(chain, params)
+    opt_state = optimizers.initial_state(chain, params)
     texts, step = prompt_texts(), count()
     prompts = Ragged.from_rows(model.tokenizer.encode_prompts(texts))
     batcher = PromptBatcher(prompts, batch_size=PROMPTS, max_tokens=PROMPT_TOKENS)
@@ -190,7 +191,7 @@ def test_step(benchmark: Any) -> None:
     model = language_model()
     compiling: dict[str, Any] = {}
     # One optimiser for all: the update is compiled for it, and so once.
-    chain = learner.build(STEPS["IPO-MD"])
+    chain = optimizers.build(STEPS["IPO-MD"])
     steps = {name: stepper(model, config, chain, compiling) for name, config in STEPS.items()}
     rounds: dict[str, list[Laps]] = {name: [] for name in STEPS}
 

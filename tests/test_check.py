@@ -16,7 +16,7 @@ from small import PROMPTS, language_model, prefers_w1
 from fastpref.check import check
 from fastpref.cli import main
 from fastpref.judging.models import PreferenceModel, RewardModel
-from fastpref.learning import update
+from fastpref.learning import optimizers
 from fastpref.learning.memory import size, train_memory
 from fastpref.learning.train import train
 from fastpref.method.config import TrainConfig
@@ -133,7 +133,7 @@ def test_counted_memory_is_that_of_the_arrays(family: str, algorithm: str) -> No
     held = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params))
     assert memory.policy == memory.ref == memory.gradients == held
     assert memory.round == (held if algorithm == "inpo" else 0)
-    state = update.initial_state(update.build(config), params)
+    state = optimizers.initial_state(optimizers.build(config), params)
     assert memory.optimizer == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state)) == size(state)
     assert (memory.cache > 0) == (algorithm != "offline-dpo")
     assert memory.temporaries > 0

@@ -29,7 +29,7 @@ def test_the_defaults_are_the_papers() -> None:
         ({"mixture_beta": -0.1}, r"mixture_beta must lie in \[0, 1\]"),
         ({"steps": 0}, r"steps must be a whole number of at least 1, but received 0"),
         ({"gradient_accumulation": 0}, r"gradient_accumulation must be a whole number of at least 1, but received 0"),
-        ({"optimizer": "adam"}, r"optimizer must be 'adafactor' or 'adamw', but received 'adam'.*GradientTransform"),
+        ({"optimizer": "adam"}, r"must be 'adafactor', 'adamw' or 'lion', but received 'adam'.*GradientTransform"),
         ({"learning_rate": -1e-4}, r"learning_rate must not be negative"),
         ({"max_grad_norm": 0.0}, r"max_grad_norm must be above 0, or None"),
         ({"temperature": 0.0}, r"temperature must be above 0"),

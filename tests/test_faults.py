@@ -19,7 +19,7 @@ from small import PROMPTS, language_model, prefers_w1
 from test_training import SMALL, metrics_of
 
 from fastpref.judging.identity import identity
-from fastpref.learning import signals, update
+from fastpref.learning import optimizers, signals, update
 from fastpref.learning.supervised import fit_preference_model, fit_reward_model, sft
 from fastpref.learning.train import Step, TrainResult, train
 from fastpref.method.config import SupervisedConfig, TrainConfig
@@ -29,13 +29,15 @@ from fastpref.models import LanguageModel
 from fastpref.runs import checkpoints
 
 ADAM = optax.adam(0.01)
+UNNAMED = {name: value for name, value in SMALL.items() if name not in ("optimizer", "learning_rate")}
+"""Settings that go with an optimiser which is passed as an object."""
 EXAMPLES = [{"prompt": f"w{word}", "completion": f"w{word + 1} w{word + 2}"} for word in range(8)]
 TUNING: dict[str, Any] = {"batch_size": 8, "max_shapes": 1, "max_prompt_tokens": 8, "max_completion_tokens": 4}
 
 
 def go(folder: Path | None = None, *, judge: Any = prefers_w1, optimizer: Any = ADAM, **options: Any) -> TrainResult:
     passed = {name: options.pop(name) for name in ("eval_prompts", "eval_judge", "callbacks") if name in options}
-    config = TrainConfig(**SMALL | {"algorithm": "online-ipo"} | options)
+    config = TrainConfig(**(SMALL if optimizer is None else UNNAMED) | {"algorithm": "online-ipo"} | options)
     return train(language_model(), PROMPTS, judge, config, run_dir=folder, optimizer=optimizer, quiet=True, **passed)
 
 
@@ -215,7 +217,7 @@ def test_a_supervised_training_that_diverges_stops_and_stays_stopped(tmp_path: P
     assert len(metrics_of(tmp_path)) == 7
     assert not (tmp_path / "model").exists()
     params = nnx.split(language_model().module)[1]
-    arrays = (params, update.initial_state(optimizer, params), params, jax.numpy.zeros((), jax.numpy.float32))
+    arrays = (params, optimizers.initial_state(optimizer, params), params, jax.numpy.zeros((), jax.numpy.float32))
     state = checkpoints.restore(tmp_path / "checkpoints", arrays, fingerprint=None)
     assert state is not None
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.arrays[0]))
@@ -251,20 +253,20 @@ def test_a_run_that_diverged_goes_on_with_a_lower_rate(tmp_path: Path, capsys: p
 def test_the_rate_that_is_logged_is_that_of_the_optimisers_own_count() -> None:
     config = TrainConfig(**SMALL | {"learning_rate": Schedule(start=0.0, end=1.0, steps=10)})
     params = {"w": jax.numpy.ones(3)}
-    chain = update.build(config)
-    state = update.initial_state(chain, params)
+    chain = optimizers.build(config)
+    state = optimizers.initial_state(chain, params)
     nan = {"w": jax.numpy.full(3, jax.numpy.nan)}
     for gradient in ({"w": jax.numpy.ones(3)}, nan, nan):
         params, state, _ = update.apply_gated(chain, jax.numpy.float32(1), gradient, state, params)
-    assert update.learning_rate(config, state) == pytest.approx(0.1)
+    assert optimizers.learning_rate(config, state) == pytest.approx(0.1)
 
 
 def test_the_compiled_update_grows_with_the_parameters_and_not_with_their_square() -> None:
-    chain = update.build(TrainConfig(**SMALL))
+    chain = optimizers.build(TrainConfig(**SMALL))
 
     def size(leaves: int) -> int:
         params = {str(leaf): jax.numpy.ones((3, 4)) for leaf in range(leaves)}
-        state = update.initial_state(chain, params)
+        state = optimizers.initial_state(chain, params)
         apply = jax.jit(lambda *of: update.apply_gated(chain, jax.numpy.float32(1), *of))
         return len(apply.lower(params, state, params).compile().as_text())
 
@@ -276,7 +278,7 @@ def test_logits_that_are_not_finite_are_refused_in_words() -> None:
     definition, params = nnx.split(model.module)
     broken = jax.tree.map(lambda leaf: leaf * np.float32("nan"), params)
     policy = LanguageModel(nnx.merge(definition, broken), model.tokenizer)
-    config = TrainConfig(**SMALL, algorithm="online-ipo", steps=1)
+    config = TrainConfig(**UNNAMED, algorithm="online-ipo", steps=1)
     with pytest.raises(DivergedError, match=r"logits must be finite to be sampled from, .* policy for 8 of 8"):
         train(policy, PROMPTS, prefers_w1, config, optimizer=ADAM, quiet=True)
 

@@ -27,11 +27,11 @@ UNHEALTHY_LIMIT = 5
 
 FREE = (
     *("steps", "rounds", "checkpoint_every", "keep_checkpoints", "sample_every"),
-    *("learning_rate", "max_grad_norm", "eval_every", "judge_timeout"),
+    *("learning_rate", "warmup_steps", "lr_schedule", "max_grad_norm", "eval_every", "judge_timeout"),
 )
 """Settings that may change between two starts of a run. Every other belongs to the run."""
 
-STEADYING = ("learning_rate", "max_grad_norm")
+STEADYING = ("learning_rate", "warmup_steps", "lr_schedule", "max_grad_norm")
 """Settings that can bring back a run whose updates were not finite: with another, they are counted anew."""
 
 
@@ -195,8 +195,8 @@ def _check_health(skipped: int, done: int) -> None:
     if skipped >= UNHEALTHY_LIMIT:
         raise DivergedError(
             f"loss, gradient and parameters must be finite, but were not in {skipped} updates in a row, up to step "
-            f"{done}. The model is as it was before them. Lower learning_rate or set max_grad_norm, which this run "
-            "accepts, or start another run with a larger tau."
+            f"{done}. The model is as it was before them. Lower learning_rate or set max_grad_norm, which a run with a "
+            "named optimizer accepts, or start another run with a larger tau."
         )
 
 
@@ -217,7 +217,9 @@ def _report_changes(run_dir: Path, done: int, before: Mapping[str, Any], setting
     changes = {name: [before[name], now[name]] for name in now if name in before and before[name] != now[name]}
     if changes:
         told = ", ".join(f"{name} {old!r} becomes {new!r}" for name, (old, new) in changes.items())
-        terminal.say(f"{run_dir} goes on after step {done} with other settings: {told}")
+        ends = "steps" in changes and settings["lr_schedule"] != "constant"
+        decay = "; the learning rate now reaches 0 at the new steps" if ends else ""
+        terminal.say(f"{run_dir} goes on after step {done} with other settings: {told}{decay}")
         with (run_dir / "changes.jsonl").open("ab") as file:
             file.write(orjson.dumps({"step": done, "settings": changes}, option=orjson.OPT_APPEND_NEWLINE))
     return any(name in changes for name in STEADYING)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from fastpref.data.packing import pack_pairs
 from fastpref.data.ragged import Ragged
-from fastpref.learning import update
+from fastpref.learning import optimizers, update
 from fastpref.learning.row_plan import plan_rows
 from fastpref.method.config import TrainConfig
 from fastpref.models.adapters import Adapters, Base
@@ -63,8 +63,8 @@ def train_memory(
     params = _shapes(params)
     base, trained = (None, params) if parts is None else _shapes(parts)
     module = nnx.merge(definition, params)
-    optimizer, method = update.build(config), config.method
-    opt_state = jax.eval_shape(partial(update.initial_state, optimizer), trained)
+    optimizer, method = optimizers.build(config), config.method
+    opt_state = jax.eval_shape(partial(optimizers.initial_state, optimizer), trained)
     completions = 1 if method.pairs == "first" else 2
     prompts, longest, tokens = config.batch_size, config.max_prompt_tokens, config.max_new_tokens
     plan = plan_rows(

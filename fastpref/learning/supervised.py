@@ -30,7 +30,7 @@ from fastpref.data.batches import CompletionBatch
 from fastpref.judging.identity import identity
 from fastpref.judging.models import SUMMARY_PROMPT, PreferenceModel, RewardModel
 from fastpref.judging.protocol import agreement, columns_of
-from fastpref.learning import loop, update
+from fastpref.learning import loop, optimizers, update
 from fastpref.learning.objectives import (
     Objective,
     answer_loss,
@@ -94,7 +94,7 @@ def _fit(
 
     With `parts`, the module's base and adapters, those alone are trained.
     """
-    chain = update.build(config) if optimizer is None else optimizer
+    chain = optimizers.build(config, optimizer)
     definition, start = nnx.split(module)
     base = None
     if parts is not None:
@@ -111,7 +111,7 @@ def _fit(
 
     def advance(done: int, arrays: Any) -> loop.Outcome:
         params, opt_state, *best = arrays
-        rate = {} if optimizer is not None else {"learning_rate": update.learning_rate(config, opt_state)}
+        rate = {} if optimizer is not None else {"learning_rate": optimizers.learning_rate(config, opt_state)}
         params, opt_state, measured = learn(
             definition,
             params,
@@ -137,7 +137,7 @@ def _fit(
     params = copy(start)
     (params, _, best, best_value), history = loop.drive(
         advance,
-        (params, update.initial_state(chain, params), copy(start), jnp.asarray(-jnp.inf, jnp.float32)),
+        (params, optimizers.initial_state(chain, params), copy(start), jnp.asarray(-jnp.inf, jnp.float32)),
         source,
         config,
         run_dir=None if run_dir is None else Path(run_dir),

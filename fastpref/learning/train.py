@@ -29,7 +29,7 @@ from fastpref.judging.identity import identity, name_of
 from fastpref.judging.judgements import FILE, Judgements
 from fastpref.judging.protocol import Judge, Rewarder, by_scores
 from fastpref.judging.recorded import RecordedJudge
-from fastpref.learning import loop, rollout, update
+from fastpref.learning import loop, optimizers, rollout, update
 from fastpref.learning.row_plan import RowPlan, plan_recorded, plan_rows
 from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError, DataError, require
@@ -257,6 +257,7 @@ def train(
     """
     config = TrainConfig() if config is None else config
     _check_sources(config, judge, behaviour)
+    chain = optimizers.build(config, optimizer)
     policy = as_model(policy)
     models = [policy, policy if ref is None else as_model(ref), *([] if behaviour is None else [as_model(behaviour)])]
     policy, ref, *others = shared_rows(models)
@@ -317,7 +318,7 @@ def train(
                 callback(Step(done, metrics, lambda: trainer.current(learned)))
 
         params = _copy(start)
-        opt_state = update.initial_state(update.build(config) if optimizer is None else optimizer, params)
+        opt_state = optimizers.initial_state(chain, params)
         learned, history = loop.drive(
             trainer.step,
             (params, opt_state, _copy(start) if config.method.in_rounds else ()),

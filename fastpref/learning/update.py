@@ -1,6 +1,5 @@
 """The update of a policy from judged pairs: sequence log-probs, loss, gradient, optimiser, gate."""
 
-import functools
 from functools import partial
 from typing import Any
 
@@ -15,11 +14,11 @@ from jaxtyping import Float
 from fastpref.data.batches import PackedPairs
 from fastpref.kernels import preference_loss, token_logprobs
 from fastpref.kernels.preference_loss.objective import sequence_sums
+from fastpref.learning.optimizers import apply, build, learning_rate
 from fastpref.method import losses
 from fastpref.method.choices import Remat
-from fastpref.method.config import SupervisedConfig, TrainConfig
+from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError
-from fastpref.method.schedules import Schedule, Value, value_at
 from fastpref.models.adapters import Base
 from fastpref.models.policy import Policy
 from fastpref.models.scoring import scored
@@ -64,7 +63,7 @@ def learn(
         opt_state,
         pairs,
         np.float32(eta if method.strength == "eta" else tau),
-        optimizer=build(config) if optimizer is None else optimizer,
+        optimizer=build(config, optimizer),
         objective=method.objective,
         gradient_accumulation=config.gradient_accumulation,
         length_normalize=config.length_normalize,
@@ -242,51 +241,6 @@ def _cut(batch: PackedPairs, number: int) -> PackedPairs:
     first = 2 * jnp.arange(number, dtype=jnp.int32) * parts.where.shape[1]
     sequences = jnp.where(parts.sequences < 0, -1, parts.sequences - first[:, None, None])
     return parts._replace(sequences=sequences)
-
-
-# Optimisers ---------------------------------------------------------------------------------------------------------
-
-
-def build(config: TrainConfig | SupervisedConfig) -> optax.GradientTransformation:
-    """The optimiser that the config names. Any other optax transformation can be passed as an object instead.
-
-    "adafactor" has the IPO-MD paper's settings (section 6): decay 0.8, no momentum, updates relative to the scale of
-    each parameter. "adamw" has β₁ = 0.9, β₂ = 0.999 and no weight decay.
-    """
-    return _build(config.optimizer, config.learning_rate, config.max_grad_norm)
-
-
-# The compiled update belongs to the optimiser as an object: one for each setting, so that runs share it.
-@functools.cache
-def _build(name: str, learning_rate: Value, max_grad_norm: float | None) -> optax.GradientTransformation:
-    # Always a schedule and always a clip: a run may go on with another rate or limit, so its state has one structure.
-    rate = learning_rate if isinstance(learning_rate, Schedule) else optax.constant_schedule(learning_rate)
-    makers = {
-        "adafactor": lambda: optax.adafactor(rate, decay_rate=0.8),
-        "adamw": lambda: optax.adamw(rate, weight_decay=0.0),
-    }
-    clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
-    return optax.chain(clip, makers[name]())
-
-
-def learning_rate(config: TrainConfig | SupervisedConfig, opt_state: Any) -> float:
-    """Step size that the next update of `build(config)` is made with: skipped updates do not move its schedule."""
-    counts = optax.tree.get_all_with_path(opt_state, "count")
-    return value_at(config.learning_rate, int(counts[-1][1]))
-
-
-def initial_state(optimizer: optax.GradientTransformation, params: Any) -> Any:
-    """The optimiser's state at step 0."""
-    # Optax mixes dtypes in its counters, which a process with strict promotion would refuse.
-    with jax.numpy_dtype_promotion("standard"):
-        return optimizer.init(params)
-
-
-def apply(optimizer: optax.GradientTransformation, gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
-    """Parameters and optimiser state after one update."""
-    with jax.numpy_dtype_promotion("standard"):
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
 
 
 def apply_gated(

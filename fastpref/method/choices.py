@@ -6,7 +6,7 @@ Overlong = Literal["drop", "truncate", "raise"]
 OnBadRecord = Literal["raise", "skip", "warn"]
 
 Remat = Literal["none", "layers", "all"]
-"""What the learner keeps of each layer for the gradient: all that it needs, products with kernels, or its input alone."""
+"""What the learner keeps of each layer for the gradient: all that it needs, products with kernels, or its input."""
 
 TruncationSide = Literal["left", "right"]
 """Where a text that is too long is cut: "right" keeps its first tokens, "left" its last."""

@@ -13,7 +13,7 @@ from fastpref.method.choices import OnBadRecord, Overlong, Remat, TruncationSide
 from fastpref.method.errors import nearest, require
 from fastpref.method.schedules import Schedule, Value, bounds, value_at
 
-Optimizer = Literal["adafactor", "adamw"]
+Optimizer = Literal["adafactor", "adamw", "lion"]
 
 COUNTS = frozenset(
     {
@@ -27,6 +27,12 @@ COUNTS = frozenset(
 Rule = tuple[str, Callable[[Any], bool], str, str]
 """A setting, whether its value keeps the rule, the rule in words, and the remedy."""
 
+
+def _are_betas(values: Any) -> bool:
+    numbers = isinstance(values, tuple | list) and all(isinstance(beta, int | float) for beta in values)
+    return numbers and len(values) == 2 and all(0 <= beta < 1 for beta in values)
+
+
 RULES: tuple[Rule, ...] = (
     ("learning_rate", lambda x: bounds(x)[0] >= 0, "must not be negative", "The paper's is 1e-4."),
     (
@@ -34,6 +40,14 @@ RULES: tuple[Rule, ...] = (
         lambda x: x is None or x > 0,
         "must be above 0, or None for no clipping",
         "Leave it out to switch clipping off.",
+    ),
+    ("warmup_steps", lambda x: type(x) is int and x >= 0, "must be a whole number of at least 0", "0 is no warm-up."),
+    ("weight_decay", lambda x: 0 <= x < math.inf, "must be a finite number of at least 0", "Recipes have 0 to 0.1."),
+    (
+        "betas",
+        lambda x: x is None or _are_betas(x),
+        "must be two numbers in [0, 1), or None for the optimizer's own",
+        "AdamW's are 0.9 and 0.999, Lion's 0.9 and 0.99.",
     ),
     (
         "mixture_beta",
@@ -65,6 +79,7 @@ CHOICES = {
     "on_bad_record": "Choose what happens to records that cannot be used.",
     "optimizer": "For any other, pass an optax.GradientTransformation as the `optimizer` argument of the function.",
     "remat": "Choose what is computed again to save memory.",
+    "lr_schedule": "Set warmup_steps for a warm-up before it; for any other course, let learning_rate be a Schedule.",
     "mixture_partner": "Choose the model that the policy is mixed with.",
     "baseline": "Choose one of them.",
 }
@@ -103,6 +118,10 @@ class Settings:
     max_shapes: int = 4
     optimizer: Optimizer = "adafactor"
     learning_rate: Value = 1e-4
+    warmup_steps: int = 0
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] | None = None
     max_grad_norm: float | None = None
     adapter: AdapterConfig | None = None
     remat: Remat = "none"
@@ -113,6 +132,34 @@ class Settings:
 
     def __post_init__(self) -> None:
         _check(self)
+        _check_optimizer(self)
+
+
+def _check_optimizer(config: Settings) -> None:
+    """Rules of the optimiser and its learning rate together."""
+    rules: list[tuple[bool, str, Any, str]] = [
+        (
+            config.betas is None or config.optimizer != "adafactor",
+            "betas must be None for adafactor, which has no momentum",
+            config.betas,
+            "Leave betas out, or choose adamw or lion.",
+        ),
+        (
+            not isinstance(config.learning_rate, Schedule)
+            or (config.warmup_steps, config.lr_schedule) == (0, "constant"),
+            "learning_rate must be a number where warmup_steps or lr_schedule is set",
+            config.learning_rate,
+            "Leave those two out, or give the number that they start from.",
+        ),
+        (
+            config.warmup_steps < config.steps,
+            f"warmup_steps must be below steps ({config.steps})",
+            config.warmup_steps,
+            "With so long a warm-up no update has the whole learning_rate.",
+        ),
+    ]
+    for rule in rules:
+        require(*rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +167,9 @@ class TrainConfig(Settings):
     """Settings of `fastpref.train`. Defaults are those of the IPO-MD paper (section 6) where it names them.
 
     When a run goes on, these may have changed, and it says so: `steps`, `rounds` as far as rounds stay as long,
-    `learning_rate`, `max_grad_norm`, `eval_every` from one number to another, `sample_every`, `checkpoint_every`,
-    `keep_checkpoints` and `judge_timeout`. Any other change is refused.
+    `learning_rate`, `warmup_steps`, `lr_schedule`, `max_grad_norm`, `eval_every` from one number to another,
+    `sample_every`, `checkpoint_every`, `keep_checkpoints` and `judge_timeout`. Any other change is refused. A rate that
+    decays ends at the new `steps`: from where the run goes on, it is what a run of so many steps has there.
 
     Args:
       algorithm: a name in `fastpref.ALGORITHMS`.
@@ -155,8 +203,13 @@ class TrainConfig(Settings):
       prompt_row_tokens: the same of the encoder's rows, for encoder-decoder models.
       max_new_tokens: T, longest completion, EOS included; longer recorded ones are handled as `overlong` says.
       temperature: of the draw; the losses assume 1.
-      optimizer: "adafactor" (decay 0.8) or "adamw".
-      learning_rate: a number or a `Schedule`.
+      optimizer: "adafactor" (decay 0.8), "adamw" or "lion".
+      learning_rate: a number, or a `Schedule` of any course.
+      warmup_steps: the learning rate goes from 0 to `learning_rate` in so many updates first, in a line.
+      lr_schedule: "constant", or from `learning_rate` to 0 at `steps`: "linear", or "cosine" for half a cosine wave.
+      weight_decay: each update subtracts learning rate × this × parameter, from matrices and embeddings alone: never
+        from biases and norm scales.
+      betas: (β₁, β₂) of "adamw" or "lion"; None for their usual ones, (0.9, 0.999) and (0.9, 0.99).
       max_grad_norm: clip the global gradient norm to this; None for no clipping.
       adapter: train low-rank adapters on the frozen model, which then serves as reference as well; None trains all
         parameters. A model that has an adapter already goes on with it, and this is then left out or says the same.
@@ -304,8 +357,8 @@ def _check_method(config: TrainConfig) -> None:
 class SupervisedConfig(Settings):
     """Settings of `fastpref.sft`, `fit_preference_model` and `fit_reward_model`.
 
-    When a run goes on, `steps`, `learning_rate`, `max_grad_norm`, `eval_every`, `checkpoint_every` and
-    `keep_checkpoints` may have changed, and it says so. Any other change is refused.
+    When a run goes on, `steps`, `learning_rate`, `warmup_steps`, `lr_schedule`, `max_grad_norm`, `eval_every`,
+    `checkpoint_every` and `keep_checkpoints` may have changed, and it says so. Any other change is refused.
 
     Args:
       steps: optimiser updates.
@@ -320,8 +373,12 @@ class SupervisedConfig(Settings):
       max_lost: a run that would lose a larger share of its records does not begin.
       chat_template_kwargs: options of the chat template, such as {"enable_thinking": False}.
       max_shapes: at most so many padded shapes, each of which is compiled once.
-      optimizer: "adafactor" or "adamw".
-      learning_rate: a number or a `Schedule`.
+      optimizer: "adafactor", "adamw" or "lion"; this and the next five as in `TrainConfig`.
+      learning_rate: a number, or a `Schedule` of any course.
+      warmup_steps: updates in which the learning rate goes from 0 to `learning_rate`.
+      lr_schedule: "constant", "linear" or "cosine".
+      weight_decay: of matrices and embeddings.
+      betas: (β₁, β₂) of "adamw" or "lion"; None for their usual ones.
       max_grad_norm: clip the global gradient norm to this; None for no clipping.
       adapter: train low-rank adapters on the frozen model, which then serves as reference as well; None trains all
         parameters. A model that has an adapter already goes on with it, and this is then left out or says the same.
@@ -384,7 +441,10 @@ def _parse(key: str, value: Any, kinds: tuple[type, ...], default: Any) -> Any:
         return AdapterConfig.of(value)
     if float in kinds and type(value) is int:
         return float(value)
-    wanted = " or ".join(kind.__name__ for kind in kinds if kind not in (Schedule, type(None)))
+    if isinstance(value, list | tuple) and any(get_origin(kind) is tuple for kind in kinds):
+        return tuple(float(each) if type(each) is int else each for each in value)
+    names = ["list" if get_origin(kind) is tuple else kind.__name__ for kind in kinds]
+    wanted = " or ".join(name for name in names if name not in ("Schedule", "NoneType"))
     require(type(value) in kinds, f"{key} must be of type {wanted}", value, f"Its default is {default!r}.")
     return value
 

@@ -87,7 +87,7 @@ REMAT = {
     "layers": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "all": jax.checkpoint_policies.nothing_saveable,
 }
-"""What is kept of a layer besides its input for the gradient, by the setting `remat`; "none" keeps all that it needs."""
+"""What is kept of a layer besides its input for the gradient, by the setting `remat`; "none" keeps all."""
 
 
 def rematerialised(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:

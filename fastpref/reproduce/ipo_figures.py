@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from fastpref.data import files
-from fastpref.learning.update import apply, initial_state
+from fastpref.learning.optimizers import apply, initial_state
 from fastpref.method.losses import Loss, dpo, ipo
 from fastpref.reproduce import figures
 

@@ -1,0 +1,119 @@
+"""Optimisers by name, their learning rate over the steps of a run, and the parameters that weight decay applies to."""
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import optax
+
+from fastpref.method.config import Settings
+from fastpref.method.errors import require
+from fastpref.method.schedules import Schedule, Value, value_at
+
+READ = ("optimizer", "learning_rate", "warmup_steps", "lr_schedule", "weight_decay", "betas", "max_grad_norm")
+"""Settings that `build` reads, and that an optimiser which is passed as an object does not."""
+
+
+def build(config: Settings, given: optax.GradientTransformation | None = None) -> optax.GradientTransformation:
+    """The optimiser that the config names, behind a clip of the global gradient norm; or the object that is given.
+
+    "adafactor" has the IPO-MD paper's settings (section 6): decay 0.8, no momentum, updates relative to the scale of
+    each parameter (Shazeer and Stern, 2018). "adamw" has β₁ = 0.9, β₂ = 0.999 (Loshchilov and Hutter, 2019), "lion"
+    0.9 and 0.99 (Chen et al., 2023), unless `betas` says otherwise. In all three, weight decay subtracts
+    rate × `weight_decay` × parameter at every update, from the parameters that `decays` is true of.
+
+    Args:
+      config: the settings.
+      given: any optax transformation, instead of the one that the config names.
+
+    Raises:
+      ConfigError: an object is given, and a setting that it does not read is not at its default.
+    """
+    if given is None:
+        betas = None if config.betas is None else (config.betas[0], config.betas[1])
+        return _build(config.optimizer, rate(config), config.max_grad_norm, config.weight_decay, betas)
+    for entry in dataclasses.fields(config):
+        if entry.name in READ:
+            require(
+                getattr(config, entry.name) == entry.default,
+                f"{entry.name} must be left out where an optimizer is passed as an object, which does not read it",
+                getattr(config, entry.name),
+                "Make it part of that object, or name an optimizer in the settings instead.",
+            )
+    return given
+
+
+# The compiled update belongs to the optimiser as an object: one for each setting, so that runs share it.
+@functools.cache
+def _build(
+    name: str, rate: Value, max_grad_norm: float | None, weight_decay: float, betas: tuple[float, float] | None
+) -> optax.GradientTransformation:
+    # Always a schedule and always a clip: a run may go on with another rate or limit, so its state has one structure.
+    schedule = rate if isinstance(rate, Schedule) else optax.constant_schedule(rate)
+    clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
+    mask = _decaying if weight_decay else None
+    if name == "adafactor":
+        # Here alone optax does not multiply the decay by the rate.
+        decay = (lambda count: weight_decay * schedule(count)) if weight_decay else None
+        chosen = optax.adafactor(schedule, decay_rate=0.8, weight_decay_rate=decay, weight_decay_mask=mask)
+    else:
+        options: dict[str, float] = {} if betas is None else {"b1": betas[0], "b2": betas[1]}
+        maker = {"adamw": optax.adamw, "lion": optax.lion}[name]
+        chosen = maker(schedule, weight_decay=weight_decay, mask=mask, **options)
+    return optax.chain(clip, chosen)
+
+
+def decays(path: tuple[Any, ...], leaf: Any) -> bool:
+    """True of a parameter that weight decay applies to: matrices and stacks of them, embeddings and adapters too.
+
+    Vectors never decay, nor do norm scales and biases by their names, T5's `position_bias` among them, however many
+    layers are stacked in an array. This is what `transformers.Trainer` decays, but for a reward head, a vector here.
+
+    Args:
+      path: keys of the parameter in its tree, as `jax.tree_util` gives them.
+      leaf: the parameter, or its shape.
+    """
+    # The array of an NNX variable lies under the variable's name.
+    name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value").rpartition("/")[2]
+    return leaf.ndim >= 2 and not re.fullmatch(r"(\w*_)?(bias|scale)", name)
+
+
+def _decaying(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def rate(config: Settings) -> Value:
+    """Learning rate over the updates of a run: `learning_rate` itself, or with the warm-up and decay that are set.
+
+    From 0 at the first update to `learning_rate` after `warmup_steps`, in a line; then constant, or to 0 at `steps`, in
+    a line or half a cosine wave: the formulas of `get_scheduler` in `transformers`.
+    """
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if isinstance(peak, Schedule) or (config.lr_schedule == "constant" and not warmup):
+        return peak
+    if config.lr_schedule == "constant":
+        # Without `steps`: a run that goes on for longer has the same rates, bit for bit.
+        return Schedule(start=peak, end=peak, steps=2 * warmup, warmup=0.5)
+    return Schedule(start=peak, end=0.0, steps=config.steps, kind=config.lr_schedule, warmup=warmup / config.steps)
+
+
+def learning_rate(config: Settings, opt_state: Any) -> float:
+    """Step size that the next update of `build(config)` is made with: skipped updates do not move its schedule."""
+    counts = optax.tree.get_all_with_path(opt_state, "count")
+    return value_at(rate(config), int(counts[-1][1]))
+
+
+def initial_state(optimizer: optax.GradientTransformation, params: Any) -> Any:
+    """The optimiser's state at step 0."""
+    # Optax mixes dtypes in its counters, which a process with strict promotion would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        return optimizer.init(params)
+
+
+def apply(optimizer: optax.GradientTransformation, gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    """Parameters and optimiser state after one update."""
+    with jax.numpy_dtype_promotion("standard"):
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
