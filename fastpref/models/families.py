@@ -149,7 +149,7 @@ class Family:
 
 WINDOWS = ("sliding_window", "layer_types")
 SOME = ("use_sliding_window", "max_window_layers", *WINDOWS)
-GELU = {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256}
+GELU = {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256, "pad_token_id": 0}
 QWEN = {
     "num_key_value_heads": 32,
     "sliding_window": 4096,
@@ -185,6 +185,7 @@ FAMILIES: dict[str, Family] = {
             "no_rope_layer_interval": 4,
             "max_position_embeddings": 32768,
             "tie_word_embeddings": True,
+            "pad_token_id": 128004,
         },
         windows="unrotated",
     ),
@@ -205,7 +206,7 @@ FAMILIES: dict[str, Family] = {
         "Olmo2ForCausalLM",
         OLMO,
         ("attention_bias",),
-        {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+        {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "pad_token_id": 1},
         {"norms": "after", "qk_norm": "width"},
     ),
     "gemma": Family(
@@ -270,7 +271,12 @@ FAMILIES: dict[str, Family] = {
         "Phi3ForCausalLM",
         PHI,
         ("sliding_window", "partial_rotary_factor", "original_max_position_embeddings"),
-        {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+        {
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "pad_token_id": 32000,
+        },
         windows="all",
         ropes=("default", "longrope"),
     ),
