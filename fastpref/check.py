@@ -18,6 +18,7 @@ from fastpref.method.config import TrainConfig, from_mapping
 from fastpref.method.errors import ChatError, FastprefError
 from fastpref.models import LanguageModel, load
 from fastpref.models.adapters import adapt, split
+from fastpref.models.configs import architectures_of
 from fastpref.models.huggingface import SCALAR_HEAD, Description, abstract_module, describe, read_tokenizer
 from fastpref.models.t5 import T5Config
 from fastpref.models.tensors import open_tensors
@@ -139,9 +140,7 @@ def _history(path: Path) -> str:
 def kind_of(described: Description, judge: str | None) -> str:
     """Words for the kind of a checkpoint."""
     raw = described.raw
-    name = f"a language model of kind {raw['model_type']}"
-    if architectures := raw.get("architectures"):
-        name += f" ({', '.join(map(str, architectures))})"
+    name = f"a language model of kind {raw['model_type']} ({architectures_of(raw)})"
     return name if judge is None else f"{judge}, on {name}"
 
 

@@ -173,7 +173,7 @@ def _evaluate(values: Mapping[str, Any]) -> None:
             'Write name = "directory" in [policies] for each of them.'
         )
     known: dict[str, Any] = {"max_new_tokens": 64, "max_prompt_tokens": 512, "temperature": 1.0, "batch_size": 64}
-    known |= {"truncation_side": "right", "chat_template_kwargs": {}}
+    known |= {"truncation_side": "right", "chat_template_kwargs": {}, "on_bad_record": "raise"}
     known |= {"seed": 0} if pair else {"seeds": [0, 1, 2]}
     settings = {"max_new_tokens": 64, **values.get("settings", {})}
     for key, value in settings.items():
@@ -240,6 +240,7 @@ def _sweep(values: Mapping[str, Any]) -> None:
             max_prompt_tokens=config.max_prompt_tokens,
             truncation_side=config.truncation_side,
             chat_template_kwargs=config.chat_template_kwargs,
+            on_bad_record=config.on_bad_record,
         ).value
 
     if "baseline" in values:

@@ -19,6 +19,13 @@ ZEPHYR = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+GEMMA = (
+    "{{ bos_token }}{% set system = messages[0].content ~ '\n\n' if messages[0].role == 'system' else '' %}"
+    "{% for m in (messages[1:] if system else messages) %}"
+    "<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ system if loop.first }}"
+    "{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
 END, START, STOP, BEGIN = range(4)
 WIDTH, HIDDEN, HEADS, KV_HEADS, LAYERS = 16, 24, 4, 2, 2
@@ -28,8 +35,44 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen2": {"pad": STOP, "eos": STOP, "template": CHATML},
     "mistral": {"pad": None, "eos": END, "template": ZEPHYR},
     "value_head": {"pad": END, "eos": STOP, "template": CHATML},
+    "gemma": {"pad": END, "eos": STOP, "template": GEMMA},
+    "gemma2": {"pad": END, "eos": STOP, "template": GEMMA},
+    "gemma3_text": {"pad": STOP, "eos": STOP, "template": GEMMA},
+    "gemma3": {"pad": END, "eos": STOP, "template": GEMMA},
 }
-"""Ids and template of each. The padding of "qwen2" is EOS; "value_head" is a Llama in TRL's layout."""
+"""Ids and template of each. The padding of "qwen2" and "gemma3_text" is EOS; "value_head" is a Llama in TRL's layout.
+"gemma" and the text of "gemma3" name no padding, and have that of their class."""
+
+ARCHITECTURES = {
+    "llama": "LlamaForSequenceClassification",
+    "qwen2": "Qwen2ForSequenceClassification",
+    "mistral": "MistralForSequenceClassification",
+    "value_head": "LlamaForCausalLM",
+    "gemma": "GemmaForSequenceClassification",
+    "gemma2": "Gemma2ForSequenceClassification",
+    "gemma3_text": "Gemma3TextForSequenceClassification",
+    "gemma3": "Gemma3ForSequenceClassification",
+}
+LOCAL = {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 10, "sliding_window": 8}
+BY_LAYER = LOCAL | {"rope_theta": 1000.0, "rope_local_base_freq": 100.0, "sliding_window_pattern": 2}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "gemma": {"hidden_act": "gelu_pytorch_tanh", "head_dim": WIDTH // HEADS},
+    "gemma2": LOCAL | {"head_dim": WIDTH // HEADS, "attn_logit_softcapping": 5.0},
+    "gemma3_text": BY_LAYER | {"head_dim": WIDTH // HEADS},
+    "gemma3": BY_LAYER | {"head_dim": WIDTH // HEADS},
+}
+"""Entries of `config.json` beside those that all have."""
+
+VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": 8,
+    "patch_size": 4,
+}
 
 CHATS: list[list[dict[str, str]]] = [
     [{"role": "user", "content": "Where is the mill?"}],
@@ -57,7 +100,7 @@ def write_tokenizer(path: Path, kind: str) -> None:
         "pad_token": SPECIAL[END if ids["pad"] is None else ids["pad"]],
         "chat_template": ids["template"],
     }
-    if ids["template"] == ZEPHYR:
+    if ids["template"] != CHATML:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BEGIN)])
         config["bos_token"] = "<s>"
     tokenizer.save(str(path / "tokenizer.json"))
@@ -69,12 +112,9 @@ def write_checkpoint(path: Path, kind: str, *, labels: int = 1, seed: int = 5, *
     path.mkdir(parents=True, exist_ok=True)
     write_tokenizer(path, kind)
     vocabulary, ids = 264, KINDS[kind]
-    model_type = "llama" if kind == "value_head" else kind
-    names = {"llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral"}
-    task = "ForCausalLM" if kind == "value_head" else "ForSequenceClassification"
     config = {
-        "architectures": [names[model_type] + task],
-        "model_type": model_type,
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": "llama" if kind == "value_head" else kind,
         "vocab_size": vocabulary,
         "hidden_size": WIDTH,
         "intermediate_size": HIDDEN,
@@ -86,30 +126,41 @@ def write_checkpoint(path: Path, kind: str, *, labels: int = 1, seed: int = 5, *
         "rope_theta": 10000.0,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
-        "pad_token_id": ids["pad"],
+        **({} if kind in ("gemma", "gemma3") else {"pad_token_id": ids["pad"]}),
         "eos_token_id": ids["eos"],
         "bos_token_id": BEGIN,
         "id2label": {str(at): f"LABEL_{at}" for at in range(labels)},
-        **({"sliding_window": None} if kind == "mistral" else {}),
+        **OPTIONS.get(kind, {}),
     }
+    if kind == "gemma3":
+        outer = {name: config.pop(name) for name in ("architectures", "id2label", "tie_word_embeddings")}
+        # What stands outside is not that of the text.
+        outer |= {"model_type": kind, "pad_token_id": STOP, "vision_config": VISION, "mm_tokens_per_image": 4}
+        config = outer | {"text_config": config | {"model_type": "gemma3_text"}}
     (path / "config.json").write_text(json.dumps(config | changes))
     draw = np.random.default_rng(seed)
-    kv = WIDTH // HEADS * KV_HEADS
-    shapes = {"model.embed_tokens.weight": (vocabulary, WIDTH), "score.weight": (labels, WIDTH)}
+    body = "model.language_model" if kind == "gemma3" else "model"
+    head_dim, kv = WIDTH // HEADS, WIDTH // HEADS * KV_HEADS
+    shapes = {f"{body}.embed_tokens.weight": (vocabulary, WIDTH), "score.weight": (labels, WIDTH)}
     if kind == "value_head":
         shapes |= {"lm_head.weight": (vocabulary, WIDTH), "v_head.summary.weight": (1, WIDTH)}
         shapes |= {"v_head.summary.bias": (1,)}
         del shapes["score.weight"]
     for layer in range(LAYERS):
         for name, sides in {"q": (WIDTH, WIDTH), "k": (kv, WIDTH), "v": (kv, WIDTH), "o": (WIDTH, WIDTH)}.items():
-            shapes[f"model.layers.{layer}.self_attn.{name}_proj.weight"] = sides
+            shapes[f"{body}.layers.{layer}.self_attn.{name}_proj.weight"] = sides
             if kind == "qwen2" and name != "o":
-                shapes[f"model.layers.{layer}.self_attn.{name}_proj.bias"] = sides[:1]
+                shapes[f"{body}.layers.{layer}.self_attn.{name}_proj.bias"] = sides[:1]
         for name, sides in {"gate": (HIDDEN, WIDTH), "up": (HIDDEN, WIDTH), "down": (WIDTH, HIDDEN)}.items():
-            shapes[f"model.layers.{layer}.mlp.{name}_proj.weight"] = sides
+            shapes[f"{body}.layers.{layer}.mlp.{name}_proj.weight"] = sides
     weights = {name: draw.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
-    layers = [f"layers.{layer}.{name}" for layer in range(LAYERS) for name in ("input", "post_attention")]
-    for name in ["model.norm.weight", *(f"model.{name}_layernorm.weight" for name in layers)]:
-        weights[name] = (1 + draw.normal(0, 0.2, WIDTH)).astype(np.float32)
+    norms = ["input", "post_attention"]
+    norms += ["pre_feedforward", "post_feedforward"] * (kind in ("gemma2", "gemma3_text", "gemma3"))
+    layers = [f"layers.{layer}.{name}" for layer in range(LAYERS) for name in norms]
+    sizes = dict.fromkeys([f"{body}.norm.weight", *(f"{body}.{name}_layernorm.weight" for name in layers)], WIDTH)
+    if kind in ("gemma3_text", "gemma3"):
+        sizes |= {f"{body}.layers.{n}.self_attn.{x}_norm.weight": head_dim for n in range(LAYERS) for x in "qk"}
+    for name, size in sizes.items():
+        weights[name] = (1 + draw.normal(0, 0.2, size)).astype(np.float32)
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     return path

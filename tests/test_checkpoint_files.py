@@ -248,7 +248,13 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
 def test_weights_in_another_format_are_named_with_a_way_out(tmp_path: Path) -> None:
     folder = copied(LLAMA, tmp_path)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"and pytorch_model.bin, which is not read. Load it with transformers"):
+    (folder / "training_args.bin").write_bytes(b"")
+    message = r"and pytorch_model.bin, a pickle, which may hold code and is not read. Write model.safetensors beside it"
+    with pytest.raises(FileNotFoundError, match=message):
+        load(folder)
+    (folder / "pytorch_model.bin").rename(folder / "tf_model.h5")
+    (folder / "training_args.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"and tf_model.h5, which is not read. Save its weights as safetensors"):
         load(folder)
     shutil.rmtree(folder)
     folder = copied("llama_sharded", tmp_path)

@@ -33,7 +33,7 @@ from fastpref.data.chat import ChatTemplate
 from fastpref.data.ragged import Ragged
 from fastpref.data.readers import RecordStream
 from fastpref.data.records import DropReport
-from fastpref.data.rendered import Rendered
+from fastpref.data.rendered import Rendered, conversation_of
 from fastpref.data.sources import Source, files_of, format_of, unchanged
 from fastpref.data.tokenization import CHUNK, Encoder, TokenRecords, TokenStream
 from fastpref.method.choices import OnBadRecord, Overlong, TruncationSide
@@ -165,7 +165,7 @@ def _digest_records(records: Any, report: DropReport) -> str:
 
 
 def _marks(text: str) -> list[Any]:
-    return [text.literals, text.end] if isinstance(text, Rendered) else []
+    return [text.literals, text.end, conversation_of(text)] if isinstance(text, Rendered) else []
 
 
 def _warn_again(report: DropReport, on_bad_record: OnBadRecord) -> None:

@@ -1,7 +1,9 @@
 """Records in, from files, tables and iterables: each one delivered, or counted with its reason."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from fastpref.data.rendered import Rendered
 from fastpref.data.sources import COLUMNS, FOR_TEMPLATES, Row, Source, names_file, open_rows
 from fastpref.data.tokenizer import Tokenizer
 from fastpref.method.choices import OnBadRecord
-from fastpref.method.errors import ChatError
+from fastpref.method.errors import ChatError, DropWarning
 
 
 def read_records(
@@ -76,9 +78,16 @@ def read_prompts(
     Raises:
       DataError: as `read_records` does.
       ChatError: a prompt is a conversation that another template wrote, and the tokenizer brings none.
+
+    Warns:
+      DropWarning: records were dropped, or hold columns that are not used; see `read_records` for the account itself.
     """
     template = None if tokenizer is None else ChatTemplate.find(tokenizer, chat_template_kwargs)
-    records, _ = read_records(source, on_bad_record=on_bad_record, template=template)
+    records, report = read_records(source, on_bad_record=on_bad_record, template=template)
+    said = on_bad_record == "warn" and report.dropped
+    if (report.dropped or report.unused) and not said:
+        named = f" of {source}" if isinstance(source, str | Path) else ""
+        warnings.warn(f"prompts{named}: {report}", DropWarning, stacklevel=3)
     prompts = [record.prompt for record in records]
     return prompts if tokenizer is None else written_by(template, prompts)
 

@@ -81,9 +81,7 @@ class Rendered(str):
 
     def pack(self) -> bytes:
         """The text with its marks and conversation, as JSON; `unpack` reads it back."""
-        said = self.conversation
-        made_of = None if said is None else [list(said.messages), said.tools, dict(said.options)]
-        return json.dumps([str(self), self.literals, made_of], default=repr).encode()
+        return json.dumps([str(self), self.literals, _parts(self)], default=repr).encode()
 
     @classmethod
     def unpack(cls, content: bytes) -> "Rendered":
@@ -91,6 +89,21 @@ class Rendered(str):
         text, literals, made_of = json.loads(content)
         conversation = None if made_of is None else Conversation(*made_of)
         return cls(text, literals=[(start, end) for start, end in literals], conversation=conversation)
+
+
+def conversation_of(text: str) -> str | None:
+    """The conversation that a template wrote a text from, as JSON; None for any other text.
+
+    A judge with a template of its own reads this. Where the template of the text leaves something out, such as tools,
+    one text is that of several conversations.
+    """
+    parts = _parts(text)
+    return None if parts is None else json.dumps(parts, default=repr)
+
+
+def _parts(text: str) -> list[Any] | None:
+    said = text.conversation if isinstance(text, Rendered) else None
+    return None if said is None else [list(said.messages), said.tools, dict(said.options)]
 
 
 class Unfinished(str):

@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from fastpref.data import hashes
 from fastpref.data.ragged import Ragged
 from fastpref.data.records import IDENTICAL, BadRecord, DropReport, Ledger, Record, share
 from fastpref.data.rendered import Rendered
@@ -112,6 +113,11 @@ class PromptTexts(Mapping[int, str]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._ids.tolist())
+
+    @property
+    def digest(self) -> str:
+        """Hash of all texts, with the conversations that they were written from."""
+        return hashes.of_buffers([self._text.values, self._text.offsets]).hex()
 
     def __len__(self) -> int:
         return len(self._ids)

@@ -1,14 +1,17 @@
 """Choosing a checkpoint: all of a run, or of several, are compared with one baseline (IPO-MD paper, section 6.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastpref.data import files, read_prompts
 from fastpref.data.sources import Source
 from fastpref.evaluation.side_by_side import draw, kept
 from fastpref.evaluation.win_rates import WinRate, check_prompts, win_rate
+from fastpref.judging.positions import check_positions
 from fastpref.judging.protocol import Judge
+from fastpref.method.choices import OnBadRecord, TruncationSide
 from fastpref.models import LanguageModel
 from fastpref.runs import checkpoints, terminal
 from fastpref.runs.read_model import Model, locate, read_model, read_tokenizer, step_directory
@@ -122,6 +125,9 @@ def select_checkpoint(
     like: Model | None = None,
     max_new_tokens: int,
     max_prompt_tokens: int = 512,
+    truncation_side: TruncationSide = "right",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    on_bad_record: OnBadRecord = "raise",
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
@@ -143,7 +149,10 @@ def select_checkpoint(
       like: a model of the architecture of the checkpoints; None for their run's final model or, where that is not yet
         written, the baseline.
       max_new_tokens: longest completion, EOS included.
-      max_prompt_tokens: longest prompt; longer ones keep their first tokens.
+      max_prompt_tokens: longest prompt; a longer chat loses its oldest turns, a text is cut, and a warning says so.
+      truncation_side: where a text is cut: "right" keeps its first tokens, "left" its last.
+      chat_template_kwargs: options of the models' chat templates, such as `enable_thinking`.
+      on_bad_record: what becomes of bad records, as for `fastpref.data.read_records`.
       temperature: of the draws.
       seed: of the draws.
       batch_size: prompts decoded at once.
@@ -156,18 +165,26 @@ def select_checkpoint(
       ValueError: fewer than 2 prompts, an empty one, no checkpoint, or one that is given twice.
       FileNotFoundError: a run or checkpoint is not there.
       CheckpointError: a checkpoint is damaged, or does not fit `like`.
+      ModelError: a model that judges has too few positions for what it would read.
       JudgeError: see `judging.protocol.ask`.
+
+    Warns:
+      DropWarning: records were dropped, or hold columns that are not used.
     """
     check_prompts(prompts)
-    texts = read_prompts(prompts, read_tokenizer(baseline))
+    options: dict[str, Any] = {"on_bad_record": on_bad_record, "chat_template_kwargs": chat_template_kwargs}
+    texts = read_prompts(prompts, read_tokenizer(baseline), **options)
     check_prompts(texts)
     found = _candidates([runs] if isinstance(runs, LanguageModel | str | Path) else list(runs))
-    settings = {
+    settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "max_prompt_tokens": max_prompt_tokens,
+        "truncation_side": truncation_side,
+        "chat_template_kwargs": chat_template_kwargs,
         "temperature": temperature,
         "batch_size": batch_size,
     }
+    check_positions(judge, texts, max_new_tokens)
     against = read_model(baseline)
     theirs = draw(against, texts, stream=f"{seed} baseline", **settings)
     ranked = []

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from fastpref.data.batches import token_mask
 from fastpref.data.packing import pack_pairs
+from fastpref.data.rendered import conversation_of
 from fastpref.evaluation.win_rates import both_orders, summarise
 from fastpref.judging.identity import digest
 from fastpref.judging.recorded import RecordedJudge
@@ -145,8 +146,8 @@ class HeldOut:
 
     def fingerprint(self) -> dict[str, Any]:
         """Judge and prompts as JSON, for the fingerprint of the run: a curve is measured by one judge on one set."""
-        # As text: what else a prompt knows of itself decides nothing.
-        return {"judge": self._judge.identity.fingerprint(), "prompts": digest(list(map(str, self._prompts)))}
+        prompts = [(str(prompt), conversation_of(prompt)) for prompt in self._prompts]
+        return {"judge": self._judge.identity.fingerprint(), "prompts": digest(prompts)}
 
     def measure(self, policy: LanguageModel, step: int) -> dict[str, float]:
         """Metrics of the policy as it is now, under `eval/`; `fastpref.runs.metrics` says what they mean.

@@ -15,9 +15,10 @@ from fastpref.data.rendered import Rendered
 from fastpref.data.sources import Source
 from fastpref.evaluation.win_rates import WinRate, WinRates, both_orders, check_prompts, summarise, tabulate
 from fastpref.judging.judgements import FILE, Judgements
+from fastpref.judging.positions import check_positions
 from fastpref.judging.protocol import Judge
 from fastpref.judging.recorded import RecordedJudge
-from fastpref.method.choices import TruncationSide
+from fastpref.method.choices import OnBadRecord, TruncationSide
 from fastpref.models import LanguageModel
 from fastpref.runs.read_model import Model, locate, read_model, read_tokenizer
 from fastpref.sampling.generate import write
@@ -36,6 +37,7 @@ def compare(
     max_prompt_tokens: int = 512,
     truncation_side: TruncationSide = "right",
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    on_bad_record: OnBadRecord = "raise",
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
@@ -52,6 +54,7 @@ def compare(
       max_prompt_tokens: longest prompt; a longer chat loses its oldest turns, a text is cut, and a warning says so.
       truncation_side: where a text is cut: "right" keeps its first tokens, "left" its last.
       chat_template_kwargs: options of the policies' chat templates, such as `enable_thinking`.
+      on_bad_record: what becomes of bad records, as for `fastpref.data.read_records`.
       temperature: of the draws.
       seed: of the draws; the two policies draw with different noise.
       batch_size: prompts decoded at once.
@@ -63,6 +66,9 @@ def compare(
       FileNotFoundError: there is no such model.
       JudgeError: see `judging.protocol.ask`.
       JudgementsError: what the folder keeps is damaged, or cannot be written.
+
+    Warns:
+      DropWarning: records were dropped, or hold columns that are not used.
     """
     found = evaluate(
         {"policy": policy, "baseline": baseline},
@@ -72,6 +78,7 @@ def compare(
         max_prompt_tokens=max_prompt_tokens,
         truncation_side=truncation_side,
         chat_template_kwargs=chat_template_kwargs,
+        on_bad_record=on_bad_record,
         temperature=temperature,
         seeds=(seed,),
         batch_size=batch_size,
@@ -90,6 +97,7 @@ def evaluate(
     max_prompt_tokens: int = 512,
     truncation_side: TruncationSide = "right",
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    on_bad_record: OnBadRecord = "raise",
     temperature: float = 1.0,
     seeds: Sequence[int] = (0, 1, 2),
     batch_size: int = 64,
@@ -113,6 +121,7 @@ def evaluate(
       max_prompt_tokens: longest prompt; a longer chat loses its oldest turns, a text is cut, and a warning says so.
       truncation_side: where a text is cut: "right" keeps its first tokens, "left" its last.
       chat_template_kwargs: options of the policies' chat templates, such as `enable_thinking`.
+      on_bad_record: what becomes of bad records, as for `fastpref.data.read_records`.
       temperature: of the draws.
       seeds: sampling seeds, different ones.
       batch_size: prompts decoded at once.
@@ -123,19 +132,25 @@ def evaluate(
       ValueError: fewer than 2 policies or prompts, an empty prompt, a name or seed given twice.
       DataError: the prompts cannot be read.
       ChatError: a policy has no chat template, or one that refuses a conversation.
+      ModelError: a model cannot be read, or one that judges has too few positions for what it would read.
       FileNotFoundError: there is no such model.
       JudgeError: see `judging.protocol.ask`.
       JudgementsError: what the folder keeps is damaged, or cannot be written.
+
+    Warns:
+      DropWarning: records were dropped, or hold columns that are not used.
     """
     # All before anything is written, which may take long.
     check_prompts(prompts)
     named = name_policies(policies)
     first = read_tokenizer(next(iter(named.values()))[0])
-    questions = read_prompts(prompts, first, chat_template_kwargs=chat_template_kwargs)
+    options: dict[str, Any] = {"on_bad_record": on_bad_record, "chat_template_kwargs": chat_template_kwargs}
+    questions = read_prompts(prompts, first, **options)
     check_prompts(questions)
     if any(isinstance(question, Rendered) for question in questions):
         for model in chain.from_iterable(named.values()):
             written_by(ChatTemplate.find(read_tokenizer(model), chat_template_kwargs), questions)
+    check_positions(judge, questions, max_new_tokens)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be different, at least one, but received {list(seeds)}. Give each seed once.")
     texts = {

@@ -28,7 +28,7 @@ import xxhash
 from jaxtyping import Float
 
 from fastpref._lazy import need
-from fastpref.data.rendered import Rendered
+from fastpref.data.rendered import Rendered, is_finished
 from fastpref.method.errors import JudgeError
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ TEMPLATE = (
     "Reply with the number of the better answer, 1 or 2, and nothing else."
 )
 """The default question."""
+
+CUT = "\n(This answer was cut off here, at its longest length.)"
+"""The default note behind an answer that did not end by itself."""
 
 FIELDS = re.compile(r"(\{prompt\}|\{first\}|\{second\})")
 MARKS = " \t\r\n*_`\"'.:()[]#"
@@ -63,13 +66,15 @@ class HttpJudge:
     """A `Judge` behind an OpenAI-compatible endpoint, `POST {url}/chat/completions`. Needs `fastpref[http]`.
 
     Prompts and completions are sent to the server. Conversations are sent as text, with the role before each message
-    where there are several; the server's own chat template writes the question.
+    where there are several; the server's own chat template writes the question. A completion that was cut off at its
+    longest length is sent with `cut` behind it.
 
     Args:
       url: of the API, such as "https://api.openai.com/v1"; without name, password or query.
       model: its name there.
       template: the question, with {prompt}, {first} and {second}, each once.
       answers: the two replies, for the first and for the second.
+      cut: what stands behind a completion that was cut off; "" to tell the server nothing.
       temperature: of the reply; 1 for votes that are the model's own probabilities.
       max_tokens: longest reply; None to leave it out of the request.
       logprobs: ask for log-probs; False for votes at once.
@@ -92,6 +97,7 @@ class HttpJudge:
     model: str
     template: str = TEMPLATE
     answers: tuple[str, str] = ("1", "2")
+    cut: str = CUT
     temperature: float = 1.0
     max_tokens: int | None = 4
     logprobs: bool = True
@@ -156,7 +162,7 @@ class HttpJudge:
     @property
     def identity(self) -> dict[str, Any]:
         """All that decides the answers, for `judging.identity`; never the key."""
-        names = ("url", "model", "template", "temperature", "max_tokens", "logprobs", "votes")
+        names = ("url", "model", "template", "cut", "temperature", "max_tokens", "logprobs", "votes")
         own = {name: getattr(self, name) for name in names}
         return own | {"answers": list(self.answers), "orders": 2, "extra": dict(self.extra)}
 
@@ -165,13 +171,31 @@ class HttpJudge:
         """Requests sent so far."""
         return self._meter.calls
 
-    def __call__(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " P"]:
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        *,
+        finished: Sequence[Sequence[bool]] | None = None,
+    ) -> Float[np.ndarray, " P"]:
         """p(first ≻ second | prompt), shape [P], float32; the two orders add up to 1.
+
+        Args:
+          prompts: P texts.
+          first: a completion of each.
+          second: what it is compared with.
+          finished: for both lists, False where a completion was cut off; None for what the texts themselves say.
 
         Raises:
           JudgeError: the server failed, or `max_calls` does not suffice; it holds what was answered.
         """
-        pairs = list(zip(map(plain_text, prompts), map(str, first), map(str, second), strict=True))
+        ends = finished or [list(map(is_finished, texts)) for texts in (first, second)]
+        sent = [
+            [str(text) if end else f"{text}{self.cut}" for text, end in zip(texts, flags, strict=True)]
+            for texts, flags in zip((first, second), ends, strict=True)
+        ]
+        pairs = list(zip(map(plain_text, prompts), *sent, strict=True))
         # One canonical order, so that (y, y') and (y', y) are one question.
         questions = [(prompt, *sorted(sides)) for prompt, *sides in pairs]
         known = self._meter.answers

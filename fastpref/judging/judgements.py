@@ -20,6 +20,7 @@ import numpy as np
 import xxhash
 from jaxtyping import Float32
 
+from fastpref.data.rendered import conversation_of
 from fastpref.judging.identity import Identity
 from fastpref.method.errors import JudgeError, JudgementsError
 from fastpref.runs import owner
@@ -27,15 +28,16 @@ from fastpref.runs import owner
 FILE = "judged.sqlite"
 """Name of the file in a run directory."""
 
-APPLICATION, VERSION = 0x66707265, 2
+APPLICATION, VERSION = 0x66707265, 3
 """Number that names these files among those of SQLite, and that of their layout."""
 
-COLUMNS = ("judge", "judge_key", "purpose", "step", "prompt", "first", "second", "finished", "answer")
+COLUMNS = ("judge", "judge_key", "purpose", "step", "prompt", "conversation", "first", "second", "finished", "answer")
 TABLE = """
 CREATE TABLE judged (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     judge TEXT NOT NULL, judge_key TEXT NOT NULL, purpose TEXT NOT NULL, step INTEGER NOT NULL,
-    prompt TEXT NOT NULL, first TEXT NOT NULL, second TEXT, finished TEXT, answer REAL NOT NULL, checksum TEXT NOT NULL
+    prompt TEXT NOT NULL, conversation TEXT, first TEXT NOT NULL, second TEXT, finished TEXT, answer REAL NOT NULL,
+    checksum TEXT NOT NULL
 )
 """
 
@@ -96,7 +98,7 @@ class Judgements:
           judge: whose answers these are.
           purpose: names what they are for, such as "training".
           step: number of the step.
-          prompts: P texts.
+          prompts: P texts; the conversation that a template wrote one from is part of the question.
           first: a completion of each.
           second: what it is compared with; None for rewards of the first alone.
           finished: for each of those lists, which of its completions ended, where the judge is told; it is part of the
@@ -116,7 +118,7 @@ class Judgements:
         flags: list[str | None] = [None] * len(prompts)
         if finished is not None:
             flags = [_shown(ends) for ends in zip(*finished, strict=True)]
-        asked = list(zip(prompts, first, others, flags, strict=True))
+        asked = list(zip(prompts, map(conversation_of, prompts), first, others, flags, strict=True))
         occasion = () if by_content else (purpose, step)
         questions = [_hash(judge.key, *occasion, *texts) for texts in asked]
         missing: dict[bytes, int] = {}
@@ -211,7 +213,8 @@ def read(path: str | Path) -> Iterator[dict[str, Any]]:
       path: the file, or the run directory that it is in.
 
     Yields:
-      For each answer `judge` (its name), `judge_key` (its identity), `purpose`, `step`, `prompt`, `first`, `second`
+      For each answer `judge` (its name), `judge_key` (its identity), `purpose`, `step`, `prompt`, `conversation` (JSON
+      of the messages, tools and options that a chat template wrote the prompt from, else None), `first`, `second`
       (None for a reward), `finished` (the word "ended" or "cut" for each completion, where the judge was told, else
       None) and `answer` (p(first ≻ second), or the reward): a mapping that any JSON writer takes.
 

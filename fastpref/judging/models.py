@@ -29,7 +29,7 @@ from fastpref.judging.identity import digest
 from fastpref.judging.protocol import probability
 from fastpref.method.errors import CutWarning
 from fastpref.models import LanguageModel, load, save
-from fastpref.models.policy import Policy, hidden_states
+from fastpref.models.policy import Policy, hidden_states, position_limit
 from fastpref.sampling.generate import round_up
 
 SUMMARY_PROMPT = (
@@ -41,6 +41,9 @@ SUMMARY_PROMPT = (
 
 FIELDS = re.compile(r"(\{prompt\}|\{first\}|\{second\})")
 
+
+FEW_WIDTHS = 32
+"""Readings are padded to multiples of it, so that few programs are compiled."""
 
 Reading = tuple[tuple[int, ...], ...]
 """Token ids of what is scored at once: a prompt and its completions."""
@@ -100,7 +103,7 @@ def _rewards(definition: Any, params: Any, *completions: Array) -> Array:
     return rewards(nnx.merge(definition, params), *completions)
 
 
-def _padded(parts: Sequence[Sequence[int]], multiple: int = 32) -> tuple[np.ndarray, np.ndarray]:
+def _padded(parts: Sequence[Sequence[int]], multiple: int) -> tuple[np.ndarray, np.ndarray]:
     """Token ids as [N, S] int32 with S a multiple, and their lengths."""
     lengths = np.array([len(ids) for ids in parts], np.int32)
     tokens = np.zeros((len(parts), round_up(max(1, int(lengths.max(initial=1))), multiple)), np.int32)
@@ -113,11 +116,17 @@ def _reading(*parts: Sequence[int]) -> Reading:
     return tuple(tuple(part) for part in parts)
 
 
-def _arrays(readings: Sequence[Reading]) -> tuple[np.ndarray, ...]:
-    """The four arrays of `last_states` of readings that are a prompt and K completions each."""
-    texts, lengths = _padded([text for reading in readings for text in reading[1:]])
+def _arrays(readings: Sequence[Reading], limit: int | None) -> tuple[np.ndarray, ...]:
+    """The four arrays of `last_states` of readings that are a prompt and K completions each.
+
+    They are padded to a few widths, or to the longest where the positions of the model end before that.
+    """
+    prompts, texts = [reading[0] for reading in readings], [text for reading in readings for text in reading[1:]]
+    width = sum(round_up(max(1, *map(len, part)), FEW_WIDTHS) for part in (prompts, texts))
+    multiple = FEW_WIDTHS if limit is None or width <= limit else 1
+    tokens, lengths = _padded(texts, multiple)
     shape = (len(readings), len(readings[0]) - 1)
-    return *_padded([reading[0] for reading in readings]), texts.reshape(*shape, -1), lengths.reshape(shape)
+    return *_padded(prompts, multiple), tokens.reshape(*shape, -1), lengths.reshape(shape)
 
 
 def _score_distinct(
@@ -242,10 +251,10 @@ class PreferenceModel:
     def margins(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " P"]:
         """Logit of "the first is better", shape [P], float32; antisymmetric where `symmetric`."""
         definition, params = nnx.split(self.model.module)
-        answers = self.answer_ids()
+        answers, limit = self.answer_ids(), position_limit(self.model.module)
 
         def score(readings: Sequence[Reading]) -> np.ndarray:
-            margins = np.asarray(_answer_margins(definition, params, answers, *_arrays(readings)))
+            margins = np.asarray(_answer_margins(definition, params, answers, *_arrays(readings, limit)))
             return (margins[:, 0] - margins[:, 1]) / np.float32(2) if self.symmetric else margins[:, 0]
 
         opened, forward = self.readings(prompts, first, second)
@@ -361,9 +370,10 @@ class RewardModel:
                 str(text) if end else Unfinished(text) for text, end in zip(completions, finished, strict=True)
             ]
         definition, params = nnx.split(self.module)
+        limit = position_limit(self.module.policy)
 
         def score(readings: Sequence[Reading]) -> np.ndarray:
-            return np.asarray(_rewards(definition, params, *_arrays(readings)))[:, 0]
+            return np.asarray(_rewards(definition, params, *_arrays(readings, limit)))[:, 0]
 
         readings = [_reading(*parts) for parts in zip(*self.readings(prompts, completions), strict=True)]
         scores: Float[np.ndarray, " P"] = _score_distinct(readings, score, self.batch_size) + np.float32(self.bias)

@@ -16,7 +16,9 @@ from fastpref.judging.models import PreferenceModel, RewardModel
 from fastpref.judging.protocol import Judge
 from fastpref.method.errors import ConfigError, ModelError, nearest
 from fastpref.models import load
-from fastpref.models.huggingface import SCALAR_HEAD
+from fastpref.models.configs import architectures_of
+from fastpref.models.families import FAMILIES
+from fastpref.models.huggingface import SCALAR_HEAD, refuse_adapter
 from fastpref.models.tensors import read_header, read_tensor
 
 VALUE_HEAD = "value_head.safetensors"
@@ -32,10 +34,11 @@ def load_judge(source: str | Path | Mapping[str, Any]) -> Judge:
     """The judge or reward model that a source names.
 
     Args:
-      source: a directory that `PreferenceModel.save` or `RewardModel.save` wrote; one of the hub, with a scalar head:
-        `*ForSequenceClassification` with one label (`score.weight`), or a language model with a value head
-        (`v_head.summary.weight`, in its own files or in `value_head.safetensors`); `package.module:object`, importable
-        from the working directory; or a mapping with `url` and `model`, and other arguments of `HttpJudge`.
+      source: a directory that `PreferenceModel.save` or `RewardModel.save` wrote, or the run directory of its fit; one
+        of the hub, with a scalar head: `*ForSequenceClassification` with one label (`score.weight`), or a language
+        model with a value head (`v_head.summary.weight`, in its own files or in `value_head.safetensors`);
+        `package.module:object`, importable from the working directory; or a mapping with `url` and `model`, and other
+        arguments of `HttpJudge`.
 
     Returns:
       A `PreferenceModel`, a `RewardModel`, an `HttpJudge`, or the object.
@@ -47,11 +50,12 @@ def load_judge(source: str | Path | Mapping[str, Any]) -> Judge:
     if isinstance(source, Mapping):
         return _server(source)
     path = Path(source)
-    if (path / "preference_model.json").exists():
-        return PreferenceModel.load(path)
-    if (path / "reward_model.json").exists():
-        return RewardModel.load(path)
-    if (path / "config.json").is_file():
+    for folder in (path, path / "model"):
+        if (folder / "preference_model.json").exists():
+            return PreferenceModel.load(folder)
+        if (folder / "reward_model.json").exists():
+            return RewardModel.load(folder)
+    if path.is_dir():
         return read_reward_model(path)
     return _named(str(source))
 
@@ -71,14 +75,19 @@ def read_reward_model(path: str | Path) -> RewardModel:
         body that cannot be read.
     """
     source = Path(path)
+    refuse_adapter(source)
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(
+            f"the directory of a judge must hold config.json, but received {source} without. Name that of a preference "
+            "or reward model, or the run directory of its training."
+        )
     raw = read_json({"config.json": (source / "config.json").read_bytes()}, "config.json")
-    kind, architectures = str(raw.get("model_type")), [str(name) for name in raw.get("architectures") or []]
-    ranker = any("SequenceClassification" in name or "PairRM" in name for name in architectures)
+    kind, architectures = str(raw.get("model_type")), architectures_of(raw)
+    ranker = "SequenceClassification" in architectures or "PairRM" in architectures
     if "deberta" in kind or "bert" in kind:
         raise ModelError(
             f"a judge must be a decoder with a scalar head, but received {source}, a {kind} "
-            f"({', '.join(architectures) or 'no architecture named'}), an encoder as PairRM is, which is not read "
-            f"here. {FUNCTION}"
+            f"({architectures}), an encoder as PairRM is, which is not read here. {FUNCTION}"
         )
     head = _scalar_head(source)
     if not head and not any(source.glob("model*.safetensors")):
@@ -98,8 +107,8 @@ def read_reward_model(path: str | Path) -> RewardModel:
         raise ModelError(
             f"a reward model must have one scalar head, but received {', '.join(sorted(head))} in {source}. Keep one."
         )
-    labels, bias = weight.shape[0], head.get(f"{name}.bias", np.zeros(1, np.float32))
-    if weight.ndim != 2 or labels != 1 or bias.shape != (1,):
+    bias = head.get(f"{name}.bias", np.zeros(1, np.float32))
+    if weight.ndim != 2 or len(weight) != 1 or bias.shape != (1,):
         raise ModelError(
             f"a reward model must have one label, but received {name}.weight of shape {weight.shape} in {source}. "
             f"{FUNCTION}"
@@ -123,11 +132,11 @@ def read_reward_model(path: str | Path) -> RewardModel:
 
 
 def _pad_id(raw: Mapping[str, Any]) -> int | None:
-    """The padding token that transformers' configuration of this kind has; Gemma's is 0 where the file is silent."""
-    inner = raw.get("text_config")
-    default = 0 if str(raw.get("model_type")).startswith("gemma") else None
-    entries = {**(inner if isinstance(inner, Mapping) else {}), **raw}
-    found = entries.get("pad_token_id", default)
+    """The padding token of the text's configuration; where the file is silent, that of its class in transformers."""
+    nested = raw.get("model_type") == "gemma3"
+    entries = raw["text_config"] if nested else raw
+    family = FAMILIES.get("gemma3_text" if nested else raw["model_type"])
+    found = entries.get("pad_token_id", None if family is None else family.defaults.get("pad_token_id"))
     return found if isinstance(found, int) else None
 
 

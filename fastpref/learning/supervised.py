@@ -461,7 +461,8 @@ def fit_reward_model(
     ):
 
         def with_module(module: Any) -> RewardModel:
-            return dataclasses.replace(judge, module=module)
+            body = dataclasses.replace(judge.model, module=module.policy)
+            return dataclasses.replace(judge, model=body, module=module)
 
         return _fit(
             judge.module,

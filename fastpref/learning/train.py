@@ -19,17 +19,18 @@ from fastpref.data import (
     PairBatcher,
     PromptBatcher,
     Source,
-    read_records,
     tokenized,
 )
 from fastpref.data.batches import PackedPairs, PromptBatch
-from fastpref.data.tokenization import PromptTexts, fit_prompts
+from fastpref.data.tokenization import PromptTexts
 from fastpref.evaluation.during_training import HeldOut
 from fastpref.judging.identity import identity, name_of
 from fastpref.judging.judgements import FILE, Judgements
+from fastpref.judging.positions import check_positions
 from fastpref.judging.protocol import Judge, Rewarder, by_scores
 from fastpref.judging.recorded import RecordedJudge
 from fastpref.learning import loop, optimizers, rollout, update
+from fastpref.learning.held_out import LIMITS, read_held_out
 from fastpref.learning.row_plan import RowPlan, plan_recorded, plan_rows
 from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError, DataError, require
@@ -41,9 +42,6 @@ from fastpref.models.policy import check_length
 from fastpref.models.rows import shared_rows
 from fastpref.runs import owner
 from fastpref.runs.report import finish
-
-LIMITS = {"prompt too long": "max_prompt_tokens", "completion too long": "max_new_tokens"}
-"""The setting that a record is dropped for, by the reason."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,8 @@ class Prompted(NamedTuple):
     """Prompts by id, as the judge reads them; none offline."""
     plan: RowPlan
     report: DropReport
+    longest: int
+    """Inputs of the longest sequence that a model reads, for its positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +246,7 @@ def train(
     Raises:
       ConfigError: a setting breaks its rule.
       DataError: the prompts cannot be read, or more of them than `config.max_lost` allows would be dropped.
+      ModelError: a model cannot be read, or one that judges has too few positions for what it would read.
       JudgeError: the judge failed; the steps before are saved.
       JudgementsError: what the judge said before is damaged, or cannot be written.
       CheckpointError: the run directory holds another run.
@@ -274,9 +275,13 @@ def train(
             warn_of_merging(policy)
     frozen = rollout.Frozen(*nnx.split(ref.module))
     partner = rollout.Frozen(*nnx.split(others[0].module)) if others else frozen
-    checks = _checks(eval_prompts, policy, config, quiet)
+    checks = read_held_out(eval_prompts, (policy, ref), config, quiet)
     eval_judge = _as_judge(eval_judge or judge, config) if config.eval_every else None
     source = _source(prompts, policy, config, cache, quiet)
+    for model in (policy, ref, *others):
+        check_length(model.module, source.longest)
+    check_positions(judge, source.texts.values(), config.max_new_tokens)
+    check_positions(eval_judge, checks, config.max_new_tokens)
     with ExitStack() as stack:
         stack.enter_context(owner.hold(folder))
         stack.enter_context(source.batches)
@@ -295,6 +300,7 @@ def train(
             "tokenizer": policy.tokenizer.fingerprint.hex(),
             "reference": loop.digest(frozen.params),
             "optimizer": config.optimizer if optimizer is None else identity(optimizer).fingerprint(),
+            **({"prompts": source.texts.digest} if isinstance(source.texts, PromptTexts) else {}),
             **({"behaviour": loop.digest(partner.params)} if partner is not frozen else {}),
             **({"steps of a round": config.round_steps} if config.method.in_rounds else {}),
             **({} if asked is None else {"judge": asked.identity.fingerprint()}),
@@ -378,19 +384,6 @@ def _check_sources(config: TrainConfig, judge: Judge | Rewarder | None, behaviou
     )
 
 
-def _checks(prompts: Source, policy: LanguageModel, config: TrainConfig, quiet: bool) -> list[str]:
-    """Read held-out prompts, and say now which of them are dropped or will be cut."""
-    template = ChatTemplate.find(policy.tokenizer, config.chat_template_kwargs)
-    records, report = read_records(prompts, on_bad_record=config.on_bad_record, template=template)
-    if report.read:
-        loop.report_drops(report, config, limits=LIMITS, source="the eval_prompts", quiet=quiet)
-    checks = [record.prompt for record in records][: config.eval_prompts]
-    if config.eval_every:
-        limits: dict[str, Any] = {name: getattr(config, name) for name in ("max_prompt_tokens", "truncation_side")}
-        fit_prompts(checks, policy.tokenizer, **limits)
-    return checks
-
-
 def _source(
     prompts: Source, policy: LanguageModel, config: TrainConfig, cache: str | Path | None, quiet: bool
 ) -> Prompted:
@@ -421,7 +414,7 @@ def _source(
         loop.report_drops(report, config, limits=LIMITS, source=named, quiet=quiet)
         plan = plan_recorded(config, decoder_start=start, pairs=tokens)
         lengths, *of_completions = (np.diff(rows.offsets) for rows in (tokens.prompts, *tokens.completions))
-        check_length(policy.module, int((lengths + np.maximum(*of_completions)).max()) - 1)
+        longest = int((lengths + np.maximum(*of_completions)).max()) - 1
         pairs = PairBatcher(
             tokens.prompts,
             tokens.completions[0],
@@ -435,7 +428,7 @@ def _source(
             seed=config.seed,
             **plan.shape,
         )
-        return Prompted(pairs, {}, plan, report)
+        return Prompted(pairs, {}, plan, report, longest)
     encoded, report = tokenized(
         prompts,
         policy.tokenizer,
@@ -454,7 +447,8 @@ def _source(
         seed=config.seed,
     )
     plan = plan_rows(config, decoder_start=start, prompts=encoded.prompts)
-    return Prompted(batcher, PromptTexts(encoded), plan, report)
+    longest = batcher.shapes[-1][0] + config.max_new_tokens - 1
+    return Prompted(batcher, PromptTexts(encoded), plan, report, longest)
 
 
 def _as_judge(judge: Judge | Rewarder | None, config: TrainConfig) -> Judge:

@@ -92,6 +92,10 @@ class CutWarning(UserWarning):
     """Prompts were cut to a limit."""
 
 
+class DropWarning(UserWarning):
+    """Records were dropped, or columns of theirs not used, where no report is returned that says so."""
+
+
 class JudgeWarning(UserWarning):
     """A judge cannot be told from another: what it said is not used again."""
 

@@ -105,6 +105,12 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     return dict(inner) | outer | kind
 
 
+def architectures_of(raw: Mapping[str, Any]) -> str:
+    """The architectures that a `config.json` names, in words."""
+    named = raw.get("architectures")
+    return ", ".join(map(str, named)) if isinstance(named, list) and named else "no architecture named"
+
+
 def is_tied(raw: Mapping[str, Any]) -> bool:
     """Whether the file says that the head is the embedding; left out, it means what the family means by that."""
     raw = text_config(raw)

@@ -149,7 +149,7 @@ class Family:
 
 WINDOWS = ("sliding_window", "layer_types")
 SOME = ("use_sliding_window", "max_window_layers", *WINDOWS)
-GELU = {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256}
+GELU = {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256, "pad_token_id": 0}
 LATER_GEMMA = ("attention_bias", *WINDOWS, "query_pre_attn_scalar", "final_logit_softcapping")
 LATER_GELU = GELU | {"num_key_value_heads": 4, "query_pre_attn_scalar": 256, "sliding_window": 4096}
 LATER_NORMS = {"norm": "rms+1", "norms": "both"}
@@ -188,6 +188,7 @@ FAMILIES: dict[str, Family] = {
             "no_rope_layer_interval": 4,
             "max_position_embeddings": 32768,
             "tie_word_embeddings": True,
+            "pad_token_id": 128004,
         },
         windows="unrotated",
     ),
@@ -208,7 +209,7 @@ FAMILIES: dict[str, Family] = {
         "Olmo2ForCausalLM",
         OLMO,
         ("attention_bias",),
-        {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+        {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "pad_token_id": 1},
         {"norms": "after", "qk_norm": "width"},
     ),
     "gemma": Family(
@@ -260,7 +261,12 @@ FAMILIES: dict[str, Family] = {
         "Phi3ForCausalLM",
         PHI,
         ("sliding_window", "partial_rotary_factor", "original_max_position_embeddings"),
-        {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+        {
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "pad_token_id": 32000,
+        },
         windows="all",
         ropes=("default", "longrope"),
     ),

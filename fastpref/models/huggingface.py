@@ -22,7 +22,7 @@ from fastpref.data.chat import FOLDER
 from fastpref.data.token_files import FILES, read_json
 from fastpref.data.tokenizer import Tokenizer
 from fastpref.method.errors import ModelError, ModelWarning
-from fastpref.models.configs import check_sizes, is_tied, read_config, text_config, write_config
+from fastpref.models.configs import architectures_of, check_sizes, is_tied, read_config, text_config, write_config
 from fastpref.models.decoder import Decoder, DecoderConfig
 from fastpref.models.families import FAMILIES
 from fastpref.models.policy import Policy
@@ -184,8 +184,8 @@ def describe(path: str | Path, *, body: bool = False) -> Description:
     if scalar_heads and not body:
         raise ModelError(
             f"a language model must have a head of its vocabulary, but received {source} with {scalar_heads[0]}, "
-            f"a reward model ({', '.join(raw.get('architectures') or ['no architecture named'])}). Read it with "
-            "fastpref.load_judge, or give the directory as the judge."
+            f"a reward model ({architectures_of(raw)}). Read it with fastpref.load_judge, or give the directory as the "
+            "judge."
         )
     tensors = {name: tensor for name, tensor in tensors.items() if name not in scalar_heads}
     check_sizes(config, {name: tensor.shape for name, tensor in tensors.items()})
@@ -223,8 +223,11 @@ def refuse_adapter(source: Path) -> None:
     adapter = read_json({"adapter_config.json": (source / "adapter_config.json").read_bytes()}, "adapter_config.json")
     base = adapter.get("base_model_name_or_path")
     weights = sorted(file.name for file in source.glob("model*.safetensors"))
+    task = {"SEQ_CLS": "SequenceClassification", "SEQ_2_SEQ_LM": "Seq2SeqLM"}.get(
+        str(adapter.get("task_type")), "CausalLM"
+    )
     remedy = (
-        f'Merge it into its base with peft: AutoPeftModelForCausalLM.from_pretrained("{source}").merge_and_unload()'
+        f'Merge it into its base with peft: AutoPeftModelFor{task}.from_pretrained("{source}").merge_and_unload()'
         '.save_pretrained("a new path"), and save the tokenizer there.'
     )
     if weights:

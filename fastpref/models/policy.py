@@ -86,9 +86,15 @@ def hidden_states(
     return policy.decode(cache, inputs, 0)[0]
 
 
+def position_limit(policy: Policy) -> int | None:
+    """The most inputs of a sequence that a model has positions for; None for any number."""
+    limit: int | None = getattr(getattr(policy, "config", None), "max_positions", None)
+    return limit
+
+
 def check_length(policy: Policy, tokens: int) -> None:
     """Raise ModelError where a model has no positions for a sequence of so many inputs."""
-    limit = getattr(getattr(policy, "config", None), "max_positions", None)
+    limit = position_limit(policy)
     if limit is not None and tokens > limit:
         raise ModelError(
             f"prompts and completions of this model must be at most {limit} tokens together, the positions that its "

@@ -44,11 +44,6 @@ WRAPPERS = re.compile(r"^(?:(?:_orig_mod|module|base_model\.model)\.)+|(?<=\.)_o
 UNMERGED = re.compile(r"\.lora_|\.base_layer\.|\.modules_to_save\.|prompt_encoder\.")
 """Names of tensors of an adapter that is not merged into its base."""
 
-CONVERT = (
-    "Load it with transformers (AutoModelForCausalLM, or AutoModelForSeq2SeqLM for a T5) and save it again: "
-    'model.save_pretrained("a new path").'
-)
-
 
 class Tensor(NamedTuple):
     """A tensor of a safetensors file."""
@@ -213,14 +208,7 @@ def weight_files(source: Path) -> Sequence[str]:
             )
         return [WEIGHTS]
     if not index:
-        others = sorted(x.name for x in source.iterdir() if x.suffix in (".bin", ".pt", ".pth", ".h5", ".gguf"))
-        orphans = sorted(x.name for x in source.glob("*.safetensors"))
-        remedy = CONVERT if others else "Save its weights as safetensors."
-        remedy = f"Copy {INDEX} too: {orphans[0]} is there without it." if orphans else remedy
-        raise FileNotFoundError(
-            f"a checkpoint must hold {WEIGHTS} or {INDEX}, but received {source} with neither"
-            f"{f', and {others[0]}, which is not read' if others else ''}. {remedy}"
-        )
+        raise _without_weights(source)
     shards = indexed_files(source)
     for shard in shards:
         if Path(shard).name != shard:
@@ -232,6 +220,26 @@ def weight_files(source: Path) -> Sequence[str]:
                 f"{INDEX} must name files that are there, but received {shard} in {source}. Copy it again."
             )
     return shards
+
+
+def _without_weights(source: Path) -> FileNotFoundError:
+    """The refusal of a checkpoint whose weights are in another format, or in shards without their index."""
+    names = sorted(path.name for path in source.iterdir())
+    if orphans := [name for name in names if name.endswith(".safetensors")]:
+        found, remedy = "", f"Copy {INDEX} too: {orphans[0]} is there without it."
+    elif pickles := [name for name in names if name.startswith("pytorch_model") or name.endswith((".pt", ".pth"))]:
+        found = f", and {pickles[0]}, a pickle, which may hold code and is not read"
+        remedy = (
+            f"Write {WEIGHTS} beside it with transformers (AutoModelForCausalLM, or AutoModelForSeq2SeqLM for a T5): "
+            f'AutoModelForCausalLM.from_pretrained("{source}").save_pretrained("{source}").'
+        )
+    else:
+        others = [name for name in names if name.endswith((".bin", ".h5", ".msgpack", ".gguf"))]
+        found = f", and {others[0]}, which is not read" if others else ""
+        remedy = "Save its weights as safetensors."
+    return FileNotFoundError(
+        f"a checkpoint must hold {WEIGHTS} or {INDEX}, but received {source} with neither{found}. {remedy}"
+    )
 
 
 def indexed_files(source: Path) -> list[str]:

@@ -249,6 +249,7 @@ def write(
 
     Warns:
       CutWarning: prompts were cut.
+      DropWarning: records hold columns that are not used.
     """
     if ref is not None:
         model, ref = shared_rows([model, ref])
@@ -262,7 +263,7 @@ def write(
         )
     definition, params = nnx.split(model.module)
     ref_definition, ref_params = (None, None) if ref is None else nnx.split(ref.module)
-    width = round_up(max((len(tokens) for tokens in encoded), default=1), 16)
+    width = padded_width(encoded, max_prompt_tokens)
     parts: list[Written] = []
     for start in range(0, len(encoded), batch_size):
         part, of = encoded[start : start + batch_size], texts[start : start + batch_size]
@@ -324,6 +325,11 @@ def require_finite(completions: Completions) -> None:
                 f"{broken.sum()} of {broken.size} completions. Check its weights, or lower learning_rate and go on "
                 "from an earlier checkpoint."
             )
+
+
+def padded_width(prompts: Sequence[Sequence[int]], most: int) -> int:
+    """The width to which `write` pads encoded prompts of at most `most` tokens."""
+    return min(round_up(max(map(len, prompts), default=1), 16), most)
 
 
 def round_up(value: int, multiple: int) -> int:

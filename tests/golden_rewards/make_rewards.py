@@ -16,13 +16,16 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 from reward_checkpoints import CHATS, KINDS, REPLIES, write_checkpoint  # noqa: E402
 
+LOADED = {"dtype": torch.float32, "attn_implementation": "eager"}
+"""Other implementations of attention leave Gemma 2's bound of its scores out."""
+
 
 def value_head(path: Path):
     """TRL's scalar head: a linear map of the last states."""
     from safetensors.torch import load_file
 
     weights = load_file(path / "model.safetensors")
-    body = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    body = transformers.AutoModelForCausalLM.from_pretrained(path, **LOADED).eval()
 
     def score(ids):
         states = body(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1]
@@ -32,7 +35,7 @@ def value_head(path: Path):
 
 
 def classifier(path: Path, pad):
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(path, **LOADED).eval()
 
     def score(ids):
         alone = float(model(torch.tensor([ids])).logits[0, 0])
