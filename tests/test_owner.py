@@ -140,7 +140,7 @@ def test_every_kind_of_run_holds_its_directory_until_model_and_report_are_writte
         written.append(Path(run_dir))
 
     written: list[Path] = []
-    for module in ("train", "supervised"):
+    for module in ("train", "fit"):
         monkeypatch.setattr(f"fastpref.learning.{module}.finish", finish)
     RUNS[kind](tmp_path)
     assert written == [tmp_path]

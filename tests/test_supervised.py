@@ -16,7 +16,7 @@ from small import language_model, prefers_w1
 from fastpref.data import read_records
 from fastpref.judging.models import PreferenceModel, RewardModel
 from fastpref.judging.protocol import agreement
-from fastpref.learning import supervised
+from fastpref.learning import fit as fit_loop
 from fastpref.learning.supervised import FitResult, fit_preference_model, fit_reward_model, sft
 from fastpref.method.config import SupervisedConfig
 from fastpref.method.errors import CheckpointError, DataError
@@ -120,7 +120,7 @@ def test_a_run_directory_holds_everything_and_goes_on_bit_for_bit(
     settings: dict[str, Any] = {"steps": 5, "eval_every": 1, "checkpoint_every": 2, "held_out": SAME}
     whole = tune(run_dir=tmp_path / "whole", **settings)
 
-    updates = supervised.learn
+    updates = fit_loop.learn
     made = []
 
     def stop(*arguments: Any, **options: Any) -> Any:
@@ -131,7 +131,7 @@ def test_a_run_directory_holds_everything_and_goes_on_bit_for_bit(
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(supervised, "learn", stop)
+        patch.setattr(fit_loop, "learn", stop)
         with pytest.raises(KeyboardInterrupt):
             tune(run_dir=tmp_path / "broken", **settings)
     assert len(metrics_of(tmp_path / "broken")) == 3

@@ -5,22 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
-from fastpref.data import (
-    ChatTemplate,
-    DropReport,
-    PairBatcher,
-    PromptBatcher,
-    Source,
-    tokenized,
-)
+from fastpref.data import DropReport, Source
 from fastpref.data.batches import PackedPairs, PromptBatch
 from fastpref.data.tokenization import PromptTexts
 from fastpref.evaluation.during_training import HeldOut
@@ -30,10 +22,10 @@ from fastpref.judging.positions import check_positions
 from fastpref.judging.protocol import Judge, Rewarder, by_scores
 from fastpref.judging.recorded import RecordedJudge
 from fastpref.learning import loop, optimizers, rollout, update
-from fastpref.learning.held_out import LIMITS, read_held_out
-from fastpref.learning.row_plan import RowPlan, plan_recorded, plan_rows
+from fastpref.learning.held_out import read_held_out
+from fastpref.learning.prompted import Prompted, read_source
 from fastpref.method.config import TrainConfig
-from fastpref.method.errors import ConfigError, DataError, require
+from fastpref.method.errors import ConfigError, require
 from fastpref.method.schedules import value_at
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
 from fastpref.models.adapters import Base, on_base, trainable
@@ -76,19 +68,6 @@ class TrainResult:
 
 Learned = tuple[Any, Any, Any]
 """Arrays that a step changes and a checkpoint holds: what is trained of π, optimiser state, the same of π_t or ()."""
-
-
-class Prompted(NamedTuple):
-    """Source of what a run learns from."""
-
-    batches: PromptBatcher | PairBatcher
-    """Prompts of online methods, packed pairs of offline ones."""
-    texts: Mapping[int, str]
-    """Prompts by id, as the judge reads them; none offline."""
-    plan: RowPlan
-    report: DropReport
-    longest: int
-    """Inputs of the longest sequence that a model reads, for its positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +256,7 @@ def train(
     partner = rollout.Frozen(*nnx.split(others[0].module)) if others else frozen
     checks = read_held_out(eval_prompts, (policy, ref), config, quiet)
     eval_judge = _as_judge(eval_judge or judge, config) if config.eval_every else None
-    source = _source(prompts, policy, config, cache, quiet)
+    source = read_source(prompts, policy, config, cache, quiet)
     for model in (policy, ref, *others):
         check_length(model.module, source.longest)
     check_positions(judge, source.texts.values(), config.max_new_tokens)
@@ -382,73 +361,6 @@ def _check_sources(config: TrainConfig, judge: Judge | Rewarder | None, behaviou
         behaviour,
         "Pass both, to mix the policy with the behaviour model, or neither.",
     )
-
-
-def _source(
-    prompts: Source, policy: LanguageModel, config: TrainConfig, cache: str | Path | None, quiet: bool
-) -> Prompted:
-    """Read, encode and batch what is learned from."""
-    template = ChatTemplate.find(policy.tokenizer, config.chat_template_kwargs)
-    named = prompts if isinstance(prompts, str | Path) else "the prompts"
-    limits: dict[str, Any] = {
-        "vocab_size": policy.module.vocab_size,
-        "overlong": config.overlong,
-        "truncation_side": config.truncation_side,
-        "on_bad_record": config.on_bad_record,
-    }
-    start = policy.module.decoder_start
-    if config.method.offline:
-        try:
-            tokens, report = tokenized(
-                prompts,
-                policy.tokenizer,
-                columns=("prompt", "chosen", "rejected"),
-                max_prompt_tokens=config.max_prompt_tokens,
-                max_completion_tokens=config.max_new_tokens,
-                cache=cache,
-                template=template,
-                **limits,
-            )
-        except DataError as error:
-            raise DataError(f"{config.algorithm} learns from recorded pairs: {error}") from error
-        loop.report_drops(report, config, limits=LIMITS, source=named, quiet=quiet)
-        plan = plan_recorded(config, decoder_start=start, pairs=tokens)
-        lengths, *of_completions = (np.diff(rows.offsets) for rows in (tokens.prompts, *tokens.completions))
-        longest = int((lengths + np.maximum(*of_completions)).max()) - 1
-        pairs = PairBatcher(
-            tokens.prompts,
-            tokens.completions[0],
-            tokens.completions[1],
-            tokens.preference,
-            ids=tokens.ids,
-            tokenizer_hash=policy.tokenizer.fingerprint,
-            batch_size=config.batch_size,
-            max_shapes=config.max_shapes,
-            multiple=config.gradient_accumulation,
-            seed=config.seed,
-            **plan.shape,
-        )
-        return Prompted(pairs, {}, plan, report, longest)
-    encoded, report = tokenized(
-        prompts,
-        policy.tokenizer,
-        max_prompt_tokens=config.max_prompt_tokens,
-        cache=cache,
-        template=template,
-        **limits,
-    )
-    loop.report_drops(report, config, limits=LIMITS, source=named, quiet=quiet)
-    batcher = PromptBatcher(
-        encoded.prompts,
-        ids=encoded.ids,
-        batch_size=config.batch_size,
-        max_tokens=config.max_prompt_tokens,
-        max_shapes=config.max_shapes,
-        seed=config.seed,
-    )
-    plan = plan_rows(config, decoder_start=start, prompts=encoded.prompts)
-    longest = batcher.shapes[-1][0] + config.max_new_tokens - 1
-    return Prompted(batcher, PromptTexts(encoded), plan, report, longest)
 
 
 def _as_judge(judge: Judge | Rewarder | None, config: TrainConfig) -> Judge:

@@ -212,9 +212,8 @@ class TrainConfig(Settings):
       betas: (β₁, β₂) of "adamw" or "lion"; None for their usual ones, (0.9, 0.999) and (0.9, 0.99).
       max_grad_norm: clip the global gradient norm to this; None for no clipping.
       adapter: train low-rank adapters on the frozen model, which then serves as reference as well; None trains all
-        parameters. A model that has an adapter already goes on with it, and this is then left out or says the same.
-      remat: what is kept of each layer for the gradient: "none" keeps all that it needs, "layers" its input and the
-        products with kernels, "all" its input alone; the rest is computed again. Memory for time.
+        parameters. A model with an adapter goes on with it; this is then left out or says the same.
+      remat: kept of each layer for the gradient: "none" all it needs, "layers" input and products, "all" the input.
       length_normalize: use averages of token log-probs instead of sums, which is not the paper; τ then means about
         |y| times more. For contrastive losses only.
       rescore_reference: score completions by a forward pass of the reference instead of using what sampling collected.
@@ -380,10 +379,7 @@ class SupervisedConfig(Settings):
       weight_decay: of matrices and embeddings.
       betas: (β₁, β₂) of "adamw" or "lion"; None for their usual ones.
       max_grad_norm: clip the global gradient norm to this; None for no clipping.
-      adapter: train low-rank adapters on the frozen model, which then serves as reference as well; None trains all
-        parameters. A model that has an adapter already goes on with it, and this is then left out or says the same.
-      remat: what is kept of each layer for the gradient: "none" keeps all that it needs, "layers" its input and the
-        products with kernels, "all" its input alone; the rest is computed again. Memory for time.
+      adapter, remat: as in `TrainConfig`.
       seed: of the order.
       eval_every: steps between held-out evaluations; the best by the selection criterion is what is returned.
       checkpoint_every: steps between checkpoints, when a run directory is given; the last step is always saved.

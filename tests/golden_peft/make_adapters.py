@@ -1,7 +1,7 @@
 """Write adapters by `peft` on golden checkpoints, and the logits that `transformers` computes with them.
 
 Needs `torch`, `transformers` and `peft`, which the project itself does not depend on: `python make_adapters.py`.
-`python make_adapters.py DIR` compares the logits of an adapter that was saved here with those in its `logits.safetensors`.
+`python make_adapters.py DIR` compares an adapter that was saved here with the logits in its `logits.safetensors`.
 """
 
 import json
