@@ -14,8 +14,9 @@ from fastpref.data.token_files import read_json
 from fastpref.data.tokenizer import Tokenizer
 from fastpref.judging.sources import VALUE_HEAD, load_judge
 from fastpref.learning.memory import TrainMemory, size, train_memory
-from fastpref.method.config import TrainConfig, from_mapping
+from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ChatError, FastprefError
+from fastpref.method.tables import from_mapping
 from fastpref.models import LanguageModel, load
 from fastpref.models.adapters import adapt, split
 from fastpref.models.configs import architectures_of

@@ -20,8 +20,9 @@ from fastpref.evaluation.sweeps import sweep
 from fastpref.judging.sources import load_judge
 from fastpref.learning.supervised import FitResult, fit_preference_model, fit_reward_model, sft
 from fastpref.learning.train import train
-from fastpref.method.config import SupervisedConfig, TrainConfig, from_mapping
+from fastpref.method.config import SupervisedConfig, TrainConfig
 from fastpref.method.errors import ConfigError, FastprefError, StopSignal
+from fastpref.method.tables import from_mapping
 from fastpref.reproduce import EXPERIMENTS, reproduce
 from fastpref.runs import terminal
 from fastpref.runs.read_model import locate

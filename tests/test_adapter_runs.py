@@ -15,8 +15,9 @@ from fastpref.judging.models import PreferenceModel, RewardModel
 from fastpref.learning.supervised import fit_preference_model, fit_reward_model, sft
 from fastpref.learning.train import Step, train
 from fastpref.method.adapter import AdapterConfig
-from fastpref.method.config import SupervisedConfig, TrainConfig, from_mapping, to_json
+from fastpref.method.config import SupervisedConfig, TrainConfig
 from fastpref.method.errors import CheckpointError, ConfigError, ModelWarning
+from fastpref.method.tables import from_mapping, to_json
 from fastpref.models import LanguageModel, load, save
 from fastpref.models.adapters import merged, split
 from fastpref.models.lowrank import is_adapted

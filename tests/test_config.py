@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from fastpref.method.config import SupervisedConfig, TrainConfig, from_mapping, to_json
+from fastpref.method.config import SupervisedConfig, TrainConfig
 from fastpref.method.errors import ConfigError
 from fastpref.method.schedules import Schedule, value_at
+from fastpref.method.tables import from_mapping, to_json
 
 
 def test_the_defaults_are_the_papers() -> None:

@@ -17,9 +17,10 @@ from fastpref.learning import loop, update
 from fastpref.learning.optimizers import apply, build, decays, initial_state, learning_rate, rate
 from fastpref.learning.supervised import sft
 from fastpref.learning.train import train
-from fastpref.method.config import SupervisedConfig, TrainConfig, from_mapping, to_json
+from fastpref.method.config import SupervisedConfig, TrainConfig
 from fastpref.method.errors import CheckpointError, ConfigError
 from fastpref.method.schedules import Schedule, value_at
+from fastpref.method.tables import from_mapping, to_json
 from fastpref.models import Decoder, DecoderConfig
 
 SHAPES: dict[str, Any] = {

@@ -13,7 +13,8 @@ from small import PROMPTS, language_model
 
 from fastpref.cli import KEYS, parser
 from fastpref.method.algorithms import ALGORITHMS, table
-from fastpref.method.config import TrainConfig, from_mapping
+from fastpref.method.config import TrainConfig
+from fastpref.method.tables import from_mapping
 from fastpref.models import save
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ from flax import nnx
 
 from fastpref.data import DropReport, Record, TokenRecords, hashes
 from fastpref.judging.identity import identity
-from fastpref.learning import loop, optimizers, update
+from fastpref.learning import learner, loop, optimizers
 from fastpref.learning.objectives import Objective, learn
 from fastpref.method.config import SupervisedConfig
 from fastpref.models.adapters import Adapters, Base
@@ -88,8 +88,9 @@ def fit(
             objective=objective,
             optimizer=chain,
             base=base,
-            key=update.dropout_key(config.seed, done, base),
+            key=learner.dropout_key(config.seed, done, base),
             remat=config.remat,
+            dtype=learner.dtype_of(config),
         )
         return loop.Outcome((params, opt_state, *best), {name: float(value) for name, value in measured.items()} | rate)
 

@@ -17,8 +17,9 @@ import orjson
 from fastpref.data import hashes
 from fastpref.data.records import DropReport
 from fastpref.learning import signals
-from fastpref.method.config import SupervisedConfig, TrainConfig, to_json
+from fastpref.method.config import SupervisedConfig, TrainConfig
 from fastpref.method.errors import DataError, DivergedError
+from fastpref.method.tables import to_json
 from fastpref.models.huggingface import OURS
 from fastpref.runs import checkpoints, log, terminal
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from fastpref.data.packing import pack_pairs
 from fastpref.data.ragged import Ragged
-from fastpref.learning import optimizers, update
+from fastpref.learning import learner, optimizers, update
 from fastpref.learning.row_plan import plan_rows
 from fastpref.method.config import TrainConfig
 from fastpref.models.adapters import Adapters, Base
@@ -89,8 +89,9 @@ def train_memory(
         gradient_accumulation=config.gradient_accumulation,
         length_normalize=config.length_normalize,
         base=base,
-        key=update.dropout_key(config.seed, 0, base),
+        key=learner.dropout_key(config.seed, 0, base),
         remat=config.remat,
+        dtype=learner.dtype_of(config),
     ).compile()
     measured: Any = compiled.memory_analysis()
     # Results that take the place of arguments are counted with the arguments.

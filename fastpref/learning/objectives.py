@@ -13,6 +13,7 @@ from fastpref.data.batches import token_mask
 from fastpref.judging.models import answer_margins, rewards
 from fastpref.kernels import token_logprobs
 from fastpref.learning import update
+from fastpref.learning.learner import module_of
 from fastpref.method.choices import Remat
 from fastpref.method.losses import bradley_terry
 from fastpref.models.adapters import Base
@@ -69,7 +70,9 @@ def _readings(batch: Batch) -> tuple[Array, Array, Array, Array]:
 
 
 @partial(
-    jax.jit, static_argnames=("definition", "objective", "optimizer", "remat"), donate_argnames=("params", "opt_state")
+    jax.jit,
+    static_argnames=("definition", "objective", "optimizer", "remat", "dtype"),
+    donate_argnames=("params", "opt_state"),
 )
 def learn(
     definition: Any,
@@ -82,6 +85,7 @@ def learn(
     base: Base | None = None,
     key: Array | None = None,
     remat: Remat = "none",
+    dtype: str = "float32",
 ) -> tuple[Any, Any, dict[str, Array]]:
     """An optimiser step on the mean of an objective: new parameters, state, metrics; what is not finite is skipped.
 
@@ -89,7 +93,7 @@ def learn(
     """
 
     def mean_loss(parameters: Any) -> Array:
-        total, count = objective(update.learner(definition, parameters, base, key, remat), batch)
+        total, count = objective(module_of(definition, parameters, base, key, remat, dtype), batch)
         return total / jnp.maximum(count, 1.0)
 
     loss, gradients = jax.value_and_grad(mean_loss)(params)

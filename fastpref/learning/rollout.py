@@ -13,6 +13,7 @@ from fastpref.data.batches import PackedPairs, PromptBatch
 from fastpref.data.packing import pack_pairs
 from fastpref.judging.pairs import Jury, Selection, select
 from fastpref.judging.recorded import RecordedJudge
+from fastpref.learning.learner import Frozen
 from fastpref.learning.row_plan import RowPlan
 from fastpref.method.config import TrainConfig
 from fastpref.method.schedules import value_at
@@ -21,13 +22,6 @@ from fastpref.models.scoring import score
 from fastpref.runs.metrics import sampling_metrics
 from fastpref.sampling.completions import Completions
 from fastpref.sampling.generate import decode, num_valid_tokens, require_finite, sample
-
-
-class Frozen(NamedTuple):
-    """A model that is only read: GraphDef and parameters of its module."""
-
-    definition: Any
-    params: Any
 
 
 class Judged(NamedTuple):
@@ -193,8 +187,8 @@ def pair(
     return Paired(pairs, round_logps, metrics)
 
 
-def recorded(pairs: PackedPairs, ref: Frozen) -> Paired:
-    """Recorded pairs of an offline method, with their reference log-probs."""
+def recorded(pairs: PackedPairs, ref: Frozen | None) -> Paired:
+    """Recorded pairs of an offline method, with their reference log-probs where the update does not score them."""
     preference, lengths = pairs.preference[pairs.where], pairs.lengths[pairs.where]
     metrics = {
         "preference/mean": float(preference.mean()),
@@ -202,8 +196,10 @@ def recorded(pairs: PackedPairs, ref: Frozen) -> Paired:
         "completions/mean_length": float(lengths.mean()),
         "pairs/used": float(pairs.where.sum()),
     }
-    # Not kept from epoch to epoch: their rounding depends on the batch, and a continued run must not differ.
-    return Paired(pairs._replace(ref_logps=score(ref.definition, ref.params, pairs)), None, metrics)
+    if ref is not None:
+        # Not kept from epoch to epoch: their rounding depends on the batch, and a continued run must not differ.
+        pairs = pairs._replace(ref_logps=score(ref.definition, ref.params, pairs))
+    return Paired(pairs, None, metrics)
 
 
 def anchor(config: TrainConfig, step: int, paired: Paired, at_round: Frozen) -> PackedPairs:

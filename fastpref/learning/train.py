@@ -23,12 +23,13 @@ from fastpref.judging.protocol import Judge, Rewarder, by_scores
 from fastpref.judging.recorded import RecordedJudge
 from fastpref.learning import loop, optimizers, rollout, update
 from fastpref.learning.held_out import read_held_out
+from fastpref.learning.learner import Frozen, Learner, cast_once
 from fastpref.learning.prompted import Prompted, read_source
 from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError, require
 from fastpref.method.schedules import value_at
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
-from fastpref.models.adapters import Base, on_base, trainable
+from fastpref.models.adapters import Base, trainable
 from fastpref.models.directories import ADAPTER_FILES, warn_of_merging
 from fastpref.models.policy import check_length
 from fastpref.models.rows import shared_rows
@@ -77,9 +78,8 @@ class Trainer:
     Args:
       config: the settings; `config.method` says who writes, what judges, what is learned from and how.
       policy: the model as it was given, for its tokenizer and sizes.
-      definition: its GraphDef.
-      base: the frozen model that adapters are trained on; None where all parameters are.
-      ref: π_ref.
+      base: the frozen model that its adapters are trained on, as it was given; None where all parameters are.
+      learner: the same in the dtype of products, and π_ref.
       partner: the frozen model that the sampler mixes with: π_ref, or μ.
       source: prompts or recorded pairs.
       judge: of the completions, with the log of its answers; None where the data has labels.
@@ -89,10 +89,9 @@ class Trainer:
 
     config: TrainConfig
     policy: LanguageModel
-    definition: Any
     base: Base | None
-    ref: rollout.Frozen
-    partner: rollout.Frozen
+    learner: Learner
+    partner: Frozen
     source: Prompted
     judge: RecordedJudge | None
     optimizer: optax.GradientTransformation | None
@@ -110,10 +109,11 @@ class Trainer:
           DivergedError: a model that writes has logits that are not finite.
         """
         config, method, clock = self.config, self.config.method, rollout.Clock()
+        learner, scores_itself = self.learner, self.learner.scores_itself(config)
         params, opt_state, round_params = learned
         if method.in_rounds and done % config.round_steps == 0:
             round_params = _copy(params)
-        at_round = self._model(round_params)
+        at_round = learner.model(round_params)
 
         epoch = self.source.batches.epoch
         batch: PromptBatch | PackedPairs = self.source.batches.__next__()
@@ -121,9 +121,9 @@ class Trainer:
         metrics: dict[str, float] = {}
         samples: list[dict[str, Any]] = []
         if isinstance(batch, PackedPairs):
-            paired = rollout.recorded(batch, self.ref)
+            paired = rollout.recorded(batch, None if scores_itself else learner.ref)
         else:
-            writer = at_round if "round" in method.writers else self._model(params)
+            writer = at_round if "round" in method.writers else learner.model(params)
             drawn = rollout.draw(config, done, batch, self.policy, writer, self.partner)
             clock.lap("time/generate")
             judge = cast(RecordedJudge, self.judge)  # which every online method has
@@ -131,14 +131,23 @@ class Trainer:
             clock.lap("time/judge")
             metrics |= judged.metrics
             samples = judged.samples if (done + 1) % config.sample_every == 0 else []
-            same = self.partner is self.ref
+            same = self.partner is learner.ref
             paired = rollout.pair(
-                config, batch, drawn, judged.selection, self.source.plan, self.ref, partner_is_ref=same
+                config, batch, drawn, judged.selection, self.source.plan, learner.ref, partner_is_ref=same
             )
-        pairs = rollout.anchor(config, done, paired, at_round)
+        anchors = learner.anchors(config, done, round_params) if scores_itself else None
+        pairs = paired.pairs if scores_itself else rollout.anchor(config, done, paired, at_round)
         clock.lap("time/pair")
         params, opt_state, measured = update.learn(
-            config, done, self.definition, params, opt_state, pairs, optimizer=self.optimizer, base=self.base
+            config,
+            done,
+            learner.definition,
+            params,
+            opt_state,
+            pairs,
+            optimizer=self.optimizer,
+            base=learner.base,
+            anchors=anchors,
         )
         clock.lap("time/learn")
 
@@ -154,17 +163,20 @@ class Trainer:
         every, last = self.config.eval_every, done == self.config.steps
         if self.held_out is None or not (done % every == 0 or last):
             return loop.Outcome(learned, {})
-        metrics = self.held_out.measure(self.current(learned), done)
+        policy = dataclasses.replace(self.policy, module=nnx.merge(*self.learner.model(learned[0])))
+        metrics = self.held_out.measure(policy, done)
         return loop.Outcome(learned, metrics, list(self.held_out.samples))
 
     def current(self, learned: Learned) -> LanguageModel:
         """The policy as it is now; what is trained of it in arrays of its own."""
-        return dataclasses.replace(self.policy, module=nnx.merge(*self._model(_copy(learned[0]))))
+        trained = _copy(learned[0])
+        params, source = (trained, None) if self.base is None else (self.base.adapted(trained), self.policy.source)
+        return dataclasses.replace(self.policy, module=nnx.merge(self.learner.definition, params), source=source)
 
-    def _model(self, trained: Any) -> rollout.Frozen:
-        """The model of trained parameters or adapters."""
-        whole = self.base is None or not trained
-        return rollout.Frozen(self.definition, trained if whole else cast(Base, self.base).adapted(trained))
+
+def _frozen(model: LanguageModel, dtype: str) -> Frozen:
+    definition, params = nnx.split(model.module)
+    return Frozen(definition, cast_once(params, dtype=dtype))
 
 
 def _copy(parameters: Any) -> Any:
@@ -243,17 +255,17 @@ def train(
     policy, ref, *others = shared_rows(models)
     folder = None if run_dir is None else Path(run_dir)
     destination = folder / "policy" if folder is not None and isinstance(policy.module, T5 | Decoder) else None
-    definition, start = nnx.split(policy.module)
-    base = None
+    base, start = None, nnx.state(policy.module)
     if (parts := trainable(policy, config.adapter, seed=config.seed)) is not None:
         base, start = parts
-        ref = ref if ref is policy else on_base(ref, base)
     if destination is not None:
         loop.check_destination(destination, *ADAPTER_FILES)
         if base is not None:
             warn_of_merging(policy)
-    frozen = rollout.Frozen(*nnx.split(ref.module))
-    partner = rollout.Frozen(*nnx.split(others[0].module)) if others else frozen
+    learner = Learner.of(policy, base, ref, config)
+    partner = _frozen(others[0], learner.dtype) if others else learner.ref
+    if learner.shared or learner.dtype != "float32":
+        ref = dataclasses.replace(ref, module=nnx.merge(*learner.ref))
     checks = read_held_out(eval_prompts, (policy, ref), config, quiet)
     eval_judge = _as_judge(eval_judge or judge, config) if config.eval_every else None
     source = read_source(prompts, policy, config, cache, quiet)
@@ -277,20 +289,20 @@ def train(
         fingerprint = {
             "policy": loop.digest(start) if base is None else loop.digest(base.params, start),
             "tokenizer": policy.tokenizer.fingerprint.hex(),
-            "reference": loop.digest(frozen.params),
+            "reference": loop.digest(learner.ref.params),
             "optimizer": config.optimizer if optimizer is None else identity(optimizer).fingerprint(),
             **({"prompts": source.texts.digest} if isinstance(source.texts, PromptTexts) else {}),
-            **({"behaviour": loop.digest(partner.params)} if partner is not frozen else {}),
+            **({"behaviour": loop.digest(partner.params)} if others else {}),
             **({"steps of a round": config.round_steps} if config.method.in_rounds else {}),
+            **({} if learner.dtype == "float32" else {"dtype": learner.dtype}),
             **({} if asked is None else {"judge": asked.identity.fingerprint()}),
             **({} if held_out is None else {"evaluation": held_out.fingerprint()}),
         }
         trainer = Trainer(
             config=config,
             policy=policy,
-            definition=definition,
             base=base,
-            ref=frozen,
+            learner=learner,
             partner=partner,
             source=source,
             judge=asked,

@@ -1,5 +1,6 @@
 """The update of a policy from judged pairs: sequence log-probs, loss, gradient, optimiser, gate."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,18 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
 from fastpref.data.batches import PackedPairs
 from fastpref.kernels import preference_loss, token_logprobs
 from fastpref.kernels.preference_loss.objective import sequence_sums
+from fastpref.learning.learner import Anchors, compared_logps, dropout_key, dtype_of, module_of
 from fastpref.learning.optimizers import apply, build, learning_rate
 from fastpref.method import losses
 from fastpref.method.choices import Remat
 from fastpref.method.config import TrainConfig
-from fastpref.method.errors import ConfigError
 from fastpref.models.adapters import Base
 from fastpref.models.policy import Policy
 from fastpref.models.scoring import scored
@@ -37,6 +37,7 @@ def learn(
     *,
     optimizer: optax.GradientTransformation | None = None,
     base: Base | None = None,
+    anchors: Anchors | None = None,
 ) -> tuple[Any, Any, dict[str, float]]:
     """`update` as the config says, at a training step.
 
@@ -49,6 +50,7 @@ def learn(
       pairs: judged pairs, anchored.
       optimizer: an optax transformation, instead of the one that the config names.
       base: the frozen model that `params` are the adapters of; None where they are all parameters.
+      anchors: the frozen models that π is compared with, where the pairs are not anchored.
 
     Returns:
       New parameters, new optimiser state, and metrics: those of the update, and the strengths it was made with.
@@ -70,6 +72,8 @@ def learn(
         base=base,
         key=dropout_key(config.seed, step, base),
         remat=config.remat,
+        dtype=dtype_of(config),
+        anchors=anchors,
     )
     metrics = {name: float(value) for name, value in measured.items()}
     if method.anchor != "ref":
@@ -77,28 +81,6 @@ def learn(
         metrics = {name.replace("rewards/", "anchor/"): value for name, value in metrics.items()}
     metrics |= rate | {"tau": tau} | ({"eta": eta} if method.strength == "eta" else {})
     return params, opt_state, metrics
-
-
-def learner(definition: Any, params: Any, base: Base | None, key: Array | None, remat: Remat) -> Any:
-    """The module that a gradient is taken of, from its parameters or its adapters on a base."""
-    module = nnx.merge(definition, params if base is None else base.adapted(params, key=key))
-    if remat != "none":
-        body = getattr(module, "policy", module)
-        if not hasattr(body, "remat"):
-            raise ConfigError(
-                f"remat must be 'none' for a module of another package, but received {remat!r} for a "
-                f"{type(body).__name__}. Leave it out, and use jax.checkpoint inside the module."
-            )
-        body.remat = remat
-    return module
-
-
-def dropout_key(seed: int, step: int, base: Base | None) -> Array | None:
-    """The key of the adapters' dropout at a step; None where there is none."""
-    if base is None or not base.dropout:
-        return None
-    # The key without the last fold is the sampler's.
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 1)
 
 
 def batch_loss(
@@ -140,25 +122,45 @@ def batch_loss(
             frozen_head=frozen_head,
         )
         return result.loss, result.policy_logps
-    pairs = where.shape[0]
     logps = token_logprobs(hidden, policy.head(), targets, where=segments >= 0, frozen_head=frozen_head)
-    policy_logps = sequence_sums(logps, segments, pairs)
+    policy_logps = sequence_sums(logps, segments, where.shape[0])
+    return logps_loss(policy_logps, batch, objective, bound, length_normalize=length_normalize), policy_logps
+
+
+def logps_loss(
+    policy_logps: Float[Array, "P 2"],
+    batch: PackedPairs,
+    objective: losses.Objective,
+    bound: Callable[..., Array],
+    *,
+    length_normalize: bool = False,
+) -> Float[Array, ""]:
+    """Mean loss of a batch of judged pairs from the policy's sequence log-probs."""
+    ref_logps, preference, where = map(jnp.asarray, (batch.ref_logps, batch.preference, batch.where))
     lengths = jnp.asarray(batch.lengths, jnp.float32)
     # Selecting on both sides of the loss keeps a pair that does not count, NaN included, out of its gradient.
     counted = jnp.where(where[:, None], policy_logps, 0.0)
     if objective.contrastive:
-        margins = (counted - ref_logps) / jnp.maximum(lengths, 1.0)
+        margins = (counted - ref_logps) / (jnp.maximum(lengths, 1.0) if length_normalize else jnp.ones_like(lengths))
         per_pair = bound(margins[:, 0] - margins[:, 1], preference)
     else:
         each = jnp.where(lengths > 0, bound(counted, ref_logps, batch.scores), 0.0)
         per_pair = each.sum(1) / jnp.maximum((lengths > 0).sum(1), 1).astype(jnp.float32)
     count = jnp.maximum(where.sum(), 1).astype(jnp.float32)
-    return jnp.where(where, per_pair, 0.0).sum() / count, policy_logps
+    return jnp.where(where, per_pair, 0.0).sum() / count
 
 
 @partial(
     jax.jit,
-    static_argnames=("definition", "optimizer", "objective", "gradient_accumulation", "length_normalize", "remat"),
+    static_argnames=(
+        "definition",
+        "optimizer",
+        "objective",
+        "gradient_accumulation",
+        "length_normalize",
+        "remat",
+        "dtype",
+    ),
     donate_argnames=("params", "opt_state"),
 )
 def update(
@@ -175,6 +177,8 @@ def update(
     base: Base | None = None,
     key: Array | None = None,
     remat: Remat = "none",
+    dtype: str = "float32",
+    anchors: Anchors | None = None,
 ) -> tuple[Any, Any, Metrics]:
     """One optimiser step on a batch of judged pairs.
 
@@ -194,6 +198,8 @@ def update(
       base: the frozen model that `params` are the adapters of; None where they are all parameters.
       key: of the adapters' dropout.
       remat: what is kept of each layer for the gradient.
+      dtype: of products and activations.
+      anchors: the frozen models whose log-probs π's are compared with, where those in the batch are not to be used.
 
     Returns:
       New parameters, new optimiser state, metrics.
@@ -202,19 +208,28 @@ def update(
 
     def part_loss(parameters: Any, part: PackedPairs, number: Array | int) -> tuple[Array, Array]:
         noise = None if key is None else jax.random.fold_in(key, number)
-        value, logps = batch_loss(
-            learner(definition, parameters, base, noise, remat),
-            part,
-            objective=objective,
-            tau=tau,
-            length_normalize=length_normalize,
-            frozen_head=base is not None and base.frozen_head,
-        )
+        frozen_head = base is not None and base.frozen_head
+        how: dict[str, Any] = {"base": base, "key": noise, "remat": remat, "dtype": dtype}
+        if anchors is not None:
+            logps, ref_logps = compared_logps(definition, parameters, part, anchors, frozen_head=frozen_head, **how)
+            part = part._replace(ref_logps=ref_logps)
+            bound = losses.bind(objective.loss, tau=tau)
+            value = logps_loss(logps, part, objective, bound, length_normalize=length_normalize)
+        else:
+            value, logps = batch_loss(
+                module_of(definition, parameters, **how),
+                part,
+                objective=objective,
+                tau=tau,
+                length_normalize=length_normalize,
+                frozen_head=frozen_head,
+            )
+        logps = jnp.stack([logps, jnp.asarray(part.ref_logps)])
         return value * part.where.sum().astype(jnp.float32) / total, logps
 
     value_and_grad = jax.value_and_grad(part_loss, has_aux=True)
     if gradient_accumulation == 1:
-        (value, policy_logps), gradients = value_and_grad(params, batch, 0)
+        (value, compared), gradients = value_and_grad(params, batch, 0)
     else:
         parts = _cut(batch, gradient_accumulation)
 
@@ -227,11 +242,11 @@ def update(
         (value, gradients), stacked = jax.lax.scan(
             add, (jnp.zeros((), jnp.float32), zeros), (jnp.arange(gradient_accumulation), parts)
         )
-        policy_logps = stacked.reshape(-1, 2)
+        compared = jnp.moveaxis(stacked, 1, 0).reshape(2, -1, 2)
     params, opt_state, metrics = apply_gated(optimizer, value, gradients, opt_state, params)
     if not objective.alone:
-        ref_logps, preference, where = map(jnp.asarray, (batch.ref_logps, batch.preference, batch.where))
-        metrics |= pair_metrics(policy_logps, ref_logps, preference, where, tau)
+        preference, where = jnp.asarray(batch.preference), jnp.asarray(batch.where)
+        metrics |= pair_metrics(*compared, preference, where, tau)
     return params, opt_state, metrics
 
 

@@ -5,6 +5,7 @@ from typing import Literal
 Overlong = Literal["drop", "truncate", "raise"]
 OnBadRecord = Literal["raise", "skip", "warn"]
 
+Dtype = Literal["auto", "float32", "bfloat16"]
 Remat = Literal["none", "layers", "all"]
 """What the learner keeps of each layer for the gradient: all that it needs, products with kernels, or its input."""
 

@@ -1,15 +1,14 @@
 """What a run is asked to do: frozen, validated, and written to the run directory as JSON."""
 
-import dataclasses
 import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastpref.method.adapter import AdapterConfig
 from fastpref.method.algorithms import ALGORITHMS, Algorithm
-from fastpref.method.choices import OnBadRecord, Overlong, Remat, TruncationSide
+from fastpref.method.choices import Dtype, OnBadRecord, Overlong, Remat, TruncationSide
 from fastpref.method.errors import nearest, require
 from fastpref.method.schedules import Schedule, Value, bounds, value_at
 
@@ -78,6 +77,7 @@ CHOICES = {
     "truncation_side": "Choose the side on which a text that is too long is cut.",
     "on_bad_record": "Choose what happens to records that cannot be used.",
     "optimizer": "For any other, pass an optax.GradientTransformation as the `optimizer` argument of the function.",
+    "dtype": "Leave it out for the one that suits the device.",
     "remat": "Choose what is computed again to save memory.",
     "lr_schedule": "Set warmup_steps for a warm-up before it; for any other course, let learning_rate be a Schedule.",
     "mixture_partner": "Choose the model that the policy is mixed with.",
@@ -125,6 +125,7 @@ class Settings:
     max_grad_norm: float | None = None
     adapter: AdapterConfig | None = None
     remat: Remat = "none"
+    dtype: Dtype = "auto"
     seed: int = 0
     eval_every: int = 0
     checkpoint_every: int = 100
@@ -213,7 +214,10 @@ class TrainConfig(Settings):
       max_grad_norm: clip the global gradient norm to this; None for no clipping.
       adapter: train low-rank adapters on the frozen model, which then serves as reference as well; None trains all
         parameters. A model with an adapter goes on with it; this is then left out or says the same.
-      remat: kept of each layer for the gradient: "none" all it needs, "layers" input and products, "all" the input.
+      remat: what is kept of each layer for the gradient: "none" keeps all that it needs, "layers" its input and the
+        products with kernels, "all" its input alone; the rest is computed again. Memory for time.
+      dtype: of products and activations: "float32", "bfloat16", or "auto" for the one that suits the device, float32 on
+        a CPU and bfloat16 elsewhere. What is trained is float32 always.
       length_normalize: use averages of token log-probs instead of sums, which is not the paper; τ then means about
         |y| times more. For contrastive losses only.
       rescore_reference: score completions by a forward pass of the reference instead of using what sampling collected.
@@ -379,7 +383,7 @@ class SupervisedConfig(Settings):
       weight_decay: of matrices and embeddings.
       betas: (β₁, β₂) of "adamw" or "lion"; None for their usual ones.
       max_grad_norm: clip the global gradient norm to this; None for no clipping.
-      adapter, remat: as in `TrainConfig`.
+      adapter, remat, dtype: as in `TrainConfig`.
       seed: of the order.
       eval_every: steps between held-out evaluations; the best by the selection criterion is what is returned.
       checkpoint_every: steps between checkpoints, when a run directory is given; the last step is always saved.
@@ -399,52 +403,3 @@ class SupervisedConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.eval_every >= 1, "eval_every must be at least 1", self.eval_every, "Leave held_out out for none.")
-
-
-Config = TypeVar("Config", TrainConfig, SupervisedConfig)
-
-
-def from_mapping(kind: type[Config], settings: Mapping[str, Any]) -> Config:
-    """Build a config from a mapping such as a TOML table; a table with `start`, `end`, `steps` is a `Schedule`.
-
-    Raises:
-      ConfigError: an unknown key, with the nearest known one; a value of the wrong type; a broken rule.
-    """
-    known = to_json(kind())
-    hints = get_type_hints(kind)
-    values = {}
-    for key, value in settings.items():
-        require(key in known, f"{kind.__name__} has no setting of that name", key, nearest(key, known))
-        hint = hints[key]
-        kinds = (str,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
-        if isinstance(known[key], Mapping):
-            kinds = (dict,)
-        values[key] = _parse(key, value, kinds, known[key])
-    return kind(**values)
-
-
-def _parse(key: str, value: Any, kinds: tuple[type, ...], default: Any) -> Any:
-    if isinstance(value, Mapping) and Schedule in kinds:
-        names = {entry.name for entry in dataclasses.fields(Schedule)}
-        require(
-            set(value) <= names and {"start", "end", "steps"} <= set(value),
-            f"{key} as a table must have start, end and steps, and may have kind, warmup and repeat",
-            dict(value),
-            "For a constant, write a number.",
-        )
-        return Schedule(**{**value, "start": float(value["start"]), "end": float(value["end"])})
-    if isinstance(value, Mapping) and AdapterConfig in kinds:
-        return AdapterConfig.of(value)
-    if float in kinds and type(value) is int:
-        return float(value)
-    if isinstance(value, list | tuple) and any(get_origin(kind) is tuple for kind in kinds):
-        return tuple(float(each) if type(each) is int else each for each in value)
-    names = ["list" if get_origin(kind) is tuple else kind.__name__ for kind in kinds]
-    wanted = " or ".join(name for name in names if name not in ("Schedule", "NoneType"))
-    require(type(value) in kinds, f"{key} must be of type {wanted}", value, f"Its default is {default!r}.")
-    return value
-
-
-def to_json(config: TrainConfig | SupervisedConfig) -> dict[str, Any]:
-    """The config as plain JSON values; `from_mapping` reads it back."""
-    return dataclasses.asdict(config)

@@ -7,7 +7,7 @@ factors; the base stays as it is and is shared by all models that have adapters 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -77,23 +77,23 @@ class Base:
         """Whether no gradient goes to the head."""
         return all(site.name != HEAD for site in self.sites)
 
-    def adapted(self, adapters: Adapters, *, key: Array | None = None) -> Any:
-        """The parameters of the model with these adapters; the base's arrays are shared.
+    def adapted(self, *models: Adapters | None, key: Array | None = None) -> Any:
+        """The parameters of models with adapters on this base, whose arrays are shared; of several for one pass.
 
         Args:
-          adapters: of every site.
-          key: of the dropout, while the adapters are learned; None for none.
+          models: the adapters of each, of every site; None for the base itself.
+          key: of the dropout of the first, while it is learned; None for none.
         """
         flat = dict(nnx.to_flat_state(self.params))
         for number, (name, places, scale) in enumerate(self.sites):
-            a, b = adapters[name]
             noise = None if key is None or not self.dropout else jax.random.fold_in(key, number)
-            for path, start, end in places:
-                part = b if (start, end) == (0, b.shape[1]) else b[:, start:end]
-                kernel = Adapted(flat[path][...], (LowRank(a, part),), scale, noise, self.dropout)
-                flat[path] = flat[path].replace(kernel)
+            for place in places:
+                parts = tuple(None if adapters is None else _part(adapters[name], place) for adapters in models)
+                kernel = Adapted(flat[place.path][...], parts, scale, noise, self.dropout)
+                flat[place.path] = flat[place.path].replace(kernel)
         for path in self.whole:
-            flat[path] = flat[path].replace(adapters[_joined(path)])
+            (adapters,) = models
+            flat[path] = flat[path].replace(cast(Adapters, adapters)[_joined(path)])
         return nnx.from_flat_state(flat.items())
 
     def within(self, module: nnx.Module, attribute: str, adapters: Adapters) -> tuple["Base", Adapters]:
@@ -220,6 +220,11 @@ def targeted(modules: Mapping[str, object], targets: str | Sequence[str]) -> lis
     return matched
 
 
+def _part(factors: LowRank, place: Place) -> LowRank:
+    a, b = factors
+    return factors if (place.start, place.end) == (0, b.shape[1]) else LowRank(a, b[:, place.start : place.end])
+
+
 def _joined(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
 
@@ -248,18 +253,16 @@ def split(model: LanguageModel) -> tuple[Base, Adapters] | None:
     return Base(nnx.from_flat_state((flat | bare).items()), tuple(sites), dropout), adapters
 
 
-def on_base(model: LanguageModel, base: Base) -> LanguageModel:
-    """The model on the arrays of a base, where its own hold the same numbers; else the model itself."""
+def on_base(model: LanguageModel, base: Base) -> tuple[bool, Adapters | None]:
+    """Whether a model has the numbers of a base, but for adapters at its sites; and these, or None for none."""
     parts = split(model)
-    own = Base(nnx.state(model.module), ()) if parts is None else parts[0]
+    own, adapters = (Base(nnx.state(model.module), ()), None) if parts is None else parts
     leaves, shared = (jax.tree.leaves_with_path(each.params) for each in (own, base))
     same = [path for path, _ in leaves] == [path for path, _ in shared] and all(
         mine is theirs or (mine.shape == theirs.shape and mine.dtype == theirs.dtype and bool((mine == theirs).all()))
         for (_, mine), (_, theirs) in zip(leaves, shared, strict=True)
     )
-    if not same:
-        return model
-    return with_adapters(model, replace(own, params=base.params), {} if parts is None else parts[1])
+    return same and own.sites in ((), base.sites), adapters
 
 
 def with_adapters(model: LanguageModel, base: Base, adapters: Adapters) -> LanguageModel:

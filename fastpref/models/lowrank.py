@@ -4,6 +4,7 @@ Models that share a base are run in one pass: their rows lie one after the other
 a kernel W, which is read once; each model's own difference s·(x A) B is added to its own rows.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 
@@ -33,7 +35,7 @@ class Adapted:
     scale: float = 1.0
     """s, α / r."""
     noise: Array | None = None
-    """A key, while adapters are trained with dropout."""
+    """A key, while the first model's adapter is trained with dropout."""
     dropout: float = 0.0
     """Probability that an entry of x does not reach A, where there is noise."""
 
@@ -102,16 +104,38 @@ def product(x: Float[Array, "N I"], kernel: Kernel) -> Float[Array, "N O"]:
     shared = x @ kernel.weight
     models = len(kernel.adapters)
     parts = zip(jnp.split(x, models), jnp.split(shared, models), kernel.adapters, strict=True)
-    rows = [base if adapter is None else base + _difference(part, adapter, kernel) for part, base, adapter in parts]
+    rows = [
+        base if adapter is None else base + _difference(part, adapter, kernel, noise=kernel.noise if first else None)
+        for first, (part, base, adapter) in zip((True, *(False,) * models), parts, strict=False)
+    ]
     return rows[0] if models == 1 else jnp.concatenate(rows)
 
 
-def _difference(x: Float[Array, "n I"], adapter: LowRank, kernel: Adapted) -> Float[Array, "n O"]:
+def _difference(
+    x: Float[Array, "n I"], adapter: LowRank, kernel: Adapted, *, noise: Array | None
+) -> Float[Array, "n O"]:
     a, b = (factor.astype(x.dtype) for factor in adapter)
-    if kernel.noise is not None and kernel.dropout:
-        kept = jax.random.bernoulli(kernel.noise, 1 - kernel.dropout, x.shape)
+    if noise is not None and kernel.dropout:
+        kept = jax.random.bernoulli(noise, 1 - kernel.dropout, x.shape)
         x = jnp.where(kept, x / (1 - kernel.dropout), jnp.zeros_like(x))
     return kernel.scale * ((x @ a) @ b)
+
+
+def in_dtype(params: Any, dtype: DTypeLike) -> Any:
+    """Parameters in the dtype of products; adapters stay as they are, and are cast where they are used."""
+    leaves, structure = jax.tree.flatten(params, is_leaf=_is_kernel)
+
+    def cast(array: Array) -> Array:
+        # The same array where there is nothing to do: models that share it are known by that.
+        return array if array.dtype == dtype or not jnp.issubdtype(array.dtype, jnp.floating) else array.astype(dtype)
+
+    return jax.tree.unflatten(
+        structure,
+        [
+            dataclasses.replace(leaf, weight=cast(leaf.weight)) if isinstance(leaf, Adapted) else cast(leaf)
+            for leaf in leaves
+        ],
+    )
 
 
 def dense(kernel: Kernel) -> Array:

@@ -32,11 +32,22 @@ def scored(policy: Policy, batch: PackedPairs) -> Scored:
     return Scored(hidden.reshape(-1, hidden.shape[-1]), targets, segments)
 
 
-def sequence_logps(policy: Policy, batch: PackedPairs) -> Float[Array, "P 2"]:
-    """Teacher-forced log π(y | x) of both completions, sums over tokens, shape [P, 2]. Differentiable."""
+def sequence_logps(policy: Policy, batch: PackedPairs, *, frozen_head: bool = False) -> Float[Array, "P 2"]:
+    """Teacher-forced log π(y | x) of both completions, sums over tokens, shape [P, 2]. Differentiable.
+
+    With `frozen_head`, no gradient goes to the head.
+    """
     hidden, targets, segments = scored(policy, batch)
-    logps = token_logprobs(hidden, policy.head(), targets, where=segments >= 0)
+    logps = token_logprobs(hidden, policy.head(), targets, where=segments >= 0, frozen_head=frozen_head)
     return sequence_sums(logps, segments, batch.where.shape[0])
+
+
+def repeated(batch: PackedPairs, times: int) -> PackedPairs:
+    """The rows of a batch, over and over: for models that share a base, whose rows lie one after the other."""
+    pairs = batch.where.shape[0]
+    copies: PackedPairs = jax.tree.map(lambda x: jnp.concatenate([jnp.asarray(x)] * times), batch)
+    first = jnp.repeat(2 * pairs * jnp.arange(times, dtype=jnp.int32), batch.sequences.shape[0])
+    return copies._replace(sequences=jnp.where(copies.sequences < 0, -1, copies.sequences + first[:, None]))
 
 
 @partial(jax.jit, static_argnames=("definition",))
