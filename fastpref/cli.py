@@ -1,6 +1,6 @@
-"""The command line: `fastpref demo | check | sft | preference | train | evaluate | sweep | reproduce`.
+"""The command line: `fastpref demo | check | merge | sft | preference | train | evaluate | sweep | reproduce`.
 
-`check` takes a directory; all others but the first and the last take a TOML file, with overrides.
+`check` takes a directory, `merge` two; all others but the first and the last take a TOML file, with overrides.
 """
 
 import argparse
@@ -23,9 +23,11 @@ from fastpref.learning.train import train
 from fastpref.method.config import SupervisedConfig, TrainConfig
 from fastpref.method.errors import ConfigError, FastprefError, StopSignal
 from fastpref.method.tables import from_mapping
+from fastpref.models import merged, save
+from fastpref.models.adapters import split
 from fastpref.reproduce import EXPERIMENTS, reproduce
 from fastpref.runs import terminal
-from fastpref.runs.read_model import locate
+from fastpref.runs.read_model import locate, read_model
 
 USER_ERRORS = (FastprefError, ValueError, OSError)
 """What ends a command with one line instead of a traceback."""
@@ -284,6 +286,9 @@ def parser() -> argparse.ArgumentParser:
     seen = commands.add_parser("check", help="what a directory is, whether it loads, what training it takes")
     seen.add_argument("directory", type=Path, help="a checkpoint, an adapter, a judge, or a run directory")
     seen.add_argument("overrides", nargs="*", help="key=value of train's settings, such as batch_size=8")
+    whole = commands.add_parser("merge", help="write a model with its adapter as a whole checkpoint")
+    whole.add_argument("adapter", type=Path, help="the directory of an adapter, or a run directory")
+    whole.add_argument("output", type=Path, help="a new directory")
     for name, (_, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text}. Keys: {', '.join(KEYS[name])}.")
         command.add_argument("file", type=Path, help="a TOML file")
@@ -300,6 +305,16 @@ def _check(directory: Path, overrides: Sequence[str]) -> None:
         print(f"{subject:<22}{text}", flush=True)
 
 
+def _merge(adapter: Path, output: Path) -> None:
+    model = read_model(adapter)
+    if split(model) is None:
+        raise ConfigError(
+            f"a model to be merged must have an adapter, but received {adapter} without. It is whole as it is."
+        )
+    save(merged(model), output)
+    print(f"The model with its adapter merged is in {output}.")
+
+
 def _leave(number: int, frame: object) -> None:
     raise StopSignal(number, "terminated")
 
@@ -314,6 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             demo.run(chosen.run_dir, seed=chosen.seed, small_only=chosen.small)
         elif chosen.command == "check":
             _check(chosen.directory, chosen.overrides)
+        elif chosen.command == "merge":
+            _merge(chosen.adapter, chosen.output)
         elif chosen.command == "reproduce":
             print("\n".join(str(path) for path in reproduce(chosen.name, chosen.out)))
         else:

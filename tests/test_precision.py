@@ -1,0 +1,154 @@
+"""Products in bfloat16 over float32 masters, what is computed again for the gradient, and both together with adapters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from small import PROMPTS, language_model
+from test_adapters import random_adapters
+from test_training import SGD, SMALL, packed, pairs
+
+from fastpref.learning import learner as learners
+from fastpref.learning import update as updates
+from fastpref.learning.train import train
+from fastpref.method.adapter import AdapterConfig
+from fastpref.method.algorithms import ALGORITHMS
+from fastpref.method.config import TrainConfig
+from fastpref.method.errors import ConfigError
+from fastpref.models import Decoder, DecoderConfig
+from fastpref.models.adapters import adapt
+
+ADAPTER = AdapterConfig(rank=3, alpha=6.0)
+RECORDED = [
+    {"prompt": prompt, "chosen": f"w1 w{number}", "rejected": f"w{number}"} for number, prompt in enumerate(PROMPTS, 2)
+]
+
+
+def first_wins(prompts: Any, first: Any, second: Any) -> list[float]:
+    """A judge with hard labels."""
+    return [1.0] * len(prompts)
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, None])
+@pytest.mark.parametrize("family", ["decoder", "t5"])
+@pytest.mark.parametrize("algorithm", ["ipo-md", "online-dpo", "inpo", "offline-ipo"])
+def test_at_the_reference_rho_is_exactly_0_in_bfloat16(algorithm: str, family: str, adapter: Any) -> None:
+    offline = algorithm.startswith("offline")
+    rounds: dict[str, Any] = {"rounds": 1, "completions": 3} if algorithm == "inpo" else {}
+    config = TrainConfig(**SMALL, steps=2, tau=0.5, algorithm=algorithm, dtype="bfloat16", adapter=adapter, **rounds)
+    result = train(
+        language_model(family), RECORDED if offline else PROMPTS, None if offline else first_wins, config, quiet=True
+    )
+    first, second = result.metrics
+    kind = "anchor" if algorithm == "inpo" else "rewards"
+    assert first[f"{kind}/margins"] == 0.0
+    assert first[f"{kind}/chosen"] == first[f"{kind}/rejected"] == 0.0
+    if "ipo" in algorithm:
+        assert first["loss"] == 1.0
+    if algorithm == "online-dpo":
+        assert first["loss"] == pytest.approx(np.log(2), rel=1e-6)
+    assert second[f"{kind}/margins"] != 0.0
+    # What is trained stays float32.
+    leaves = jax.tree.leaves(nnx.state(result.policy.module))
+    assert {leaf.dtype.name for leaf in leaves} == {"float32"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(result.ref.module))} == {"bfloat16"}
+
+
+def test_auto_is_float32_on_a_cpu_and_bfloat16_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert learners.dtype_of(TrainConfig()) == "float32"
+    assert learners.dtype_of(TrainConfig(dtype="bfloat16")) == "bfloat16"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert learners.dtype_of(TrainConfig()) == "bfloat16"
+    assert learners.dtype_of(TrainConfig(dtype="float32")) == "float32"
+    with pytest.raises(ConfigError, match=r"dtype must be 'auto', 'float32' or 'bfloat16', but received 'fp16'"):
+        TrainConfig(dtype="fp16")  # type: ignore[arg-type]
+
+
+def test_the_gradient_in_bfloat16_is_that_in_float32_but_for_rounding() -> None:
+    definition, params = nnx.split(language_model().module)
+    ref = nnx.state(language_model(seed=1).module)
+    batch = packed(pairs())
+
+    def gradients(dtype: str) -> Any:
+        anchors = learners.Anchors(jnp.ones(1, jnp.float32), (ref,))
+
+        def loss(params: Any) -> Any:
+            logps, ref_logps = learners.compared_logps(
+                definition, params, batch, anchors, base=None, key=None, remat="none", dtype=dtype, frozen_head=False
+            )
+            apart = logps - ref_logps
+            return jnp.square(apart[:, 0] - apart[:, 1] - 1).mean()
+
+        return jax.grad(loss)(params)
+
+    exact, low = (jax.tree.leaves(gradients(dtype)) for dtype in ("float32", "bfloat16"))
+    assert all(leaf.dtype == np.float32 for leaf in low)
+    difference = np.sqrt(sum(float(jnp.square(x - y).sum()) for x, y in zip(exact, low, strict=True)))
+    size = np.sqrt(sum(float(jnp.square(x).sum()) for x in exact))
+    assert 0 < difference < 0.05 * size
+
+
+@pytest.mark.parametrize("family", ["decoder", "t5"])
+@pytest.mark.parametrize("adapter", [ADAPTER, None])
+def test_what_is_computed_again_changes_no_gradient(family: str, adapter: Any) -> None:
+    model = language_model(family)
+    definition, params = nnx.split(model.module)
+    base = None
+    if adapter is not None:
+        base, adapters = adapt(model, adapter, seed=0)
+        params = random_adapters(adapters, 0)
+    results = []
+    for remat in ("none", "layers", "all"):
+        trained = jax.tree.map(jnp.copy, params)
+        results.append(
+            updates.update(
+                definition,
+                trained,
+                SGD.init(trained),
+                packed(pairs(ref_logps=-20.0), family),
+                np.float32(0.5),
+                optimizer=SGD,
+                objective=ALGORITHMS["online-ipo"].objective,
+                base=base,
+                remat=remat,
+            )
+        )
+    for other in results[1:]:
+        for mine, theirs in zip(jax.tree.leaves(results[0][0]), jax.tree.leaves(other[0]), strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_less_is_kept_of_a_deep_model() -> None:
+    module = Decoder(
+        DecoderConfig(vocab_size=36, width=32, hidden=64, layers=6, heads=4, kv_heads=2, head_dim=8), rngs=nnx.Rngs(0)
+    )
+    definition, params = nnx.split(module)
+    batch = packed(pairs())
+    sizes = [
+        updates.update.lower(
+            definition,
+            params,
+            SGD.init(params),
+            batch,
+            np.float32(0.5),
+            optimizer=SGD,
+            objective=ALGORITHMS["online-ipo"].objective,
+            remat=remat,
+        )
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for remat in ("none", "layers", "all")
+    ]
+    assert sizes[2] < sizes[1] < sizes[0]
+
+
+def test_a_module_of_ones_own_computes_nothing_again() -> None:
+    class Mine(nnx.Module):
+        pass
+
+    with pytest.raises(ConfigError, match=r"remat must be 'none' for a module of another package, but received 'all'"):
+        learners.rematerialising(Mine(), "all")
