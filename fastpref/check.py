@@ -13,6 +13,7 @@ from fastpref.data.chat import ChatTemplate
 from fastpref.data.token_files import read_json
 from fastpref.data.tokenizer import Tokenizer
 from fastpref.judging.sources import VALUE_HEAD, load_judge
+from fastpref.learning.learner import dtype_of
 from fastpref.learning.memory import TrainMemory, size, train_memory
 from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ChatError, FastprefError
@@ -222,8 +223,8 @@ def memory_lines(memory: TrainMemory, config: TrainConfig) -> Iterator[Line]:
     """Memory in words."""
     yield (
         "memory of train",
-        f"{gib(memory.total)} at the peak, float32: {config.algorithm}, batch_size {config.batch_size}, prompts of "
-        f"{config.max_prompt_tokens} tokens, completions of {config.max_new_tokens}, {config.optimizer}, "
+        f"{gib(memory.total)} at the peak, {dtype_of(config)}: {config.algorithm}, batch_size {config.batch_size}, "
+        f"prompts of {config.max_prompt_tokens} tokens, completions of {config.max_new_tokens}, {config.optimizer}, "
         f"gradient_accumulation {config.gradient_accumulation}",
     )
     yield "  policy", f"{gib(memory.policy)}, counted"

@@ -1,4 +1,4 @@
-"""Products in bfloat16 over float32 masters, what is computed again for the gradient, and both together with adapters."""
+"""Products in bfloat16 over float32 masters, what is computed again for the gradient, and both with adapters."""
 
 from typing import Any
 

@@ -1,6 +1,6 @@
 """Memory of a run of `train`, from shapes alone: counted where it is an array, compiled where it is a temporary."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from fastpref.learning import learner, optimizers, update
 from fastpref.learning.row_plan import plan_rows
 from fastpref.method.config import TrainConfig
 from fastpref.models.adapters import Adapters, Base
+from fastpref.models.lowrank import in_dtype
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class TrainMemory:
     adapters."""
     round: int
     """π_t, as much as is trained of π, counted; 0 in methods without rounds."""
+    copy: int
+    """Copy of π in the dtype of products, with which it writes, counted; 0 where it is trained in that dtype."""
     optimizer: int
     """State of the optimiser, counted."""
     cache: int
@@ -40,11 +43,21 @@ class TrainMemory:
     @property
     def total(self) -> int:
         """The peak: sampling and the update do not overlap."""
-        return self.policy + self.ref + self.round + self.optimizer + max(self.cache, self.temporaries)
+        return self.held + max(self.cache, self.temporaries)
+
+    @property
+    def held(self) -> int:
+        """What is held all the time."""
+        return self.policy + self.ref + self.round + self.copy + self.optimizer
 
 
 def train_memory(
-    config: TrainConfig, definition: Any, params: Any, parts: tuple[Base, Adapters] | None = None
+    config: TrainConfig,
+    definition: Any,
+    params: Any,
+    parts: tuple[Base, Adapters] | None = None,
+    *,
+    compiled: bool = True,
 ) -> TrainMemory:
     """Memory of a run at its longest prompts and completions.
 
@@ -53,6 +66,7 @@ def train_memory(
       definition: GraphDef of the policy.
       params: its parameters, or their shapes; nothing is computed with them.
       parts: the base of its adapters and these, or their shapes, where they are trained alone.
+      compiled: compile the update for its temporaries; else these are gradients alone.
 
     Returns:
       `TrainMemory`.
@@ -62,9 +76,43 @@ def train_memory(
     """
     params = _shapes(params)
     base, trained = (None, params) if parts is None else _shapes(parts)
-    module = nnx.merge(definition, params)
+    read = jax.eval_shape(partial(in_dtype, dtype=learner.dtype_of(config)), params)
+    base = None if base is None else replace(base, params=read)
     optimizer, method = optimizers.build(config), config.method
     opt_state = jax.eval_shape(partial(optimizers.initial_state, optimizer), trained)
+    gradients = size(trained)
+    temporaries = _temporaries(config, definition, trained, opt_state, base, read) if compiled else gradients
+    cache = 0
+    if not method.offline:
+        shape = (config.batch_size, config.max_prompt_tokens)
+
+        def prefill(state: Any) -> Any:
+            return nnx.merge(definition, state).prefill(
+                jnp.zeros(shape, jnp.int32),
+                jnp.ones(shape, bool),
+                completions=len(method.mixture_betas(0.5, config.completions)),
+                max_new_tokens=config.max_new_tokens,
+            )[1]
+
+        cache = 2 * size(jax.eval_shape(prefill, read))
+    return TrainMemory(
+        policy=size(trained),
+        ref=size(read),
+        round=size(trained) if method.in_rounds else 0,
+        copy=0 if base is not None or size(read) == size(params) else size(read),
+        optimizer=size(opt_state),
+        cache=cache,
+        temporaries=temporaries,
+        gradients=gradients,
+    )
+
+
+def _temporaries(
+    config: TrainConfig, definition: Any, trained: Any, opt_state: Any, base: Base | None, ref: Any
+) -> int:
+    """Bytes that the compiled update sets aside, on this machine."""
+    method, dtype = config.method, learner.dtype_of(config)
+    optimizer, module = optimizers.build(config), nnx.merge(definition, ref)
     completions = 1 if method.pairs == "first" else 2
     prompts, longest, tokens = config.batch_size, config.max_prompt_tokens, config.max_new_tokens
     plan = plan_rows(
@@ -78,6 +126,12 @@ def train_memory(
         counts=plan.counts,
         **plan.shape,
     )
+    scores_itself = dtype != "float32" or (base is not None and method.offline)
+    anchors = None
+    if scores_itself:
+        weights = [weight for weight in method.anchor_weights(*config.strengths(0)) if weight]
+        models = tuple(ref if base is None else None for _ in weights)
+        anchors = learner.Anchors(np.ones(len(weights), np.float32), models)
     compiled = update.update.lower(
         definition,
         trained,
@@ -91,33 +145,13 @@ def train_memory(
         base=base,
         key=learner.dropout_key(config.seed, 0, base),
         remat=config.remat,
-        dtype=learner.dtype_of(config),
+        dtype=dtype,
+        anchors=anchors,
     ).compile()
     measured: Any = compiled.memory_analysis()
     # Results that take the place of arguments are counted with the arguments.
     fresh = max(0, measured.output_size_in_bytes - measured.alias_size_in_bytes)
-    cache = 0
-    if not method.offline:
-        shape = (prompts, longest)
-
-        def prefill(state: Any) -> Any:
-            return nnx.merge(definition, state).prefill(
-                jnp.zeros(shape, jnp.int32),
-                jnp.ones(shape, bool),
-                completions=len(method.mixture_betas(0.5, config.completions)),
-                max_new_tokens=tokens,
-            )[1]
-
-        cache = 2 * size(jax.eval_shape(prefill, params))
-    return TrainMemory(
-        policy=size(trained),
-        ref=size(params),
-        round=size(trained) if method.in_rounds else 0,
-        optimizer=size(opt_state),
-        cache=cache,
-        temporaries=measured.temp_size_in_bytes + fresh,
-        gradients=size(trained),
-    )
+    return int(measured.temp_size_in_bytes + fresh)
 
 
 def _shapes(tree: Any) -> Any:

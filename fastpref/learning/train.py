@@ -23,7 +23,7 @@ from fastpref.judging.protocol import Judge, Rewarder, by_scores
 from fastpref.judging.recorded import RecordedJudge
 from fastpref.learning import loop, optimizers, rollout, update
 from fastpref.learning.held_out import read_held_out
-from fastpref.learning.learner import Frozen, Learner, cast_once
+from fastpref.learning.learner import Frozen, Learner, cast_once, dtype_of
 from fastpref.learning.prompted import Prompted, read_source
 from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError, require
@@ -250,8 +250,10 @@ def train(
     config = TrainConfig() if config is None else config
     _check_sources(config, judge, behaviour)
     chain = optimizers.build(config, optimizer)
-    policy = as_model(policy)
-    models = [policy, policy if ref is None else as_model(ref), *([] if behaviour is None else [as_model(behaviour)])]
+    dtype = dtype_of(config)
+    policy = as_model(policy, dtype=dtype, trained=config.adapter is None)
+    others = [as_model(model, dtype=dtype) for model in (ref, behaviour) if model is not None]
+    models = [policy, *([policy] if ref is None else []), *others]
     policy, ref, *others = shared_rows(models)
     folder = None if run_dir is None else Path(run_dir)
     destination = folder / "policy" if folder is not None and isinstance(policy.module, T5 | Decoder) else None

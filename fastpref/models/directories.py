@@ -85,6 +85,16 @@ def warn_of_merging(model: LanguageModel) -> bool:
     return model.source is None
 
 
-def as_model(model: LanguageModel | str | Path) -> LanguageModel:
-    """The model itself, or the one that a directory holds."""
-    return load(model) if isinstance(model, str | Path) else model
+def as_model(
+    model: LanguageModel | str | Path, *, dtype: DTypeLike = jnp.float32, trained: bool = False
+) -> LanguageModel:
+    """The model itself, or the one that a directory holds.
+
+    Args:
+      model: a model or a directory.
+      dtype: of what is only read of a directory's model.
+      trained: all parameters are trained, unless the directory is an adapter's: they are then float32.
+    """
+    if isinstance(model, LanguageModel):
+        return model
+    return load(model, dtype=jnp.float32 if trained and not _is_adapter(Path(model)) else dtype)
