@@ -26,6 +26,7 @@ from fastpref.learning.train import TrainResult as TrainResult
 from fastpref.learning.train import train as train
 from fastpref.method import errors as errors
 from fastpref.method import losses as losses
+from fastpref.method.adapter import AdapterConfig as AdapterConfig
 from fastpref.method.algorithms import ALGORITHMS as ALGORITHMS
 from fastpref.method.config import SupervisedConfig as SupervisedConfig
 from fastpref.method.config import TrainConfig as TrainConfig

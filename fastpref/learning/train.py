@@ -250,7 +250,7 @@ def train(
     config = TrainConfig() if config is None else config
     _check_sources(config, judge, behaviour)
     chain = optimizers.build(config, optimizer)
-    dtype = dtype_of(config)
+    dtype, read = dtype_of(config), not isinstance(policy, LanguageModel)
     policy = as_model(policy, dtype=dtype, trained=config.adapter is None)
     others = [as_model(model, dtype=dtype) for model in (ref, behaviour) if model is not None]
     models = [policy, *([policy] if ref is None else []), *others]
@@ -316,11 +316,12 @@ def train(
             for callback in callbacks:
                 callback(Step(done, metrics, lambda: trainer.current(learned)))
 
-        params = _copy(start)
+        # Read from a directory in float32, where all else is in another dtype, nobody else needs it.
+        params = start if read and base is None and dtype != "float32" else _copy(start)
         opt_state = optimizers.initial_state(chain, params)
         learned, history = loop.drive(
             trainer.step,
-            (params, opt_state, _copy(start) if config.method.in_rounds else ()),
+            (params, opt_state, _copy(params) if config.method.in_rounds else ()),
             source.batches,
             config,
             run_dir=folder,
