@@ -1,5 +1,6 @@
-"""The guide to memory, its table counted from shapes: `python tests/memory_page.py` in the project's folder."""
+"""The table of the guide to memory, counted from shapes: `python tests/memory_page.py` in the project's folder."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,53 +51,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adapters, AdamW, bfloat16": {"optimizer": "adamw", "dtype": "bfloat16", "adapter": AdapterConfig()},
 }
 
-TEXT = """# Fit it in memory
-
-A run holds the policy π, the reference π_ref, for some methods the policy of the round π_t, and the state of the optimiser
-all the time; keys and values while it writes; activations and gradients while it learns. What to change, in the order of
-what it saves:
-
-1. **Train an adapter.** `adapter = { rank = 16 }` trains low-rank differences to the kernels (LoRA); the model itself is
-   held once, for π, π_t and π_ref together, and is read once for the rows of both models while they write. Only the adapter
-   has gradients, optimiser state and checkpoints.
-2. **`dtype = "bfloat16"`**, the default on a TPU or GPU: products, activations and frozen weights in two bytes. What is
-   trained stays float32. Both sides of ρ then come from one pass, so that ρ is exactly 0 where the policy is the reference.
-3. **`remat = "layers"` or `"all"`**: of each layer the learner keeps its input and the products with kernels, or its input
-   alone, and computes the rest again.
-4. **`gradient_accumulation = n`**: the learner takes the rows of a batch in n parts.
-5. Shorter `max_prompt_tokens`, `max_new_tokens` and `row_tokens`; a smaller `batch_size`.
-
-<!-- test: memory -->
-```python
-import fastpref
-
-config = fastpref.TrainConfig(
-    steps=100,
-    max_new_tokens=16,
-    adapter=fastpref.AdapterConfig(rank=16, alpha=32),  # targets, dropout, rslora, init
-    optimizer="adamw",
-    learning_rate=3e-4,  # about ten times that of all parameters
-    remat="layers",
-)
-result = fastpref.train("checkpoints/sft", "prompts.jsonl", judge, config, run_dir="runs/adapter")
-fastpref.models.save(fastpref.models.merged(result.policy), "checkpoints/aligned")
-```
-
-`runs/adapter/policy` is a directory in PEFT's layout, which names its base: `fastpref.load`, PEFT and `train` open it, and
-`fastpref merge runs/adapter checkpoints/aligned` writes the whole model. A run may start from such a directory: it goes on
-with that adapter, and its reference is the model as it was given. `ref="checkpoints/sft"` takes the base itself as the
-reference. `sft`, `fit_preference_model` and `fit_reward_model` take the same settings.
-
-`fastpref check DIR adapter.rank=16 dtype=bfloat16` compiles the update of your own model and settings, and says what it
-needs at the peak.
-
-## What is held all the time
-
-Counted from shapes, IPO-MD, rank {rank} on all kernels of the layers, GiB; activations, keys and values come on top.
-
-{table}
-"""
-
 
 def memory(name: str, settings: dict[str, Any]) -> TrainMemory:
     """Memory of a run of a model with some settings."""
@@ -128,10 +82,10 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def page() -> str:
-    """The whole page."""
-    return TEXT.replace("{rank}", str(AdapterConfig().rank)).replace("{table}", table())
+def page(text: str) -> str:
+    """The page with its table counted anew."""
+    return re.sub(r"(<!-- counted -->\n).*?(<!-- end -->)", rf"\g<1>{table()}\n\g<2>", text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
