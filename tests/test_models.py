@@ -2,7 +2,6 @@
 
 import functools
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from goldens import GOLDEN, NAMES, REPRESENTATIVES
 from safetensors.numpy import load_file
 
 from fastpref.method.errors import ModelError
@@ -20,9 +20,6 @@ from fastpref.models.masks import Distances, Mask, Masks, Places, causal_mask, t
 from fastpref.models.policy import hidden_states
 from fastpref.models.rope import inverse_frequencies
 from fastpref.models.t5 import relative_buckets
-
-GOLDEN = Path(__file__).parent / "golden"
-NAMES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
 
 DECODER = DecoderConfig(vocab_size=61, width=24, hidden=40, layers=2, heads=6, kv_heads=2, head_dim=6)
 ENCODER_DECODER = T5Config(
@@ -181,11 +178,13 @@ def test_logits_equal_the_original_implementation(name: str) -> None:
     mask = jnp.asarray(np.arange(prompts.shape[1])[None, :] < golden["prompt_lengths"][:, None])
     expected = golden["logits"]
     assert expected.std() > 0.5
-    # Of a family's goldens the first is decoded too: each costs seconds of compiling.
-    each = (forced_states,) if name[-2:] in ("_2", "_3", "_4") else (forced_states, decoded_states)
+    # Where logits are large, the truth is in double precision, from which the original itself is farther.
+    bound = max(1e-4, 2 * float(golden.get("float32_error", np.zeros(1))[0]))
+    # Those that stand for their family are decoded too: each costs seconds of compiling.
+    each = (forced_states, decoded_states) if name in REPRESENTATIVES else (forced_states,)
     for states in (compute(model, prompts, mask, completions) for compute in each):
         logits = model.head().logits(states.reshape(-1, states.shape[-1])).reshape(expected.shape)
-        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
