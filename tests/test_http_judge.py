@@ -17,12 +17,12 @@ from small import PROMPTS, language_model
 
 import fastpref.judging.http as http
 from fastpref.cli import main
-from fastpref.data.rendered import Conversation, Rendered
+from fastpref.data.rendered import Conversation, Rendered, Unfinished
 from fastpref.evaluation.side_by_side import evaluate
 from fastpref.judging import judgements
 from fastpref.judging.http import HttpJudge
 from fastpref.judging.identity import identity
-from fastpref.judging.protocol import Judge
+from fastpref.judging.protocol import Judge, ask
 from fastpref.judging.sources import load_judge
 from fastpref.learning.train import train
 from fastpref.method.config import TrainConfig
@@ -278,6 +278,7 @@ def test_the_key_is_written_nowhere_and_the_rest_decides_the_identity(tmp_path: 
                 "url",
                 "model",
                 "template",
+                "cut",
                 "temperature",
                 "max_tokens",
                 "logprobs",
@@ -303,6 +304,24 @@ def test_a_conversation_is_sent_without_the_marks_of_a_template() -> None:
             request.question.partition("[Request]\n")[2].partition("\n\n[Answer")[0] for request in server.requests
         }
     assert requests == {"Hi", "System: Be brief.\n\nUser: Why?", "text"}
+
+
+def test_the_server_reads_which_answers_were_cut_off() -> None:
+    with served(by_logprobs) as (server, judge):
+        judge(["q"], ["aaaa"], ["b"], finished=([True], [False]))
+        assert {sides(each) for each in server.requests} == {("aaaa", f"b{http.CUT}"), (f"b{http.CUT}", "aaaa")}
+        # What the texts say of themselves, and the same text of which one was cut: another question.
+        asked = len(server.requests)
+        judge(["q"], ["aaaa"], [Unfinished("b")])
+        assert len(server.requests) == asked
+        judge(["q"], [Unfinished("b")], ["b"])
+        assert len(server.requests) == asked + 2
+        ask(judge, ["q"], ["aaaa"], [Unfinished("b")])
+        assert len(server.requests) == asked + 2
+        silent = HttpJudge(server.url, "referee", cut="")
+        silent(["q"], ["c"], [Unfinished("d")])
+        assert sides(server.requests[-1]) in (("c", "d"), ("d", "c"))
+    assert identity(silent).key != identity(judge).key
 
 
 def test_it_answers_where_an_event_loop_runs() -> None:

@@ -7,14 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from reward_checkpoints import BEGIN, CHATS, write_checkpoint
+from reward_checkpoints import BEGIN, CHATS, ZEPHYR, write_checkpoint
 from safetensors.numpy import load_file, save_file
 from small import PROMPTS, language_model, prefers_w1
 
 from fastpref.data import read_prompts
-from fastpref.data.rendered import Unfinished, is_finished
+from fastpref.data.rendered import Rendered, Unfinished, is_finished
 from fastpref.evaluation.best_checkpoint import select_checkpoint
 from fastpref.evaluation.side_by_side import compare, evaluate
 from fastpref.evaluation.win_rates import win_rate
@@ -25,12 +26,14 @@ from fastpref.judging.protocol import ask, asks_finished, rate
 from fastpref.judging.recorded import RecordedJudge
 from fastpref.learning.train import train
 from fastpref.method.config import TrainConfig
-from fastpref.method.errors import ChatError, ConfigError, DataError, JudgeError
+from fastpref.method.errors import ChatError, CheckpointError, ConfigError, DataError, JudgeError
 from fastpref.models import LanguageModel, load
 from fastpref.sampling.generate import write
 
 ROWS = [{"prompt": chat} for chat in CHATS]
 SETTINGS: dict[str, Any] = {"steps": 1, "batch_size": 3, "max_new_tokens": 3, "max_prompt_tokens": 256}
+
+TEMPLATES = {"bare": None, "tools": ZEPHYR.replace("{{ bos_token }}", "{{ bos_token }}{{ tools | tojson if tools }}")}
 
 
 def tie(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
@@ -39,7 +42,7 @@ def tie(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> 
 
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LanguageModel]:
-    """Language models of 264 tokens with the template of ChatML ("llama") or of Zephyr ("mistral"), or with none."""
+    """Language models of 264 tokens with the template of ChatML ("llama"), of Zephyr ("mistral"), or of `TEMPLATES`."""
     made: dict[str, LanguageModel] = {}
 
     def model(kind: str) -> LanguageModel:
@@ -49,9 +52,9 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Lang
                 write_checkpoint(path / "other", "mistral")
                 for name in ("tokenizer.json", "tokenizer_config.json"):
                     (path / name).write_bytes((path / "other" / name).read_bytes())
-            if kind == "bare":
+            if kind in TEMPLATES:
                 config = json.loads((path / "tokenizer_config.json").read_text())
-                (path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": None}))
+                (path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATES[kind]}))
             weights = load_file(path / "model.safetensors")
             bodies = {name: weight for name, weight in weights.items() if not name.startswith("v_head")}
             save_file(bodies, path / "model.safetensors")
@@ -159,6 +162,52 @@ def test_what_is_no_prompt_is_refused(unchecked: None) -> None:
     for bad in ([{"text": "w1"}] * 2, [["w1"], ["w2"]], [3, 4]):
         with pytest.raises(DataError, match=r"must"):
             evaluate(models, bad, prefers_w1, max_new_tokens=3)
+
+
+def test_conversations_that_the_policy_reads_alike_are_judged_each(
+    chat_model: Callable[[str], LanguageModel], tmp_path: Path
+) -> None:
+    """Tools stand in the judge's template and not in the policy's."""
+    rows = [{**ROWS[0], "tools": [{"name": name}]} for name in ("clock", "bell")]
+    prompts = read_prompts(rows, chat_model("llama").tokenizer)
+    assert prompts[0] == prompts[1]
+    reward = RewardModel.from_model(chat_model("tools"))
+    reward.module.weight[...] = jnp.ones_like(reward.module.weight[...])
+    expected = reward(prompts, ["a", "a"], ["b", "b"])
+    assert expected[0] != expected[1]
+    with Judgements(tmp_path / "judged.sqlite") as log:
+        asked = RecordedJudge(reward, log)
+        for _ in range(2):
+            found = asked.ask(prompts, ["a", "a"], ["b", "b"], purpose="training", step=0)
+            assert found.tolist() == expected.tolist()
+        assert (log.asked, log.replayed) == (2, 2)
+
+
+def test_a_run_and_its_cache_belong_to_the_conversations_that_prompts_were_written_from(
+    chat_model: Callable[[str], LanguageModel], tmp_path: Path
+) -> None:
+    policy = chat_model("llama")
+    seen: list[Any] = []
+
+    def reader(prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[float]:
+        said = [prompt.conversation for prompt in prompts if isinstance(prompt, Rendered)]
+        seen.extend(conversation.tools for conversation in said if conversation is not None)
+        return tie(prompts, first, second)
+
+    rows = {name: [{**row, "tools": [{"name": name}]} for row in ROWS] for name in ("clock", "bell")}
+    settings = TrainConfig(algorithm="online-dpo", tau=0.1, eval_every=1, **SETTINGS)
+    for name in rows:
+        seen.clear()
+        train(policy, rows[name], reader, settings, cache=tmp_path / "cache", eval_prompts=rows["bell"], quiet=True)
+        assert [{"name": name}] in seen
+    where: dict[str, Any] = {"run_dir": tmp_path / "run", "quiet": True}
+    train(policy, rows["clock"], tie, settings, eval_prompts=rows["clock"], **where)
+    longer = replace(settings, steps=2)
+    with pytest.raises(CheckpointError, match=r"\n  prompts: "):
+        train(policy, rows["bell"], tie, longer, eval_prompts=rows["clock"], **where)
+    with pytest.raises(CheckpointError, match=r"\n  evaluation.prompts: "):
+        train(policy, rows["clock"], tie, longer, eval_prompts=rows["bell"], **where)
+    train(policy, rows["clock"], tie, longer, eval_prompts=rows["clock"], **where)
 
 
 Told = list[tuple[list[bool], ...]]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastpref.data.rendered import Conversation, Rendered
 from fastpref.judging import judgements
 from fastpref.judging.identity import Identity
 from fastpref.judging.judgements import FILE, Judgements
@@ -117,7 +118,7 @@ def test_judgements_read_back_as_plain_records(tmp_path: Path) -> None:
         records = list(judgements.read(tmp_path))
     expected = [
         {"judge": "alice", "judge_key": "key of alice", "purpose": "training", "step": 7}
-        | {"prompt": prompt, "first": a, "second": b, "finished": None, "answer": p}
+        | {"prompt": prompt, "conversation": None, "first": a, "second": b, "finished": None, "answer": p}
         for prompt, a, b, p in zip(PROMPTS, FIRST, SECOND, answers.tolist(), strict=True)
     ]
     assert records == list(judgements.read(tmp_path / FILE)) == expected
@@ -175,6 +176,30 @@ def test_what_is_told_of_completions_is_part_of_the_question(tmp_path: Path) -> 
         log.answers(ALICE, "training", 0, ["p"], ["a"], finished=[[False]], answer=judge)
     words = [record["finished"] for record in judgements.read(tmp_path)]
     assert words == [None] * 3 + ["ended ended", "ended cut", "cut ended"] + ["ended ended", "cut"]
+
+
+def test_conversations_that_one_text_was_written_from_are_different_questions(tmp_path: Path) -> None:
+    def written_from(*messages: str, **more: Any) -> Rendered:
+        said = [{"role": "user", "content": content} for content in messages]
+        return Rendered("p", conversation=Conversation(said, **more))
+
+    tools = [{"name": "clock"}]
+    prompts = ["p", written_from("p"), written_from("p", tools=tools), written_from(" p "), Rendered("p")]
+    prompts += [written_from("p", options={"thinking": False})]
+    same = {"prompts": prompts, "first": ["a"] * 6, "second": ["b"] * 6}
+    judge = Judge()
+    with Judgements(tmp_path / FILE) as log:
+        answers = ask(log, judge, **same)
+        # Text alone, whether it is known to be a template's or not, is one.
+        assert judge.calls == [[0, 1, 2, 3, 5]]
+        for by_content in (False, True):
+            assert ask(log, never, by_content=by_content, **same).tolist() == answers.tolist()
+    with Judgements(tmp_path / FILE) as log:
+        again = Rendered.unpack(prompts[2].pack())  # as a run reads it from its cache of tokens
+        assert ask(log, never, prompts=[again], first=["a"], second=["b"]).tolist() == [answers[2]]
+    said = [record["conversation"] for record in judgements.read(tmp_path)]
+    assert said[0] is None
+    assert json.loads(said[2]) == [[{"role": "user", "content": "p"}], tools, {}]
 
 
 def test_every_flipped_bit_is_harmless_or_named(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ from small import tokenizer
 LOAD = """
 import sys
 import jax, jax.numpy as jnp
-from fastpref.models import load
+from fastpref import load, load_judge
 jax.block_until_ready(jnp.zeros(8) + 1)
 print("ready", flush=True)
 sys.stdin.readline()
-model = load(sys.argv[1], dtype=jnp.dtype(sys.argv[2]))
+model = load_judge(sys.argv[1]) if sys.argv[3] == "judge" else load(sys.argv[1], dtype=jnp.dtype(sys.argv[2]))
 print("done", flush=True)
 sys.stdin.readline()
 """
@@ -31,8 +31,8 @@ def private_bytes(process: int) -> int:
     return 1024 * sum(int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssAnon", "RssShmem")))
 
 
-def write_model(folder: Path, *, rows: int, width: int, layers: int, kind: str) -> int:
-    """A Llama whose weights are written a layer at a time; returns how many there are."""
+def write_model(folder: Path, *, rows: int, width: int, layers: int, kind: str, judge: bool = False) -> int:
+    """A Llama, or one with a scalar head, whose weights are written in pieces; returns how many there are."""
     hidden, numbers = 2 * width, np.random.default_rng(0)
     shapes = {"model.embed_tokens.weight": (rows, width), "model.norm.weight": (width,)}
     for layer in range(layers):
@@ -41,6 +41,7 @@ def write_model(folder: Path, *, rows: int, width: int, layers: int, kind: str) 
         shapes |= {f"{at}.mlp.{name}_proj.weight": (hidden, width) for name in ("gate", "up")}
         shapes |= {f"{at}.mlp.down_proj.weight": (width, hidden)}
         shapes |= {f"{at}.{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
+    shapes |= {"score.weight": (1, width)} if judge else {}
     size = {"F32": 4, "BF16": 2}[kind]
     header, at = {}, 0
     for name, shape in shapes.items():
@@ -71,10 +72,10 @@ def write_model(folder: Path, *, rows: int, width: int, layers: int, kind: str) 
     return sum(int(np.prod(shape)) for shape in shapes.values())
 
 
-def excess(folder: Path, count: int, dtype: str) -> float:
+def excess(folder: Path, count: int, dtype: str, what: str = "model") -> float:
     """Peak of private memory while a process loads, above what it held before, as a multiple of the result."""
     process = subprocess.Popen(
-        [sys.executable, "-c", LOAD, str(folder), dtype],
+        [sys.executable, "-c", LOAD, str(folder), dtype, what],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -113,3 +114,8 @@ def test_loading_takes_at_most_a_fifth_more_than_the_result(
 ) -> None:
     count = write_model(tmp_path, rows=rows, width=width, layers=layers, kind=kind)
     assert excess(tmp_path, count, dtype) < 1.2
+
+
+def test_a_reward_model_takes_its_body_once(tmp_path: Path) -> None:
+    count = write_model(tmp_path, rows=30_000, width=640, layers=8, kind="BF16", judge=True)
+    assert excess(tmp_path, count, "float32", "judge") < 1.2

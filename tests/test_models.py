@@ -1,7 +1,6 @@
 """Both model families against the original implementations, and against what the policy protocol promises."""
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from goldens import GOLDEN, NAMES, REPRESENTATIVES
 from model_cases import (
     CONFIGS,
     LENGTHS,
@@ -31,9 +31,6 @@ from fastpref.models import Policy, RopeScaling, load
 from fastpref.models.masks import Masks, causal_mask
 from fastpref.models.policy import hidden_states
 
-GOLDEN = Path(__file__).parent / "golden"
-NAMES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
-
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore:.*tensors of images")
@@ -44,11 +41,13 @@ def test_logits_equal_the_original_implementation(name: str) -> None:
     mask = jnp.asarray(np.arange(prompts.shape[1])[None, :] < golden["prompt_lengths"][:, None])
     expected = golden["logits"]
     assert expected.std() > 0.5
-    # Of a family's goldens the first is decoded too: each costs seconds of compiling.
-    each = (forced_states,) if name[-2:] in ("_2", "_3", "_4") else (forced_states, decoded_states)
+    # Where logits are large, the truth is in double precision, from which the original itself is farther.
+    bound = max(1e-4, 2 * float(golden.get("float32_error", np.zeros(1))[0]))
+    # Those that stand for their family are decoded too: each costs seconds of compiling.
+    each = (forced_states, decoded_states) if name in REPRESENTATIVES else (forced_states,)
     for states in (compute(model, prompts, mask, completions) for compute in each):
         logits = model.head().logits(states.reshape(-1, states.shape[-1])).reshape(expected.shape)
-        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

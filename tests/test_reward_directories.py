@@ -55,7 +55,10 @@ def test_scores_and_tokens_are_those_of_transformers(kind: str, tmp_path: Path) 
         np.testing.assert_allclose(scores, [entry["score"] for entry in golden[name]], atol=1e-4, rtol=0)
     told = judge.scores(chats, REPLIES, finished=[False] * 3)
     assert told.tolist() == judge.scores(chats, cut).tolist()
-    judge.save(tmp_path / "saved")
+    for folder in (tmp_path / "run" / "model", tmp_path / "saved"):
+        judge.save(folder)
+    # A run directory stands for the judge that it trained.
+    assert reward_model(tmp_path / "run").identity == judge.identity
     again = reward_model(tmp_path / "saved")
     assert again.scores(chats, REPLIES).tolist() == judge.scores(chats, REPLIES).tolist()
     assert again.identity == judge.identity
@@ -124,6 +127,13 @@ def test_what_is_no_reward_model_is_refused_with_a_way_out(tmp_path: Path) -> No
         ModelError, match=r"preference or reward model, but received .*plain, which holds no scalar head"
     ):
         load_judge(tmp_path / "plain")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"directory of a judge must hold config.json, but received .*empty"):
+        load_judge(tmp_path / "empty")
+    adapter = {"peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": "some/base"}
+    (tmp_path / "empty" / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(ModelError, match=r"an adapter \(LORA\) of the base 'some/base'.*AutoPeftModelForSequenceClass"):
+        load_judge(tmp_path / "empty")
     for name in ("nowhere", "https://host/v1"):
         with pytest.raises(ValueError, match=r"package.module:function, or a table with url and model"):
             of_the_command_line(name)

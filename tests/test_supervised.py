@@ -45,6 +45,11 @@ def leaves(module: Any) -> list[np.ndarray]:
     return [np.array(leaf) for leaf in jax.tree.leaves(nnx.state(module))]
 
 
+def buffers(module: Any) -> list[int]:
+    """Where the arrays of a module lie."""
+    return [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(nnx.state(module))]
+
+
 def equal(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -213,6 +218,13 @@ def test_a_reward_model_learns_what_is_preferred(tmp_path: Path) -> None:
     assert with_w1 > without
     again = RewardModel.load(tmp_path / "model")
     np.testing.assert_array_equal(again.scores(["w3"] * 2, ["w1 w5", "w6 w5"]), [with_w1, without])
+    # A body is held once, and the one that the training began with is as it was.
+    for judge in (result.model, again):
+        assert buffers(judge.model.module) == buffers(judge.module.policy)
+    start = language_model()
+    assert buffers(RewardModel.from_model(start).module.policy) == buffers(start.module)
+    assert not {*buffers(start.module)} & {*buffers(result.model.module)}
+    assert all(np.isfinite(leaf).all() for leaf in leaves(start.module))
 
 
 def test_agreement_counts_ties_as_half() -> None:

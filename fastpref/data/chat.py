@@ -264,7 +264,7 @@ class ChatTemplate:
         Messages are lists of mappings with a `role` and a `content`, text or parts of text. They may stand
         - under `prompt`, and `completion` or `chosen` and `rejected`; text alone is the user's or the assistant's;
         - under `completion`, or `chosen` and `rejected`, as whole conversations, which share all but the end;
-        - under `messages`, whose last ones, the assistant's, are the completion; they are left out of a prompt alone.
+        - under `messages`, or in JSON, whose last ones, the assistant's, are the completion, and no part of a prompt.
 
         A prompt that ends with a message of the assistant is continued. Beside them may stand `tools`, `system`, a
         text that becomes the first message, and `chat_template_kwargs`, options of this record.
@@ -287,7 +287,7 @@ class ChatTemplate:
             else:
                 prompt, replies = shared(replies)
         elif len(names) < 2 and "messages" in row:
-            prompt, reply = divided(messages_of(row["messages"], "user"))
+            prompt, reply = divided(messages_of(row["messages"], None))
             replies = [reply] * len(names)
         else:
             raise ChatError(

@@ -19,14 +19,18 @@ BEGIN, END = "\ufdd0", "\ufdd1"
 """Characters of no text, round a special token that a message names."""
 
 
-def messages_of(value: object, speaker: str = "user") -> list[Message]:
-    """Checked messages, without the empty entries that tables fill up with; text alone is the speaker's.
+def messages_of(value: object, speaker: str | None = "user") -> list[Message]:
+    """Checked messages, without the empty entries that tables fill up with.
+
+    Args:
+      value: the messages; or text alone, which is the speaker's.
+      speaker: a role; None where text is the JSON of messages.
 
     Raises:
       ChatError: something else.
     """
     if isinstance(value, str | bytes):
-        value = [{"role": speaker, "content": value}]
+        value = _from_json("messages", value) if speaker is None else [{"role": speaker, "content": value}]
     if not isinstance(value, list | tuple) or not value:
         raise ChatError(
             f"a conversation must be a list of messages, but received {value!r:.50}. Write one role and content each."
@@ -42,6 +46,9 @@ def _message(message: object) -> Message:
     known: dict[str, Any] = {name: value for name, value in plain(message).items() if value is not None}
     if "content" not in known and any(name in known for name in ("tool_calls", *REASONING)):
         wanted = ["role"]
+        if "content" in message:
+            # Templates may ask whether it is none.
+            known["content"] = None
     else:
         wanted = ["role", "content"]
     if isinstance(known.get("content"), list | tuple):
@@ -173,7 +180,7 @@ def with_system(messages: list[Message], text: object) -> list[Message]:
 
 def joined(begun: Message, rest: Message) -> dict[str, Any]:
     """A message that goes on with another."""
-    first, second = begun.get("content", ""), rest.get("content", "")
+    first, second = begun.get("content") or "", rest.get("content") or ""
     if isinstance(first, list) and isinstance(second, str):
         second = [{"type": "text", "text": second}]
     if isinstance(second, list) and isinstance(first, str):

@@ -2,11 +2,13 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from fastpref.data.chat import ChatTemplate, is_conversation
 from fastpref.data.records import IDENTICAL, BadRecord, DropReport, Ledger, Record
@@ -303,17 +305,31 @@ def _text(row: Mapping[str, Any], column: str) -> str:
     value = row[column]
     try:
         if isinstance(value, bytes):
-            return value.decode()
+            return _no_messages(column, value.decode())
         if isinstance(value, str):
             # Lone surrogates, which no tokenizer takes.
             value.encode()
-            return value
+            return _no_messages(column, value)
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise BadRecord("bad UTF-8", f"column {column!r} must hold valid UTF-8, but received {error.reason}") from None
     detail = f"column {column!r} must hold text, but received {type(value).__name__}"
     if isinstance(value, list | tuple):
         detail += "; conversations need a chat template"
     raise BadRecord("not a string", detail)
+
+
+def _no_messages(column: str, text: str) -> str:
+    """The text, refused where it is the JSON of messages: a file of them that was read without its quotes."""
+    if not isinstance(text, Rendered) and text.lstrip().startswith("[") and '"role"' in text:
+        with suppress(orjson.JSONDecodeError):
+            parsed = orjson.loads(text)
+            if parsed and all(isinstance(message, dict) and "role" in message for message in parsed):
+                raise BadRecord(
+                    "bad conversation",
+                    f"column {column!r} must hold text or messages, but received messages as the text of JSON; read "
+                    "them with json.loads",
+                )
+    return text
 
 
 def _missing(row: Mapping[str, Any], column: str) -> BadRecord:

@@ -55,7 +55,7 @@ def open_rows(source: object, unused: set[str]) -> tuple[str, Iterator[Row]]:
         name = paths[0].name if len(paths) == 1 else f"{paths[0].name} to {paths[-1].name}, {len(paths)} files"
         return name, (row for path in paths for row in _file_rows(path, unused))
     if hasattr(source, "__arrow_c_stream__"):
-        table = source if isinstance(source, pa.Table) else pa.table(source)
+        table = source if isinstance(source, pa.Table) else _table(source)
         return "table", _whole("table", "Arrow table", iter(table.to_batches()), unused)
     if isinstance(source, Mapping):
         raise DataError(
@@ -71,6 +71,17 @@ def open_rows(source: object, unused: set[str]) -> tuple[str, Iterator[Row]]:
             "of mappings."
         )
     return "records", _numbered(source)
+
+
+def _table(source: Any) -> pa.Table:
+    """An Arrow table of whatever can be one, such as a data frame."""
+    try:
+        return pa.table(source)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise DataError(
+            f"a {type(source).__name__} must have columns of one type each to be read, but received "
+            f"{type(error).__name__}: {error}. Make its columns text, or pass its rows as a list of mappings."
+        ) from error
 
 
 def files_of(source: object) -> list[Path]:

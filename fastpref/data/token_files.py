@@ -31,14 +31,19 @@ ENCODER_DECODERS = ("t5", "mt5", "umt5")
 
 def listed_ids(files: Mapping[str, bytes]) -> list[int]:
     """Every EOS id that `generation_config.json` and `config.json` list."""
-    found: list[Any] = []
+    found: list[int] = []
     for file in ("generation_config.json", "config.json"):
         content = read_json(files, file)
         nested = content.get("text_config")
         for entries in (content, nested if isinstance(nested, dict) else {}):
-            numbers = entries.get("eos_token_id")
-            found += numbers if isinstance(numbers, list) else [numbers]
-    return [number for number in found if isinstance(number, int) and not isinstance(number, bool) and number >= 0]
+            found += ids_of(entries.get("eos_token_id"))
+    return found
+
+
+def ids_of(entry: object) -> list[int]:
+    """The ids that an entry holds, one or a list; some files write -1 for none."""
+    numbers = entry if isinstance(entry, list) else [entry]
+    return [number for number in numbers if isinstance(number, int) and not isinstance(number, bool) and number >= 0]
 
 
 def is_encoder_decoder(files: Mapping[str, bytes]) -> bool | None:
@@ -63,17 +68,18 @@ def to_json(content: Mapping[str, Any]) -> bytes:
 
 
 def special_ids(files: Mapping[str, bytes], backend: tokenizers.Tokenizer) -> tuple[int | None, int | None]:
-    """Ids of EOS and padding by the files given; the padding is the EOS where they name none."""
+    """Ids of EOS and padding by the files given; the padding is the EOS where they name none of the vocabulary."""
     named = read_json(files, "special_tokens_map.json") | read_json(files, "tokenizer_config.json")
     found = []
     for key in ("eos_token", "pad_token"):
         text = content_of(named.get(key))
-        ids = [None if text is None else backend.token_to_id(text)]
+        ids = ids_of(None if text is None else backend.token_to_id(text))
         for file in ("generation_config.json", "config.json"):
-            numbers = read_json(files, file).get(f"{key}_id")
-            ids += numbers if isinstance(numbers, list) else [numbers]
-        found.append(next((number for number in ids if number is not None), None))
-    return found[0], found[0] if found[1] is None else found[1]
+            ids += ids_of(read_json(files, file).get(f"{key}_id"))
+        known = [number for number in ids if backend.id_to_token(number) is not None]
+        found.append(known or ids)
+    eos, pad = (next(iter(ids), None) for ids in found)
+    return eos, eos if pad is None or backend.id_to_token(pad) is None else pad
 
 
 def read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ CUT = "\n(This answer was cut off here, at its longest length.)"
 """The default note behind an answer that did not end by itself."""
 
 FIELDS = re.compile(r"(\{prompt\}|\{first\}|\{second\})")
-MARKS = " \t\r\n*_`\"'.:()[]#"
+MARKS = " \t\r\n*_`\"'.:()[]#\u2581\u0120"
 """What may stand around an answer."""
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
@@ -323,7 +323,8 @@ class HttpJudge:
         choice = reply["choices"][0]
         content = (choice.get("logprobs") or {}).get("content") or []
         places = [
-            [(_bare(each["token"]), float(each["logprob"])) for each in place["top_logprobs"]] for place in content
+            [(_bare(each["token"]), float(each["logprob"])) for each in place.get("top_logprobs") or []]
+            for place in content
         ]
         # The place where the reply answers; else the first at which it might have.
         spoken = [place for place, at in zip(places, content, strict=True) if _bare(at["token"]) in self._words]
@@ -335,7 +336,8 @@ class HttpJudge:
                 return first / (first + second), True
         text = choice["message"]["content"]
         if not isinstance(text, str) or _bare(text) not in self._words:
-            raise _NoAnswer(f"the reply {text!r:.80}")
+            cut = f", cut off at max_tokens={self.max_tokens}" if choice.get("finish_reason") == "length" else ""
+            raise _NoAnswer(f"the reply {text!r:.80}{cut}")
         self._meter.by_logprobs = False
         return float(_bare(text) == self._words[0]), False
 
@@ -397,7 +399,7 @@ def plain_text(prompt: str) -> str:
 
 
 def _content(message: Mapping[str, Any]) -> str:
-    content = message.get("content", "")
+    content = message.get("content") or ""
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 

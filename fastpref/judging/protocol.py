@@ -179,7 +179,8 @@ def _answer(
     """Answers of the judge, a float32 for each prompt."""
     again = "start the same command again: it goes on from the last checkpoint."
     try:
-        answer = _within(timeout, judge, prompts, *texts)
+        # Copies: what a judge does to its lists must reach nobody else.
+        answer = _within(timeout, judge, *map(list, (prompts, *texts)))
     except _LateError:
         raise JudgeError(
             f"the judge must answer within judge_timeout={timeout:g} seconds, but {name} took longer for "
@@ -239,10 +240,18 @@ def _within(timeout: float | None, judge: Callable[..., Any], *texts: Sequence[s
 
 def _numbers(kind: str, answer: Any) -> Float[np.ndarray, "..."]:
     """Numbers of Python, NumPy, JAX or PyTorch as float32. Text and complex numbers are none."""
+    if inspect.iscoroutine(answer):
+        answer.close()
+        raise JudgeError(
+            f"the judge must return numbers, but received a coroutine. Write a plain function that waits for its "
+            f"answers, as asyncio.run does, and returns one {kind} for each prompt."
+        )
     parts = isinstance(answer, list | tuple)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            if np.ma.is_masked(answer):
+                raise TypeError("some are masked")
             array = np.asarray([_plain(value) for value in answer] if parts else _plain(answer))
             # Kind V holds the narrow floats of JAX.
             if array.dtype.kind not in "biufV" or array.dtype.names is not None:

@@ -169,7 +169,9 @@ def describe(path: str | Path, *, body: bool = False) -> Description:
         raise FileNotFoundError(f"a checkpoint must be a directory, but received {source}. Check the path.")
     refuse_adapter(source)
     if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"a checkpoint must hold config.json, but received {source} without. Check the path.")
+        inner = [path.parent for pattern in ("*", "snapshots/*") for path in source.glob(f"{pattern}/config.json")]
+        remedy = f"Name a folder in it, such as {max(inner)}." if inner else "Check the path."
+        raise FileNotFoundError(f"a checkpoint must hold config.json, but received {source} without. {remedy}")
     files.check_manifest(source)
     raw = text_config(read_json({"config.json": (source / "config.json").read_bytes()}, "config.json"))
     config = read_config(raw, tied=False)

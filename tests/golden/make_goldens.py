@@ -7,6 +7,8 @@ Needs `torch`, `transformers` and `xxhash`, which the project itself does not de
 import json
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import transformers
 import xxhash
 from safetensors.numpy import save_file
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from transformers.models.phi3 import modeling_phi3
 
 HERE = Path(__file__).parent
 SEED = 20240607
@@ -180,6 +183,14 @@ def families() -> dict[str, transformers.PretrainedConfig]:
     return made
 
 
+def large() -> dict[str, transformers.PretrainedConfig]:
+    """Models whose logits have a standard deviation of 3, where single precision errs by more than 1e-4."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "initializer_range": 0.4}
+    sizes = {name: value for name, value in TINY.items() if name != "head_dim"} | sizes | {"rms_norm_eps": 1e-5}
+    variants = ({}, {"sliding_window": 9}, rope("default", theta=10000.0, partial_rotary_factor=0.75))
+    return {f"phi3_large{n}": transformers.Phi3Config(**sizes | more) for n, more in enumerate(variants, 1)}
+
+
 def configurations() -> dict[str, transformers.PretrainedConfig]:
     """Every golden by its name."""
     t5, llama, qwen2 = transformers.T5Config, transformers.LlamaConfig, transformers.Qwen2Config
@@ -195,6 +206,8 @@ def configurations() -> dict[str, transformers.PretrainedConfig]:
         "qwen2_bfloat16": qwen2(**DECODER_SIZES, num_key_value_heads=2),
         "mistral": transformers.MistralConfig(**small, num_key_value_heads=2, sliding_window=None),
         **families(),
+        "mt5": transformers.MT5Config(**T5_SIZES, feed_forward_proj="gated-gelu"),
+        **large(),
     }
 
 
@@ -215,9 +228,9 @@ def make_tokenizer(appends_eos: bool) -> transformers.PreTrainedTokenizerFast:
 
 def make_model(config: transformers.PretrainedConfig, generator: torch.Generator) -> transformers.PreTrainedModel:
     """A random model whose norms and biases are random too, so that none of them can be left out unseen."""
-    if config.model_type == "t5":
-        model = transformers.T5ForConditionalGeneration(config)
-        if not config.scale_decoder_outputs:
+    if config.is_encoder_decoder:
+        model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+        if not getattr(config, "scale_decoder_outputs", False):
             model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, config.d_model))
     else:
         model = transformers.AutoModelForCausalLM.from_config(config)
@@ -232,12 +245,37 @@ def expected_logits(model: transformers.PreTrainedModel, prompt: np.ndarray, com
     """Logits that predict each token of one completion of one prompt, neither of them padded."""
     prompts, completions = torch.tensor(prompt)[None], torch.tensor(completion)[None]
     with torch.no_grad():
-        if model.config.model_type == "t5":
+        if model.config.is_encoder_decoder:
             start = torch.full((1, 1), model.config.decoder_start_token_id)
             inputs = torch.cat([start, completions[:, :-1]], dim=1)
             return model(input_ids=prompts, decoder_input_ids=inputs).logits[0].numpy()
         logits = model(input_ids=torch.cat([prompts, completions[:, :-1]], dim=1)).logits
         return logits[0, len(prompt) - 1 :].numpy()
+
+
+def logits_of(folder: Path, dtype: torch.dtype, rows: list[tuple[np.ndarray, int, np.ndarray]]) -> np.ndarray:
+    """Logits of every completion of every prompt, read in a type."""
+    encoder_decoder = transformers.AutoConfig.from_pretrained(folder).is_encoder_decoder
+    family = transformers.AutoModelForSeq2SeqLM if encoder_decoder else transformers.AutoModelForCausalLM
+    model = family.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    return np.array([[expected_logits(model, x[:size], y) for y in several] for x, size, several in rows])
+
+
+class Double:
+    """The module `torch`, whose single precision is double."""
+
+    def __getattr__(self, name: str) -> object:
+        return torch.float64 if name in ("float", "float32") else getattr(torch, name)
+
+
+@contextmanager
+def double() -> Iterator[None]:
+    """Lets Phi-3 compute what it always computes in single precision in double: norms, softmax and frequencies."""
+    modeling_phi3.torch = Double()
+    try:
+        yield
+    finally:
+        modeling_phi3.torch = torch
 
 
 def main() -> None:
@@ -253,25 +291,25 @@ def main() -> None:
         if name.endswith("bfloat16"):
             model = model.to(torch.bfloat16)
         model.save_pretrained(folder, max_shard_size="60KB" if name.endswith("sharded") else "1GB")
-        make_tokenizer(config.model_type == "t5").save_pretrained(folder)
+        make_tokenizer(config.is_encoder_decoder).save_pretrained(folder)
 
-        family = transformers.AutoModelForSeq2SeqLM if config.model_type == "t5" else transformers.AutoModelForCausalLM
-        model = family.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-        lengths, count = (FEWER_LENGTHS, 1) if name in families() else (PROMPT_LENGTHS, COMPLETIONS)
+        few = name in families() or name in large()
+        lengths, count = (FEWER_LENGTHS, 1) if few else (PROMPT_LENGTHS, COMPLETIONS)
         prompts = np.zeros((len(lengths), max(lengths)), np.int32)
         for row, length in zip(prompts, lengths, strict=True):
             row[:length] = random.integers(4, VOCABULARY, length)
         completions = random.integers(4, VOCABULARY, (len(lengths), count, TOKENS), dtype=np.int32)
-        logits = [
-            [expected_logits(model, prompt[:length], completion) for completion in several]
-            for prompt, length, several in zip(prompts, lengths, completions, strict=True)
-        ]
+        rows = list(zip(prompts, lengths, completions, strict=True))
         arrays = {
             "prompt_tokens": prompts,
             "prompt_lengths": np.array(lengths, np.int32),
             "completion_tokens": completions,
-            "logits": np.array(logits, np.float32),
+            "logits": logits_of(folder, torch.float32, rows),
         }
+        if name in large():
+            with double():
+                exact = logits_of(folder, torch.float64, rows)
+            arrays |= {"logits": exact, "float32_error": np.array([np.abs(arrays["logits"] - exact).max()])}
         save_file(arrays, HERE / f"{name}.safetensors")
 
     files = sorted(path for name in names for path in [*(HERE / name).iterdir(), HERE / f"{name}.safetensors"])
