@@ -44,6 +44,8 @@ class Side(NamedTuple):
     program: str
     method: str
     writers: str
+    rank: int = 0
+    """Of the adapter that is trained; 0 for all parameters."""
 
 
 class Match(NamedTuple):
@@ -72,6 +74,10 @@ ONLINE = (
     Side("TRL Online DPO, `ipo` loss, cached", "trl", "online-ipo", "policy, policy"),
     Side("fastpref `online-ipo`", "ours", "online-ipo", "policy, policy"),
 )
+ADAPTER = (
+    Side("fastpref `ipo-md`, adapter of rank 16", "ours", "ipo-md", "mixture, mixture", rank=16),
+    Side("fastpref `online-ipo`, adapter of rank 16", "ours", "online-ipo", "policy, policy", rank=16),
+)
 MODELS = {
     "random": "a random Llama of 4.46 M parameters, prompts of 32 random words",
     "chat": "SmolLM2-135M-Instruct (135 M parameters), questions in its chat template",
@@ -79,8 +85,8 @@ MODELS = {
 MATCHES = (
     Match("random", 8, 64, 1e-4, warmup=1, rounds=7, sides=MIXED),
     Match("random", 8, 64, 1e-4, warmup=2, rounds=20, sides=ONLINE),
-    Match("chat", 8, 48, 1e-5, warmup=1, rounds=2, sides=MIXED),
-    Match("chat", 8, 48, 1e-5, warmup=1, rounds=4, sides=ONLINE),
+    Match("chat", 8, 48, 1e-5, warmup=1, rounds=2, sides=(*MIXED, ADAPTER[0])),
+    Match("chat", 8, 48, 1e-5, warmup=1, rounds=4, sides=(*ONLINE, ADAPTER[1])),
 )
 
 
@@ -149,12 +155,12 @@ class Process:
 
 def played(match: Match, interpreters: Mapping[str, str], folder: Path) -> list[dict[str, Any]]:
     """Every side of a match with its steps, in the order of the match."""
-    settings = json.dumps(match._asdict() | {"sides": None})
     with ExitStack() as stack:
         processes = []
         for side in match.sides:
             log = stack.enter_context(tempfile.TemporaryFile("w+"))
-            command = [interpreters[side.program], str(SIDE), side.program, side.method, str(folder), settings]
+            command = [interpreters[side.program], str(SIDE), side.program, side.method, str(folder)]
+            command.append(json.dumps(match._asdict() | {"sides": None, "rank": side.rank}))
             processes.append(stack.enter_context(Process(side.name, command, log)))
         steps: list[list[dict[str, Any]]] = [[] for _ in processes]
         for number in range(match.warmup + match.rounds):
@@ -221,7 +227,7 @@ def summary(match: Match, sides: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             }
         )
     settings = {name: value for name, value in match._asdict().items() if name != "sides"}
-    pair = "mixture" if match.sides == MIXED else "policy"
+    pair = "mixture" if match.sides[0] is MIXED[0] else "policy"
     return {**settings, "pair": pair, "prompt_tokens": sum(map(len, sides[0]["prompts"])), "sides": entries}
 
 

@@ -85,7 +85,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def ours(method: str, folder: Path, prompts: Prompts, settings: dict[str, Any]) -> None:
-    from fastpref import LanguageModel, Step, Tokenizer, TrainConfig, load, train
+    from fastpref import AdapterConfig, LanguageModel, Step, Tokenizer, TrainConfig, load, train
     from fastpref.data import ChatTemplate
 
     turns, model = Turns(), load(folder / "model")
@@ -112,6 +112,7 @@ def ours(method: str, folder: Path, prompts: Prompts, settings: dict[str, Any]) 
         optimizer="adamw",
         learning_rate=settings["learning_rate"],
         max_grad_norm=MAX_GRAD_NORM,
+        adapter=AdapterConfig(rank=settings["rank"]) if settings["rank"] else None,
     )
     records = [{"prompt": prompt} for prompt in prompts]
     train(LanguageModel(model.module, tokenizer), records, prefers, config, callbacks=[on_step], quiet=True)
