@@ -1,4 +1,4 @@
-"""First updates of adapters on several devices in several orders: a public report saw the loss stuck by the order alone."""
+"""First updates of adapters on several devices: a public report saw the loss stuck by the order of devices alone."""
 
 import json
 import os
