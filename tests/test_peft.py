@@ -57,6 +57,8 @@ def test_what_was_read_is_saved_with_the_same_numbers(name: str, tmp_path: Path)
     model = load(GOLDEN / name)
     save(model, tmp_path / "once")
     theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (GOLDEN / name, tmp_path / "once"))
+    # PEFT writes a head that has an adapter beside it.
+    theirs = {tensor: array for tensor, array in theirs.items() if "base_layer" not in tensor}
     assert theirs.keys() == ours.keys()
     for tensor, array in theirs.items():
         np.testing.assert_array_equal(array, ours[tensor])

@@ -2,9 +2,9 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from fastpref.method.errors import nearest, require
 
@@ -35,10 +35,10 @@ class AdapterConfig:
 
     rank: int = 16
     alpha: float = 32.0
-    targets: str | tuple[str, ...] = ALL_LINEAR
+    targets: str | Sequence[str] = ALL_LINEAR
     dropout: float = 0.0
     rslora: bool = False
-    init: Literal["zero-b", "zero-a"] = "zero-b"
+    init: str = "zero-b"
 
     def __post_init__(self) -> None:
         whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
@@ -111,4 +111,4 @@ class AdapterConfig:
                 value,
                 f"Its default is {defaults[key]!r}.",
             )
-        return cls(**table)
+        return cls(**{key: float(value) if key in ("alpha", "dropout") else value for key, value in table.items()})

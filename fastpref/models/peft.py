@@ -26,6 +26,8 @@ from fastpref.models.tensors import Tensor, read_header, read_tensor
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
 """Names of tensors: the module, and which factor it is."""
+COPIED = re.compile(r"(?:base_model\.model\.)?(.+)\.base_layer\.weight")
+"""Names of kernels that are stored beside their adapter."""
 DIGEST = "fastpref.base"
 """Entry of the metadata of the weights: a hash of the base that they were trained on."""
 OURS = re.compile(
@@ -134,15 +136,25 @@ def read_factors(
 ) -> tuple[Base, Adapters]:
     """The factors of an adapter, and the base with their sites."""
     named: dict[str, dict[str, Tensor]] = {}
+    modules, params = linear_modules(model), nnx.state(model.module)
     for name, tensor in tensors.items():
         match = FACTOR.fullmatch(name)
+        if match is None and (copied := COPIED.fullmatch(name)) is not None and copied[1] in modules:
+            # PEFT writes a head that has an adapter beside it.
+            (place,) = modules[copied[1]]
+            kernel = dict(nnx.to_flat_state(params))[place.path][...]
+            if not np.array_equal(np.asarray(read_tensor(tensor, kernel.dtype, turned=True)), np.asarray(kernel)):
+                raise ModelError(
+                    f"{name} must be that of the base, but received another in {source}. Merge the adapter into its "
+                    "base with peft: merge_and_unload()."
+                )
+            continue
         if match is None:
             raise ModelError(
                 f"tensors of an adapter must be lora_A and lora_B of modules, but received {name} in {source}. "
                 "Merge it into its base with peft: merge_and_unload()."
             )
         named.setdefault(match[1], {})[match[2]] = tensor
-    modules, params = linear_modules(model), nnx.state(model.module)
     widths = {path: tuple(variable.shape) for path, variable in nnx.to_flat_state(params)}
     strangers = sorted(named.keys() - modules.keys())
     if strangers or not named:
@@ -232,7 +244,8 @@ def save_adapter(
         for name, pair in adapters.items()
         for factor, array in zip("AB", pair, strict=True)
     }
-    metadata = {"format": "pt", DIGEST: base_digest(frozen.params)}
+    # One entry alone: of several, safetensors writes the order anew each time.
+    metadata = {DIGEST: base_digest(frozen.params)}
     with files.replacing(target) as new:
         new.mkdir()
         write_json(new / CONFIG, described(model, frozen, adapters, str(place)))

@@ -21,7 +21,7 @@ GOLDEN = HERE.parent / "golden"
 ADAPTERS = {
     "llama": ("llama_1", {"r": 3, "lora_alpha": 6, "target_modules": "all-linear"}),
     "llama_some": ("llama_2", {"r": 2, "lora_alpha": 5, "target_modules": ["q_proj", "down_proj"], "use_rslora": True}),
-    "llama_head": ("llama_1", {"r": 2, "lora_alpha": 4, "target_modules": ["v_proj", "lm_head"]}),
+    "llama_head": ("llama3_rope", {"r": 2, "lora_alpha": 4, "target_modules": ["v_proj", "lm_head"]}),
     "patterns": (
         "qwen3_1",
         {
@@ -35,7 +35,7 @@ ADAPTERS = {
     "phi3": ("phi3_1", {"r": 3, "lora_alpha": 3, "target_modules": ["qkv_proj", "gate_up_proj", "o_proj"]}),
     "gpt2": ("gpt2_1", {"r": 3, "lora_alpha": 3, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "gemma2": ("gemma2_1", {"r": 2, "lora_alpha": 8, "target_modules": "all-linear"}),
-    "t5": ("t5_v11", {"r": 3, "lora_alpha": 6, "target_modules": ["q", "v", "wo"]}),
+    "t5": ("t5_original", {"r": 3, "lora_alpha": 6, "target_modules": ["q", "v", "wo"]}),
 }
 
 
