@@ -67,10 +67,10 @@ def test_every_method_trains_adapters_alone(algorithm: str, start: Path) -> None
     assert all(np.isfinite(step["loss"]) and not step["updates/skipped"] for step in result.metrics)
 
 
-@pytest.mark.parametrize("family", ["decoder", "t5"])
+@pytest.mark.parametrize("family", ["decoder", pytest.param("t5", marks=pytest.mark.slow)])
 def test_a_run_writes_adapters_alone_and_goes_on_bit_for_bit(family: str, tmp_path: Path) -> None:
     save(language_model(family), tmp_path / "sft")
-    settings = config(steps=4, checkpoint_every=1, adapter=AdapterConfig(rank=3, dropout=0.1))
+    settings = config(steps=3, checkpoint_every=1, adapter=AdapterConfig(rank=3, dropout=0.1))
 
     def run(folder: str, stop: int = 0) -> Any:
         def fail(step: Step) -> None:
@@ -95,17 +95,17 @@ def test_a_run_writes_adapters_alone_and_goes_on_bit_for_bit(family: str, tmp_pa
     def written(model: LanguageModel) -> list[np.ndarray]:
         return leaves(model.module)
 
-    for source in ("whole", "whole/policy", "whole/checkpoints/00000004"):
+    for source in ("whole", "whole/policy", "whole/checkpoints/00000003"):
         for one, other in zip(written(read_model(tmp_path / source)), written(whole.policy), strict=True):
             np.testing.assert_array_equal(one, other)
-    early = read_model(step_directory(tmp_path / "broken", 3), like=tmp_path / "sft")
+    early = read_model(step_directory(tmp_path / "broken", 2), like=tmp_path / "sft")
     assert is_adapted(nnx.state(early.module))
     with pytest.raises(CheckpointError, match=r"config.adapter.rank: 3 in the checkpoint, 2 now"):
         train(
             tmp_path / "sft",
             PROMPTS,
             prefers_w1,
-            config(steps=4, adapter=AdapterConfig(rank=2, dropout=0.1)),
+            config(adapter=AdapterConfig(rank=2, dropout=0.1)),
             run_dir=tmp_path / "whole",
             quiet=True,
         )
@@ -139,8 +139,15 @@ def test_an_adapter_of_sft_is_gone_on_with_and_is_the_reference(start: Path, tmp
     jax.tree.map(np.testing.assert_array_equal, reference[1], split(tuned.model)[1])  # type: ignore[index]
 
     # The base itself as the reference: read again from its directory, and shared.
-    against = train(tmp_path / "sft" / "model", PROMPTS, prefers_w1, config(adapter=None), ref=start, quiet=True)
-    assert against.metrics[0]["rewards/margins"] != pytest.approx(0, abs=1e-3)
+    against = train(
+        tmp_path / "sft" / "model",
+        PROMPTS,
+        prefers_w1,
+        config(adapter=None, algorithm="online-ipo", steps=1),
+        ref=start,
+        quiet=True,
+    )
+    assert abs(against.metrics[0]["objective/kl"]) > 0.01
     mine, theirs = (jax.tree.leaves(nnx.state(model.module)) for model in (against.ref, against.policy))
     assert {id(leaf) for leaf in mine} <= {id(leaf) for leaf in theirs}
 
@@ -176,9 +183,9 @@ def test_preference_and_reward_models_are_fitted_by_adapters(start: Path, tmp_pa
 
 
 def test_the_setting_goes_through_json_and_is_checked() -> None:
-    table = {"rank": 4, "alpha": 8, "targets": ["q_proj"], "dropout": 0.0, "rslora": True, "init": "zero-a"}
+    table = {"rank": 4, "alpha": 8.0, "targets": ["q_proj"], "dropout": 0.0, "rslora": True, "init": "zero-a"}
     made = from_mapping(TrainConfig, {"adapter": table})
-    assert made.adapter == AdapterConfig(rank=4, alpha=8, targets=("q_proj",), rslora=True, init="zero-a")
+    assert made.adapter == AdapterConfig(rank=4, alpha=8.0, targets=("q_proj",), rslora=True, init="zero-a")
     assert made.adapter.scale == 4.0
     assert from_mapping(TrainConfig, json.loads(json.dumps(to_json(made)))) == made
     with pytest.raises(ConfigError, match=r"adapter must be of type AdapterConfig, but received 16"):

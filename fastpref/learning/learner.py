@@ -98,7 +98,7 @@ def compared_logps(
         logps = sequence_logps(module, rows, frozen_head=frozen_head).reshape(1 + len(models), -1, 2)
     frozen = jax.lax.stop_gradient(logps)
     # By differences, each of which is exactly 0 where the models are one.
-    apart = jnp.tensordot(anchors.weights, frozen[0] - frozen[1:], axes=1)
+    apart = jnp.tensordot(anchors.weights, frozen[:1] - frozen[1:], axes=1)
     return logps[0], frozen[0] - apart
 
 

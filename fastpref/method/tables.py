@@ -31,7 +31,7 @@ def from_mapping(kind: type[Config], settings: Mapping[str, Any]) -> Config:
     return kind(**values)
 
 
-def _parse(key: str, value: Any, kinds: tuple[type, ...], default: Any) -> Any:
+def _parse(key: str, value: Any, kinds: tuple[Any, ...], default: Any) -> Any:
     if isinstance(value, Mapping) and Schedule in kinds:
         names = {entry.name for entry in dataclasses.fields(Schedule)}
         require(
