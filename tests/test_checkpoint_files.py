@@ -263,6 +263,16 @@ def test_weights_in_another_format_are_named_with_a_way_out(tmp_path: Path) -> N
         load(folder)
 
 
+def test_a_folder_of_checkpoints_names_the_last_of_them(tmp_path: Path) -> None:
+    """As trainers write them, and as the hub's cache keeps them."""
+    for inner in ("checkpoint-5", "snapshots/abc"):
+        outer = tmp_path / inner.partition("/")[0].partition("-")[0]
+        (outer / inner).mkdir(parents=True)
+        (outer / inner / "config.json").write_text("{}")
+        with pytest.raises(FileNotFoundError, match=rf"without. Name a folder in it, such as {outer / inner}"):
+            load(outer)
+
+
 def test_an_adapter_is_named_with_its_base_and_the_way_to_merge_it(tmp_path: Path) -> None:
     adapter = {"peft_type": "LORA", "base_model_name_or_path": "some/base", "r": 8}
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))

@@ -306,6 +306,30 @@ def test_a_conversation_is_sent_without_the_marks_of_a_template() -> None:
     assert requests == {"Hi", "System: Be brief.\n\nUser: Why?", "text"}
 
 
+def test_servers_that_give_other_logprobs_or_none_are_understood() -> None:
+    """Without the likeliest tokens of a place the reply is a vote; raw tokens hold the blank of their vocabulary."""
+
+    def bare(request: Request) -> Reply:
+        status, headers, content = reply("1" if longer(request) > 0.5 else "2", [{"1": 1.0}])
+        body = orjson.loads(content)
+        del body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        return status, headers, orjson.dumps(body)
+
+    with served(bare, votes=2, concurrency=1) as (_, judge):
+        assert judge(["q"], ["aaaa"], ["b"]).tolist() == [1.0]
+        assert judge.calls == 4
+    raw = [{"\u25811": 0.75, "\u01202": 0.25}]
+    with served(lambda request: reply("1", raw)) as (_, judge):
+        assert judge._answer(orjson.loads(reply("1", raw)[2])) == (0.75, True)
+    long = orjson.loads(reply("Let me think")[2])
+    long["choices"][0]["finish_reason"] = "length"
+    with (
+        served(lambda request: (200, {}, orjson.dumps(long)), retries=0) as (_, judge),
+        pytest.raises(JudgeError, match=r"gave the reply 'Let me think', cut off at max_tokens=4"),
+    ):
+        judge(["q"], ["a"], ["b"])
+
+
 def test_the_server_reads_which_answers_were_cut_off() -> None:
     with served(by_logprobs) as (server, judge):
         judge(["q"], ["aaaa"], ["b"], finished=([True], [False]))

@@ -48,6 +48,7 @@ def test_a_plain_function_is_a_judge() -> None:
         ((value for value in (0.5, 0.5)), r"must return numbers, but received generator"),
         (np.array([("a", 0.5), ("b", 0.5)], [("name", "U1"), ("p", "f4")]), r"must return numbers, but received nd"),
         ([10**400, 0], r"must return numbers, but received list of int"),
+        (np.ma.masked_array([0.5, 0.25], [False, True]), r"must return numbers, but received MaskedArray"),
         (None, r"the judge must return numbers, but received NoneType"),
     ],
 )
@@ -98,6 +99,25 @@ def test_a_hard_judge_may_say_true_and_false() -> None:
 def test_a_complex_tensor_is_refused() -> None:
     with pytest.raises(JudgeError, match="must return numbers, but received Tensor"):
         ask(lambda *texts: Tensor([0.5j]), ["x"], ["a"], ["b"])
+
+
+def test_a_judge_that_has_to_be_awaited_is_refused() -> None:
+    async def later(*texts: Sequence[str]) -> list[float]:
+        return [0.5]
+
+    with pytest.raises(JudgeError, match=r"received a coroutine. Write a plain function .* one probability for each"):
+        ask(later, ["x"], ["a"], ["b"])
+
+
+def test_what_a_judge_does_to_its_lists_reaches_nobody_else() -> None:
+    def orders(prompts: list[str], first: list[str], second: list[str]) -> list[float]:
+        second.clear()
+        prompts.pop()
+        return [float(len(text)) / 4 for text in sorted(first)]
+
+    texts = ["x", "y"], ["bb", "a"], ["c", "d"]
+    assert ask(orders, *texts).tolist() == ask(orders, *texts).tolist() == [0.25, 0.5]
+    assert texts == (["x", "y"], ["bb", "a"], ["c", "d"])
 
 
 @pytest.mark.parametrize("timeout", [None, 60.0])

@@ -112,6 +112,18 @@ def test_an_array_that_is_none_is_refused(
         read_records(tmp_path / "cut.json", on_bad_record="skip")
 
 
+class Mixed:
+    """A data frame whose columns have no type of Arrow's."""
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        raise TypeError("Expected bytes, got a 'int' object")
+
+
+def test_a_data_frame_that_is_no_table_is_refused() -> None:
+    with pytest.raises(DataError, match=r"a Mixed must have columns of one type each to be read, .*got a 'int' object"):
+        read_records(Mixed())  # type: ignore[arg-type]
+
+
 # Compressed files ---------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Chat templates: every name that Hugging Face gives them, openings of answers, tools, options, and their files."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from seam_tokenizers import CHATML, byte_level, directory
 from fastpref.data import read_prompts, read_records
 from fastpref.data.chat import ChatTemplate
 from fastpref.data.tokenizer import Tokenizer
-from fastpref.method.errors import ChatError
+from fastpref.method.errors import ChatError, DataError
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 PAIR = ("prompt", "chosen", "rejected")
@@ -93,7 +94,7 @@ def test_options_come_from_the_record_the_run_and_the_call() -> None:
 def test_tools_and_system_stand_beside_messages() -> None:
     written = '[tools] [{"type": "function", "function": {"name": "level"'
     said = "<system>Be brief.</s>\n<user>q</s>\n<assistant>"
-    for tools in ([TOOL], f"[{__import__('json').dumps(TOOL)}]"):
+    for tools in ([TOOL], f"[{json.dumps(TOOL)}]"):
         row = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")], "system": "Be brief."}
         prompt, completions = pairs(TOOLS, row | {"tools": tools})
         assert prompt.startswith(written)
@@ -116,6 +117,23 @@ def test_tables_bring_tools_and_calls_without_the_entries_of_other_rows() -> Non
     expected = '<user>q</s>\n<assistant>[level {"river": "Elbe"}]</s>\n<tool>3</s>\n<assistant>'
     for source in (rows, pa.Table.from_pylist(rows)):
         assert read_records(source, template=template)[0][0].prompt == expected
+
+
+def test_messages_may_be_json_where_no_text_can_be_meant() -> None:
+    template, messages = ChatTemplate(CHATML), [user("q"), assistant("a")]
+    text = json.dumps(messages)
+    for columns in (("prompt",), ("prompt", "completion")):
+        expected = read_records([{"messages": messages}], columns=columns, template=template)
+        assert read_records([{"messages": text}], columns=columns, template=template) == expected
+    with pytest.raises(DataError, match=r"messages given as text must be JSON, but received an error at character"):
+        read_records([{"messages": "Hello"}], template=template)
+    for row in ({"prompt": text}, {"prompt": text.encode()}):
+        with pytest.raises(DataError, match=r"but received messages as the text of JSON; read them with json.loads"):
+            read_records([row], template=template)
+    with pytest.raises(DataError, match=r"column 'rejected' must hold text or messages, but received messages as the"):
+        read_records([{"prompt": "p", "chosen": "c", "rejected": text}], columns=("prompt", "chosen", "rejected"))
+    for prompt in ('["role"]', '[{"role": "user"', '[] is a "role"'):
+        assert read_records([prompt])[0][0].prompt == prompt
 
 
 def test_content_may_be_parts_of_text() -> None:

@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from fastpref.data.tokenizer import Tokenizer
+from fastpref.method.errors import ModelError
 
 GOLDEN = Path(__file__).parent / "golden"
 TEXTS = ["the model likes a summary", "a winner, or neither", ""]
@@ -87,6 +88,22 @@ def test_markers_are_special_even_where_the_backend_does_not_say_so(tmp_path: Pa
     assert tokenizer.decode([[3, 4, 1, 2, 2], [1]]) == ["a b", ""]
     tokenizer.save(tmp_path)
     assert Tokenizer.load(tmp_path).decode([[3, 4, 1, 2, 2]]) == ["a b"]
+
+
+def test_what_is_no_id_of_the_vocabulary_names_no_token(tmp_path: Path) -> None:
+    """Files write -1 for none, and number a padding that another tokenizer had."""
+    write(tmp_path, config={"eos_token_id": 1, "pad_token_id": -1}, generation_config={"eos_token_id": ["1", True, -1]})
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids) == (1, 1, (1,))
+    write(tmp_path, config={"eos_token_id": [99, 5], "pad_token_id": 6}, generation_config={})
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids) == (5, 5, (5,))
+    write(tmp_path, config={"eos_token_id": 99})
+    with pytest.raises(ModelError, match=r"eos_token must be in the vocabulary, ids 0 to 5, but received id 99"):
+        Tokenizer.load(tmp_path)
+    write(tmp_path, config={"eos_token_id": "1"})
+    with pytest.raises(ModelError, match=r"must name its end-of-sequence token, but received .*, where no file does"):
+        Tokenizer.load(tmp_path)
 
 
 def test_a_directory_without_an_end_token_is_refused(tmp_path: Path) -> None:

@@ -46,9 +46,6 @@ def _message(message: object) -> Message:
     known: dict[str, Any] = {name: value for name, value in plain(message).items() if value is not None}
     if "content" not in known and any(name in known for name in ("tool_calls", *REASONING)):
         wanted = ["role"]
-        if "content" in message:
-            # Templates may ask whether it is none.
-            known["content"] = None
     else:
         wanted = ["role", "content"]
     if isinstance(known.get("content"), list | tuple):
@@ -180,7 +177,7 @@ def with_system(messages: list[Message], text: object) -> list[Message]:
 
 def joined(begun: Message, rest: Message) -> dict[str, Any]:
     """A message that goes on with another."""
-    first, second = begun.get("content") or "", rest.get("content") or ""
+    first, second = begun.get("content", ""), rest.get("content", "")
     if isinstance(first, list) and isinstance(second, str):
         second = [{"type": "text", "text": second}]
     if isinstance(second, list) and isinstance(first, str):

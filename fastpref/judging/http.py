@@ -399,7 +399,7 @@ def plain_text(prompt: str) -> str:
 
 
 def _content(message: Mapping[str, Any]) -> str:
-    content = message.get("content") or ""
+    content = message.get("content", "")
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
