@@ -25,7 +25,7 @@ from fastpref.data import (
 from fastpref.data.batches import PackedPairs, PromptBatch
 from fastpref.data.tokenization import PromptTexts, fit_prompts
 from fastpref.evaluation.during_training import HeldOut
-from fastpref.judging.identity import identity, name_of
+from fastpref.judging.identity import identity
 from fastpref.judging.judgements import FILE, Judgements
 from fastpref.judging.protocol import Judge, Rewarder, by_scores
 from fastpref.judging.recorded import RecordedJudge
@@ -271,9 +271,8 @@ def train(
         held_out = None
         if eval_judge is not None:
             same = asked if eval_judge is judge else None
-            held_out = HeldOut(
-                ref, checks, same or RecordedJudge(eval_judge, log, timeout=config.judge_timeout), config
-            )
+            held_out_judge = same or RecordedJudge(eval_judge, log, timeout=config.judge_timeout)
+            held_out = HeldOut(ref, checks, held_out_judge, config)
         fingerprint = {
             "policy": loop.digest(start),
             "tokenizer": policy.tokenizer.fingerprint.hex(),
@@ -284,6 +283,8 @@ def train(
             **({} if asked is None else {"judge": asked.identity.fingerprint()}),
             **({} if held_out is None else {"evaluation": held_out.fingerprint()}),
         }
+        params = _copy(start)
+        opt_state = update.initial_state(update.build(config) if optimizer is None else optimizer, params)
         trainer = Trainer(
             config=config,
             policy=policy,
@@ -300,8 +301,6 @@ def train(
             for callback in callbacks:
                 callback(Step(done, metrics, lambda: trainer.current(learned)))
 
-        params = _copy(start)
-        opt_state = update.initial_state(update.build(config) if optimizer is None else optimizer, params)
         learned, history = loop.drive(
             trainer.step,
             (params, opt_state, _copy(start) if config.method.in_rounds else ()),
@@ -318,7 +317,8 @@ def train(
         if folder is not None:
             if destination is not None:
                 save(aligned, destination)
-            finish(folder, config.algorithm, data=source.report, judge=None if judge is None else name_of(judge))
+            named = None if asked is None else asked.identity.name
+            finish(folder, config.algorithm, data=source.report, judge=named)
     return TrainResult(policy=aligned, ref=ref, metrics=history, run_dir=folder, report=source.report)
 
 
