@@ -40,7 +40,7 @@ def decode(state: bytes, identity: Mapping[str, Any]) -> dict[str, int]:
             "undamaged copy, or anew."
         ) from error
     differing = [("format", saved.get("format"), FORMAT)]
-    differing += [(name, saved["identity"].get(name), own) for name, own in identity.items()]
+    differing += [(name, saved.get("identity", {}).get(name), own) for name, own in identity.items()]
     for name, received, own in differing:
         if received != own:
             raise DataError(

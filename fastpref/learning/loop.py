@@ -104,6 +104,7 @@ def drive(
       StopSignal: the same of TERM and HUP.
     """
     settings = to_json(config)
+    free = {name: settings[name] for name in FREE if name in settings}
     fingerprint = {**lasting(settings), **fingerprint}
     done = skipped = 0
     unreported: Outcome | None = None
@@ -121,7 +122,7 @@ def drive(
                 progress = json.loads(saved_state.extra["progress"])
                 if (rest := progress["unreported"]) is not None:
                     unreported = Outcome(arrays, rest["metrics"], rest["samples"])
-                changed = _report_changes(run_dir, done, progress["settings"], settings)
+                changed = _report_changes(run_dir, done, progress["settings"], free)
                 skipped = 0 if changed else progress["skipped"]
             run.write_config(settings)
             written = None if saved_state is None else saved_state.extra["metrics"]
@@ -132,6 +133,8 @@ def drive(
         def keep() -> None:
             nonlocal saved
             if folder is not None and saved < done:
+                rest = None if unreported is None else {"metrics": unreported.metrics, "samples": unreported.samples}
+                progress = {"skipped": skipped, "unreported": rest, "settings": free}
                 checkpoints.save(
                     folder,
                     done,
@@ -139,7 +142,8 @@ def drive(
                     {
                         "source": position,
                         "metrics": b"" if run is None else run.history(),
-                        "progress": _progress(skipped, unreported, settings),
+                        # Not orjson: metrics may be NaN.
+                        "progress": json.dumps(progress).encode(),
                     },
                     fingerprint=fingerprint,
                     keep=config.keep_checkpoints,
@@ -201,20 +205,9 @@ def _check_health(skipped: int, done: int) -> None:
         )
 
 
-def _progress(skipped: int, unreported: Outcome | None, settings: Mapping[str, Any]) -> bytes:
-    """Skipped updates in a row, the step whose measurement or report failed, if there is one, and what may change."""
-    rest = None if unreported is None else {"metrics": unreported.metrics, "samples": unreported.samples}
-    # Not orjson: metrics may be NaN.
-    return json.dumps({"skipped": skipped, "unreported": rest, "settings": _free(settings)}).encode()
-
-
-def _free(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: settings[name] for name in FREE if name in settings}
-
-
-def _report_changes(run_dir: Path, done: int, before: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+def _report_changes(run_dir: Path, done: int, before: Mapping[str, Any], free: Mapping[str, Any]) -> bool:
     """Say and write down which settings changed since the checkpoint; return whether one is of `STEADYING`."""
-    now: dict[str, Any] = orjson.loads(orjson.dumps(_free(settings)))
+    now: dict[str, Any] = json.loads(json.dumps(free))
     changes = {name: [before[name], now[name]] for name in now if name in before and before[name] != now[name]}
     if changes:
         told = ", ".join(f"{name} {old!r} becomes {new!r}" for name, (old, new) in changes.items())

@@ -339,7 +339,12 @@ def fit_reward_model(
     with (
         owner.hold(run_dir),
         PaddedPairBatcher(
-            tokens.prompts, *tokens.completions, tokens.preference, ids=tokens.ids, **_sizes(config)
+            tokens.prompts,
+            tokens.completions[0],
+            tokens.completions[1],
+            tokens.preference,
+            ids=tokens.ids,
+            **_sizes(config),
         ) as batcher,
     ):
 

@@ -16,7 +16,7 @@ from fastpref.data import DropReport, Source
 from fastpref.data.batches import PackedPairs, PromptBatch
 from fastpref.data.tokenization import PromptTexts
 from fastpref.evaluation.during_training import HeldOut
-from fastpref.judging.identity import identity, name_of
+from fastpref.judging.identity import identity
 from fastpref.judging.judgements import FILE, Judgements
 from fastpref.judging.positions import check_positions
 from fastpref.judging.protocol import Judge, Rewarder, by_scores
@@ -285,9 +285,8 @@ def train(
         held_out = None
         if eval_judge is not None:
             same = asked if eval_judge is judge else None
-            held_out = HeldOut(
-                ref, checks, same or RecordedJudge(eval_judge, log, timeout=config.judge_timeout), config
-            )
+            held_out_judge = same or RecordedJudge(eval_judge, log, timeout=config.judge_timeout)
+            held_out = HeldOut(ref, checks, held_out_judge, config)
         fingerprint = {
             "policy": loop.digest(start) if base is None else loop.digest(base.params, start),
             "tokenizer": policy.tokenizer.fingerprint.hex(),
@@ -300,6 +299,8 @@ def train(
             **({} if asked is None else {"judge": asked.identity.fingerprint()}),
             **({} if held_out is None else {"evaluation": held_out.fingerprint()}),
         }
+        params = _copy(start)
+        opt_state = update.initial_state(update.build(config) if optimizer is None else optimizer, params)
         trainer = Trainer(
             config=config,
             policy=policy,
@@ -335,7 +336,8 @@ def train(
         if folder is not None:
             if destination is not None:
                 save(aligned, destination)
-            finish(folder, config.algorithm, data=source.report, judge=None if judge is None else name_of(judge))
+            named = None if asked is None else asked.identity.name
+            finish(folder, config.algorithm, data=source.report, judge=named)
     return TrainResult(policy=aligned, ref=ref, metrics=history, run_dir=folder, report=source.report)
 
 
