@@ -17,7 +17,7 @@ from fastpref.judging.models import PreferenceModel as PreferenceModel
 from fastpref.judging.models import RewardModel as RewardModel
 from fastpref.judging.protocol import Judge as Judge
 from fastpref.judging.sources import load_judge as load_judge
-from fastpref.learning.supervised import FitResult as FitResult
+from fastpref.learning.fit import FitResult as FitResult
 from fastpref.learning.supervised import fit_preference_model as fit_preference_model
 from fastpref.learning.supervised import fit_reward_model as fit_reward_model
 from fastpref.learning.supervised import sft as sft

@@ -18,7 +18,8 @@ from fastpref.demo import run as demo
 from fastpref.evaluation.side_by_side import compare, evaluate
 from fastpref.evaluation.sweeps import sweep
 from fastpref.judging.sources import load_judge
-from fastpref.learning.supervised import FitResult, fit_preference_model, fit_reward_model, sft
+from fastpref.learning.fit import FitResult
+from fastpref.learning.supervised import fit_preference_model, fit_reward_model, sft
 from fastpref.learning.train import train
 from fastpref.method.config import SupervisedConfig, TrainConfig
 from fastpref.method.errors import ConfigError, FastprefError, StopSignal

@@ -1,5 +1,6 @@
 """The table of the guide to memory, counted from shapes: `python tests/memory_page.py` in the project's folder."""
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -11,32 +12,18 @@ from small import tokenizer
 from fastpref.learning.memory import TrainMemory, train_memory
 from fastpref.method.adapter import AdapterConfig
 from fastpref.method.config import TrainConfig
-from fastpref.models import DecoderConfig, LanguageModel, T5Config
+from fastpref.models import DecoderConfig, LanguageModel
 from fastpref.models.adapters import adapt
 from fastpref.models.huggingface import abstract_module
 
 PAGE = Path(__file__).parent.parent / "docs" / "fit_in_memory.md"
 
-MODELS: dict[str, DecoderConfig | T5Config] = {
+MODELS = {
     "SmolLM2-135M": DecoderConfig(
         vocab_size=49152, width=576, hidden=1536, layers=30, heads=9, kv_heads=3, head_dim=64, tied=True
     ),
     "Llama-3.2-1B": DecoderConfig(
         vocab_size=128256, width=2048, hidden=8192, layers=16, heads=32, kv_heads=8, head_dim=64, tied=True
-    ),
-    "T5 v1.1 XL": T5Config(
-        vocab_size=32128, width=2048, hidden=5120, encoder_layers=24, decoder_layers=24, heads=32, head_dim=64
-    ),
-    "Qwen3-4B": DecoderConfig(
-        vocab_size=151936,
-        width=2560,
-        hidden=9728,
-        layers=36,
-        heads=32,
-        kv_heads=8,
-        head_dim=128,
-        tied=True,
-        qk_norm="head",
     ),
     "Llama-3.1-8B": DecoderConfig(
         vocab_size=128256, width=4096, hidden=14336, layers=32, heads=32, kv_heads=8, head_dim=128
@@ -54,14 +41,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def memory(name: str, settings: dict[str, Any]) -> TrainMemory:
     """Memory of a run of a model with some settings."""
-    config, module = TrainConfig(**settings), abstract_module(MODELS[name])
-    definition, params = nnx.split(module)
-    parts = None if config.adapter is None else adapted_shapes(LanguageModel(module, tokenizer()), config.adapter)
-    return train_memory(config, definition, params, parts, compiled=False)
+    config = TrainConfig(**settings)
+    definition, params = nnx.split(shapes(name))
+    parts = None if config.adapter is None else adapted_shapes(name, config.adapter)
+    return train_memory(config, definition, params, parts, peak=False)
 
 
-def adapted_shapes(model: LanguageModel, config: AdapterConfig) -> Any:
+@functools.cache
+def shapes(name: str) -> Any:
+    """The module with shapes in the place of arrays."""
+    return abstract_module(MODELS[name])
+
+
+@functools.cache
+def adapted_shapes(name: str, config: AdapterConfig) -> Any:
     """Base and adapters of a model of shapes."""
+    model = LanguageModel(shapes(name), tokenizer())
     bases: list[Any] = []
 
     def made() -> Any:

@@ -20,10 +20,9 @@ import numpy as np
 import orjson
 
 from fastpref.data import files
-from fastpref.method.config import Config
 from fastpref.method.errors import ConfigError, DivergedError, nearest
 from fastpref.method.schedules import Schedule
-from fastpref.method.tables import from_mapping, to_json
+from fastpref.method.tables import Config, from_mapping, to_json
 from fastpref.runs import log, owner, terminal
 from fastpref.runs.metrics import METRICS
 

@@ -63,7 +63,8 @@ def fit(
     With `parts`, the module's base and adapters, those alone are trained.
     """
     chain = optimizers.build(config, optimizer)
-    definition, start = nnx.split(module)
+    definition = nnx.graphdef(module)
+    start: Any = nnx.state(module)
     base = None
     if parts is not None:
         base, start = parts

@@ -211,7 +211,7 @@ def _report_changes(run_dir: Path, done: int, before: Mapping[str, Any], free: M
     changes = {name: [before[name], now[name]] for name in now if name in before and before[name] != now[name]}
     if changes:
         told = ", ".join(f"{name} {old!r} becomes {new!r}" for name, (old, new) in changes.items())
-        ends = "steps" in changes and settings["lr_schedule"] != "constant"
+        ends = "steps" in changes and free["lr_schedule"] != "constant"
         decay = "; the learning rate now reaches 0 at the new steps" if ends else ""
         terminal.say(f"{run_dir} goes on after step {done} with other settings: {told}{decay}")
         with (run_dir / "changes.jsonl").open("ab") as file:

@@ -57,7 +57,7 @@ def train_memory(
     params: Any,
     parts: tuple[Base, Adapters] | None = None,
     *,
-    compiled: bool = True,
+    peak: bool = True,
 ) -> TrainMemory:
     """Memory of a run at its longest prompts and completions.
 
@@ -66,7 +66,7 @@ def train_memory(
       definition: GraphDef of the policy.
       params: its parameters, or their shapes; nothing is computed with them.
       parts: the base of its adapters and these, or their shapes, where they are trained alone.
-      compiled: compile the update for its temporaries; else these are gradients alone.
+      peak: count keys and values too, and compile the update for its temporaries; else these are 0.
 
     Returns:
       `TrainMemory`.
@@ -80,10 +80,9 @@ def train_memory(
     base = None if base is None else replace(base, params=read)
     optimizer, method = optimizers.build(config), config.method
     opt_state = jax.eval_shape(partial(optimizers.initial_state, optimizer), trained)
-    gradients = size(trained)
-    temporaries = _temporaries(config, definition, trained, opt_state, base, read) if compiled else gradients
+    temporaries = _temporaries(config, definition, trained, opt_state, base, read) if peak else 0
     cache = 0
-    if not method.offline:
+    if peak and not method.offline:
         shape = (config.batch_size, config.max_prompt_tokens)
 
         def prefill(state: Any) -> Any:
@@ -103,7 +102,7 @@ def train_memory(
         optimizer=size(opt_state),
         cache=cache,
         temporaries=temporaries,
-        gradients=gradients,
+        gradients=size(trained),
     )
 
 
@@ -131,7 +130,7 @@ def _temporaries(
     if scores_itself:
         weights = [weight for weight in method.anchor_weights(*config.strengths(0)) if weight]
         models = tuple(ref if base is None else None for _ in weights)
-        anchors = learner.Anchors(np.ones(len(weights), np.float32), models)
+        anchors = learner.Anchors(jnp.ones(len(weights), jnp.float32), models)
     compiled = update.update.lower(
         definition,
         trained,

@@ -257,7 +257,8 @@ def train(
     policy, ref, *others = shared_rows(models)
     folder = None if run_dir is None else Path(run_dir)
     destination = folder / "policy" if folder is not None and isinstance(policy.module, T5 | Decoder) else None
-    base, start = None, nnx.state(policy.module)
+    base: Base | None = None
+    start: Any = nnx.state(policy.module)
     if (parts := trainable(policy, config.adapter, seed=config.seed)) is not None:
         base, start = parts
     if destination is not None:
@@ -299,8 +300,9 @@ def train(
             **({} if asked is None else {"judge": asked.identity.fingerprint()}),
             **({} if held_out is None else {"evaluation": held_out.fingerprint()}),
         }
-        params = _copy(start)
-        opt_state = update.initial_state(update.build(config) if optimizer is None else optimizer, params)
+        # Read from a directory in float32, where all else is in another dtype, nobody else needs it.
+        params = start if read and base is None and dtype != "float32" else _copy(start)
+        opt_state = optimizers.initial_state(chain, params)
         trainer = Trainer(
             config=config,
             policy=policy,
@@ -317,9 +319,6 @@ def train(
             for callback in callbacks:
                 callback(Step(done, metrics, lambda: trainer.current(learned)))
 
-        # Read from a directory in float32, where all else is in another dtype, nobody else needs it.
-        params = start if read and base is None and dtype != "float32" else _copy(start)
-        opt_state = optimizers.initial_state(chain, params)
         learned, history = loop.drive(
             trainer.step,
             (params, opt_state, _copy(params) if config.method.in_rounds else ()),

@@ -246,7 +246,7 @@ def update(
     params, opt_state, metrics = apply_gated(optimizer, value, gradients, opt_state, params)
     if not objective.alone:
         preference, where = jnp.asarray(batch.preference), jnp.asarray(batch.where)
-        metrics |= pair_metrics(*compared, preference, where, tau)
+        metrics |= pair_metrics(compared[0], compared[1], preference, where, tau)
     return params, opt_state, metrics
 
 

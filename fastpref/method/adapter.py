@@ -111,4 +111,7 @@ class AdapterConfig:
                 value,
                 f"Its default is {defaults[key]!r}.",
             )
-        return cls(**{key: float(value) if key in ("alpha", "dropout") else value for key, value in table.items()})
+        values: dict[str, Any] = {
+            key: float(value) if key in ("alpha", "dropout") else value for key, value in table.items()
+        }
+        return cls(**values)

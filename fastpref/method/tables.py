@@ -47,8 +47,8 @@ def _parse(key: str, value: Any, kinds: tuple[Any, ...], default: Any) -> Any:
         return float(value)
     if isinstance(value, list | tuple) and any(get_origin(kind) is tuple for kind in kinds):
         return tuple(float(each) if type(each) is int else each for each in value)
-    names = ["list" if get_origin(kind) is tuple else kind.__name__ for kind in kinds]
-    wanted = " or ".join(name for name in names if name not in ("Schedule", "NoneType"))
+    words = ["list" if get_origin(kind) is tuple else kind.__name__ for kind in kinds]
+    wanted = " or ".join(word for word in words if word not in ("Schedule", "NoneType"))
     require(type(value) in kinds, f"{key} must be of type {wanted}", value, f"Its default is {default!r}.")
     return value
 

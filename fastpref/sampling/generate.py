@@ -144,8 +144,10 @@ def sample(
     if policy_def == ref_def and params is not None:
         both = stacked_params(params, ref_params)
     if both is None:
-        return generate_jit(policy_def, params, ref_def, ref_params, *arguments, **settings)
-    return generate_jit(policy_def, both, None, None, *arguments, stacked=True, **settings)
+        drawn: Completions = generate_jit(policy_def, params, ref_def, ref_params, *arguments, **settings)
+    else:
+        drawn = generate_jit(policy_def, both, None, None, *arguments, stacked=True, **settings)
+    return drawn
 
 
 @partial(
