@@ -24,14 +24,15 @@ def from_mapping(kind: type[Config], settings: Mapping[str, Any]) -> Config:
     for key, value in settings.items():
         require(key in known, f"{kind.__name__} has no setting of that name", key, nearest(key, known))
         hint = hints[key]
-        kinds = (str,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
+        parts = (str,) if get_origin(hint) is Literal else get_args(hint) or (hint,)
+        kinds = tuple(get_origin(part) or part for part in parts)
         if isinstance(known[key], Mapping):
             kinds = (dict,)
         values[key] = _parse(key, value, kinds, known[key])
     return kind(**values)
 
 
-def _parse(key: str, value: Any, kinds: tuple[Any, ...], default: Any) -> Any:
+def _parse(key: str, value: Any, kinds: tuple[type, ...], default: Any) -> Any:
     if isinstance(value, Mapping) and Schedule in kinds:
         names = {entry.name for entry in dataclasses.fields(Schedule)}
         require(
@@ -45,10 +46,10 @@ def _parse(key: str, value: Any, kinds: tuple[Any, ...], default: Any) -> Any:
         return AdapterConfig.of(value)
     if float in kinds and type(value) is int:
         return float(value)
-    if isinstance(value, list | tuple) and any(get_origin(kind) is tuple for kind in kinds):
+    if isinstance(value, list | tuple) and tuple in kinds:
         return tuple(float(each) if type(each) is int else each for each in value)
-    words = ["list" if get_origin(kind) is tuple else kind.__name__ for kind in kinds]
-    wanted = " or ".join(word for word in words if word not in ("Schedule", "NoneType"))
+    words = ["list" if kind is tuple else kind.__name__ for kind in kinds if kind not in (Schedule, type(None))]
+    wanted = " or ".join(words)
     require(type(value) in kinds, f"{key} must be of type {wanted}", value, f"Its default is {default!r}.")
     return value
 
