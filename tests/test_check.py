@@ -110,7 +110,7 @@ def test_an_adapter_is_described_before_it_is_refused(tmp_path: Path, capsys: py
     assert main(["check", str(tmp_path)]) == 1
     said = capsys.readouterr()
     assert "an adapter (LORA) of the base 'b'" in said.out
-    assert "Merge it into its base with peft" in said.err
+    assert "merge the adapter into its base with peft" in said.err
 
 
 def test_what_does_not_load_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

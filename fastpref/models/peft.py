@@ -84,12 +84,13 @@ def load_adapter(
                 f"{name} of an adapter must be {' or '.join(repr(choice) for choice in allowed[:1])}, but received "
                 f"{value!r} in {source}. Merge it into its base with peft: merge_and_unload()."
             )
+    where = _base_of(source, entries) if base is None else base
     if not (source / WEIGHTS).is_file():
         raise FileNotFoundError(f"an adapter must hold {WEIGHTS}, but received {source} without. Save it again.")
     tensors = read_header(source / WEIGHTS)
-    if not isinstance(base, LanguageModel):
-        where = _base_of(source, entries) if base is None else base
-        base = load_whole(where, dtype=dtype, finite=finite, body=body)
+    if not isinstance(where, LanguageModel):
+        where = load_whole(where, dtype=dtype, finite=finite, body=body)
+    base = where
     if split(base) is not None:
         raise ModelError(
             f"the base of an adapter must be a whole checkpoint, but received one with an adapter for {source}. "
@@ -97,9 +98,9 @@ def load_adapter(
         )
     with safe_open(source / WEIGHTS, framework="np") as file:
         digest = (file.metadata() or {}).get(DIGEST)
-    known = base_digest(nnx.state(base.module))
+    known = None if digest is None else base_digest(nnx.state(base.module))
     # Numbers of another dtype are others; then the shapes alone tell.
-    if digest is not None and digest.partition(":")[0] == known.partition(":")[0] and digest != known:
+    if digest and known and digest.partition(":")[0] == known.partition(":")[0] and digest != known:
         raise ModelError(
             f"an adapter must be read on the base that it was trained on, but received {source} with another "
             f"({entries.get('base_model_name_or_path')!r} has changed, or is not the one). Give the right one as base."
