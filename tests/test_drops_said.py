@@ -11,7 +11,7 @@ from fastpref.cli import main
 from fastpref.data import read_prompts
 from fastpref.evaluation.best_checkpoint import select_checkpoint
 from fastpref.evaluation.side_by_side import compare, evaluate
-from fastpref.learning.train import train
+from fastpref.learning.held_out import read_held_out
 from fastpref.method.config import TrainConfig
 from fastpref.method.errors import DataError, DropWarning
 from fastpref.models import save
@@ -72,16 +72,16 @@ def test_the_command_line_skips_and_says_so(source: Path, tmp_path: Path, capsys
 
 
 def test_held_out_prompts_that_are_not_used_are_said(capsys: pytest.CaptureFixture[str]) -> None:
-    usual: dict[str, Any] = {"steps": 1, "batch_size": 2, "max_prompt_tokens": 8, "max_new_tokens": 3}
-    usual |= {"algorithm": "online-ipo", "on_bad_record": "skip"}
+    models = [language_model()] * 2
     for settings, used in (
         ({"eval_every": 1, "eval_prompts": 3}, "3 of 4 eval_prompts are used during the run: eval_prompts is 3"),
         ({}, "0 of 4 eval_prompts are used during the run: eval_every is 0"),
     ):
-        train(language_model(), PROMPTS, prefers_w1, TrainConfig(**usual, **settings), eval_prompts=BAD)
+        config = TrainConfig(on_bad_record="skip", **settings)
+        assert read_held_out(BAD, models, config, quiet=False) == PROMPTS[: int(used[0])]
         said = capsys.readouterr().out
         assert used in said
         assert "2 dropped (1 empty prompt, 1 missing column)" in said
         assert "33 % lost of the eval_prompts" in said
-    train(language_model(), PROMPTS, prefers_w1, TrainConfig(**usual), eval_prompts=BAD, quiet=True)
-    assert capsys.readouterr().out == ""
+        read_held_out(BAD, models, config, quiet=True)
+        assert capsys.readouterr().out == ""

@@ -119,7 +119,7 @@ class Mixed:
         raise TypeError("Expected bytes, got a 'int' object")
 
 
-def test_a_data_frame_that_is_no_table_is_refused() -> None:
+def test_a_data_frame_that_is_no_table_is_refused(unchecked: None) -> None:
     with pytest.raises(DataError, match=r"a Mixed must have columns of one type each to be read, .*got a 'int' object"):
         read_records(Mixed())  # type: ignore[arg-type]
 
