@@ -15,7 +15,7 @@ INTRODUCTION = """# Checkpoints that are read and written
 
 A directory in Hugging Face's layout is read by the `model_type` of its `config.json`. Each of these families gives the
 logits of `transformers` within 1e-4 in float32 (`tests/golden`), and is saved as it came. Where logits are large, with
-a standard deviation of 3, float32 itself errs by more than that: there ours are at most twice as far from those of
+a standard deviation of 3 to 4, float32 itself errs by more than that: there ours are at most twice as far from those of
 float64 as the float32 logits of `transformers` are (`phi3_large1` to `3`). An entry that changes a model in a way that
 is not written here is refused by its name, with the values that are read; entries that change no logit (dropout,
 caches, tokens) are kept and ignored. A file with `rope_parameters` and an older one with `rope_theta` and
