@@ -57,6 +57,15 @@ def test_at_the_reference_rho_is_exactly_0_in_bfloat16(algorithm: str, family: s
     assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(result.ref.module))} == {"bfloat16"}
 
 
+def test_a_reference_of_its_own_is_scored_in_the_same_program() -> None:
+    config = TrainConfig(**SMALL, steps=1, algorithm="inpo", completions=3, rounds=1, dtype="bfloat16", adapter=ADAPTER)
+    other = language_model(seed=1)
+    (first,) = train(language_model(), PROMPTS, first_wins, config, ref=other, quiet=True).metrics
+    assert abs(first["anchor/margins"]) > 0.01
+    with pytest.raises(ConfigError, match=r"ref must be of the policy's architecture in bfloat16, .* received 'T5'"):
+        train(language_model(), PROMPTS, first_wins, config, ref=language_model("t5"), quiet=True)
+
+
 def test_auto_is_float32_on_a_cpu_and_bfloat16_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert learners.dtype_of(TrainConfig()) == "float32"
     assert learners.dtype_of(TrainConfig(dtype="bfloat16")) == "bfloat16"

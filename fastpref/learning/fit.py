@@ -115,6 +115,7 @@ def fit(
             "model": loop.digest(start) if base is None else loop.digest(base.params, start),
             "objective": description,
             **({"held_out": _content(held_out)} if len(held_out) else {}),
+            **({} if learner.dtype_of(config) == "float32" else {"dtype": learner.dtype_of(config)}),
             "optimizer": config.optimizer if optimizer is None else identity(chain).fingerprint(),
         },
         description=description,

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from fastpref.data.batches import PackedPairs
 from fastpref.method.choices import Remat
 from fastpref.method.config import SupervisedConfig, TrainConfig
-from fastpref.method.errors import ConfigError
+from fastpref.method.errors import ConfigError, require
 from fastpref.models import LanguageModel
 from fastpref.models.adapters import Adapters, Base, on_base
 from fastpref.models.lowrank import in_dtype
@@ -89,7 +89,10 @@ def compared_logps(
     """
     if base is None or not anchors.shared(base):
         modules = [module_of(definition, params, base, key, remat, dtype)]
-        modules += [nnx.merge(definition, _parameters(model, None, (), None, dtype)) for model in anchors.models]
+        modules += [
+            nnx.merge(definition, _parameters(model, base if isinstance(model, dict) else None, (), None, dtype))
+            for model in anchors.models
+        ]
         logps = jnp.stack([sequence_logps(module, batch, frozen_head=frozen_head) for module in modules])
     else:
         models = jax.lax.stop_gradient(anchors.models)
@@ -139,16 +142,26 @@ class Learner:
 
     @classmethod
     def of(cls, policy: LanguageModel, base: Base | None, ref: LanguageModel, config: TrainConfig) -> "Learner":
-        """The policy on its base, if it has one, beside the reference: on the same arrays where it holds the same."""
-        dtype = dtype_of(config)
+        """The policy on its base, if it has one, beside the reference: on the same arrays where it holds the same.
+
+        Raises:
+          ConfigError: in low precision, the reference is of another architecture.
+        """
+        dtype, own = dtype_of(config), nnx.graphdef(policy.module)
         definition, ref_params = nnx.split(ref.module)
+        require(
+            dtype == "float32" or definition == own,
+            "ref must be of the policy's architecture in bfloat16, where both are scored by one program",
+            type(ref.module).__name__,
+            'Set dtype="float32", or choose another reference.',
+        )
         shared, ref_adapters = (False, None) if base is None else on_base(ref, base)
         if base is not None:
             base = replace(base, params=cast_once(base.params, dtype=dtype))
         if base is not None and shared:
             ref_params = base.params if ref_adapters is None else base.adapted(ref_adapters)
         frozen = Frozen(definition, cast_once(ref_params, dtype=dtype))
-        return cls(nnx.graphdef(policy.module), base, frozen, ref_adapters, shared, dtype)
+        return cls(own, base, frozen, ref_adapters, shared, dtype)
 
     def model(self, trained: Any) -> Frozen:
         """The model of trained parameters or adapters; of () that of no round."""

@@ -185,7 +185,7 @@ def sft(
             run_dir=run_dir,
             description="sft",
             quiet=quiet,
-            with_module=lambda module: dataclasses.replace(model, module=module),
+            with_module=model.with_module,
             save=save,
             report=report,
         )
@@ -267,7 +267,7 @@ def fit_preference_model(
     ):
 
         def with_module(module: Any) -> PreferenceModel:
-            return dataclasses.replace(judge, model=dataclasses.replace(judge.model, module=module))
+            return dataclasses.replace(judge, model=judge.model.with_module(module))
 
         return fit(
             judge.model.module,
@@ -349,8 +349,7 @@ def fit_reward_model(
     ):
 
         def with_module(module: Any) -> RewardModel:
-            body = dataclasses.replace(judge.model, module=module.policy)
-            return dataclasses.replace(judge, model=body, module=module)
+            return dataclasses.replace(judge, model=judge.model.with_module(module.policy), module=module)
 
         return fit(
             judge.module,

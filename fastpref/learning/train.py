@@ -170,8 +170,8 @@ class Trainer:
     def current(self, learned: Learned) -> LanguageModel:
         """The policy as it is now; what is trained of it in arrays of its own."""
         trained = _copy(learned[0])
-        params, source = (trained, None) if self.base is None else (self.base.adapted(trained), self.policy.source)
-        return dataclasses.replace(self.policy, module=nnx.merge(self.learner.definition, params), source=source)
+        params = trained if self.base is None else self.base.adapted(trained)
+        return self.policy.with_module(nnx.merge(self.learner.definition, params))
 
 
 def _frozen(model: LanguageModel, dtype: str) -> Frozen:

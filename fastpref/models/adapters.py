@@ -279,4 +279,4 @@ def merged(model: LanguageModel) -> LanguageModel:
         (path, variable.replace(dense(variable[...])) if isinstance(variable.get_value(), Adapted) else variable)
         for path, variable in nnx.to_flat_state(nnx.state(model.module))
     ]
-    return replace(model, module=nnx.merge(nnx.graphdef(model.module), nnx.from_flat_state(flat)))
+    return model.with_module(nnx.merge(nnx.graphdef(model.module), nnx.from_flat_state(flat)))

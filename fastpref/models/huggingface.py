@@ -25,6 +25,7 @@ from fastpref.method.errors import ModelError, ModelWarning
 from fastpref.models.configs import architectures_of, check_sizes, is_tied, read_config, text_config, write_config
 from fastpref.models.decoder import Decoder, DecoderConfig
 from fastpref.models.families import FAMILIES
+from fastpref.models.lowrank import is_adapted
 from fastpref.models.policy import Policy
 from fastpref.models.t5 import T5, T5Config
 from fastpref.models.tensors import INDEX, WEIGHTS, Tensor, open_tensors, read_tensor, settle_embedding
@@ -95,6 +96,10 @@ class LanguageModel:
         # Whatever the tokenizer was made for, an encoder reads prompts alone.
         if getattr(self.module, "decoder_start", None) is not None and not self.tokenizer.encoder_decoder:
             object.__setattr__(self, "tokenizer", self.tokenizer.apart())
+
+    def with_module(self, module: Any) -> "LanguageModel":
+        """The model with another module. Of one without adapters, the directory no longer holds what it computes by."""
+        return replace(self, module=module, source=self.source if is_adapted(nnx.state(module)) else None)
 
 
 def load_whole(
