@@ -119,6 +119,26 @@ def test_tables_bring_tools_and_calls_without_the_entries_of_other_rows() -> Non
         assert read_records(source, template=template)[0][0].prompt == expected
 
 
+def test_templates_by_name_are_read_in_each_form_and_others_refused(tmp_path: Path) -> None:
+    def read(number: int, written: Any, **options: Any) -> list[str]:
+        settings = {"eos_token": "<|im_end|>", "chat_template": written}
+        tokenizer = Tokenizer.load(directory(tmp_path / str(number), byte_level(), settings))
+        return read_prompts([{"prompt": [user("q")]}], tokenizer, chat_template_kwargs=options)
+
+    named = {"default": "long", "brief": "brief"}
+    listed = [{"name": name, "template": text} for name, text in named.items()]
+    for number, written in enumerate((named, listed)):
+        assert read(number, written) == ["long"]
+        assert read(number, written, chat_template="brief") == ["brief"]
+    for number, odd in enumerate((5, ["long"], [{"name": "default"}], {"default": None}), 2):
+        with pytest.raises(ChatError, match=r"chat_template of tokenizer_config.json must be a text, or texts by name"):
+            read(number, odd)
+    folder = directory(tmp_path / "letters", byte_level(), {"eos_token": "<|im_end|>"})
+    (folder / "chat_template.jinja").write_bytes(b"\xe9")
+    with pytest.raises(ChatError, match=r"chat_template.jinja must be UTF-8, but received"):
+        read_prompts([{"prompt": [user("q")]}], Tokenizer.load(folder))
+
+
 def test_messages_may_be_json_where_no_text_can_be_meant() -> None:
     template, messages = ChatTemplate(CHATML), [user("q"), assistant("a")]
     text = json.dumps(messages)

@@ -30,9 +30,6 @@ DATE = "2024-07-26"
 """The day on which templates are written unless an option says another: the same data gives the same tokens on every
 day. It is the one that Llama's templates fall back to."""
 
-FOLDER = "additional_chat_templates/"
-"""Where a checkpoint keeps templates beside the default one, each in a file of its name."""
-
 _TAG, _ASKED, _SAID = "\ufdd2", "\ufdd3asked", "\ufdd3said"
 """Texts that no message holds: behind a message that is continued, and two messages by which a template is known."""
 
@@ -429,22 +426,3 @@ def is_conversation(row: Mapping[str, Any], columns: Iterable[str]) -> bool:
     if any(isinstance(row.get(name), list | tuple) for name in wanted):
         return True
     return "messages" in row and any(name not in row for name in wanted)
-
-
-def templates_of(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, str]:
-    """The templates of a directory by name, the default one as "default": its files, else those of its configuration.
-
-    Args:
-      files: contents by name.
-      config: what `tokenizer_config.json` holds.
-    """
-    found = {"default": files["chat_template.jinja"].decode()} if "chat_template.jinja" in files else {}
-    for name in sorted(files):
-        if name.startswith(FOLDER):
-            found[name.removeprefix(FOLDER).removesuffix(".jinja")] = files[name].decode()
-    written = config.get("chat_template")
-    if not found and isinstance(written, str):
-        found = {"default": written}
-    if not found and isinstance(written, list):
-        found = {str(item["name"]): str(item["template"]) for item in written if {"name", "template"} <= item.keys()}
-    return found

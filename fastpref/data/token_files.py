@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 import tokenizers
 
-from fastpref.method.errors import ModelError
+from fastpref.method.errors import ChatError, ModelError
 
 FILES = (
     "tokenizer.json",
@@ -20,7 +20,10 @@ FILES = (
     "vocab.json",
     "merges.txt",
 )
-"""Files of a checkpoint that a tokenizer reads or keeps, byte for byte, besides the templates in `chat.FOLDER`."""
+"""Files of a checkpoint that a tokenizer reads or keeps, byte for byte, besides the templates in `FOLDER`."""
+
+FOLDER = "additional_chat_templates/"
+"""Where a checkpoint keeps templates beside the default one, each in a file of its name."""
 
 APART = "prompts_apart"
 """Key of `tokenizer_config.json`, written where no `config.json` could tell that prompts are encoded apart."""
@@ -80,6 +83,38 @@ def special_ids(files: Mapping[str, bytes], backend: tokenizers.Tokenizer) -> tu
         found.append(known or ids)
     eos, pad = (next(iter(ids), None) for ids in found)
     return eos, eos if pad is None or backend.id_to_token(pad) is None else pad
+
+
+def templates_of(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates of a directory by name, the default one as "default": its files, else its configuration's.
+
+    Args:
+      files: contents by name.
+      config: what `tokenizer_config.json` holds.
+
+    Raises:
+      ChatError: a template is no text.
+    """
+    found: dict[str, str] = {}
+    for name in sorted(files):
+        if name == "chat_template.jinja" or name.startswith(FOLDER):
+            known = "default" if "/" not in name else name.removeprefix(FOLDER).removesuffix(".jinja")
+            try:
+                found[known] = files[name].decode()
+            except UnicodeDecodeError as error:
+                raise ChatError(f"{name} must be UTF-8, but received {error.reason}. Copy it again.") from error
+    written = config.get("chat_template")
+    if found or written is None:
+        return found
+    named = {"default": written} if isinstance(written, str) else written
+    if isinstance(named, list) and all(isinstance(item, dict) for item in named):
+        named = {item.get("name"): item.get("template") for item in named}
+    if not isinstance(named, dict) or not all(isinstance(text, str) for text in (*named, *named.values())):
+        raise ChatError(
+            f"chat_template of tokenizer_config.json must be a text, or texts by name, but received {written!r:.80}. "
+            "Copy the file again."
+        )
+    return named
 
 
 def read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:

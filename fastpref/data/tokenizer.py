@@ -10,18 +10,20 @@ import tokenizers
 import xxhash
 
 from fastpref.data.backends import SENTENCEPIECE, read_backend, tokenizer_file
-from fastpref.data.chat import FOLDER, ChatTemplate, templates_of
+from fastpref.data.chat import ChatTemplate
 from fastpref.data.controls import Controls
 from fastpref.data.files import check_manifest
 from fastpref.data.rendered import Rendered, Span, Unfinished, alike, is_finished, unended
 from fastpref.data.token_files import (
     APART,
     FILES,
+    FOLDER,
     content_of,
     is_encoder_decoder,
     listed_ids,
     read_json,
     special_ids,
+    templates_of,
     to_json,
 )
 from fastpref.method.errors import DataError, ModelError

@@ -355,8 +355,8 @@ def _check_sources(config: TrainConfig, judge: Judge | Rewarder | None, behaviou
             callable(judge) or isinstance(judge, Rewarder),
             f"{name} is online and must be given a judge",
             judge,
-            f"Pass {'a RewardModel' if method.judged_by == 'reward' else 'a function or a PreferenceModel'}, "
-            "or choose an offline algorithm.",
+            f"Pass {'a RewardModel' if method.judged_by == 'reward' else 'a function or a PreferenceModel'}, as "
+            "fastpref.load_judge gives it for a directory or a name, or choose an offline algorithm.",
         )
     require(
         method.judged_by != "reward" or isinstance(judge, Rewarder),

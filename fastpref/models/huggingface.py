@@ -18,8 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from fastpref.data import files
-from fastpref.data.chat import FOLDER
-from fastpref.data.token_files import FILES, read_json
+from fastpref.data.token_files import FILES, FOLDER, read_json
 from fastpref.data.tokenizer import Tokenizer
 from fastpref.method.errors import ModelError, ModelWarning
 from fastpref.models.configs import architectures_of, check_sizes, is_tied, read_config, text_config, write_config
