@@ -20,6 +20,7 @@ from fastpref.models import Decoder, LanguageModel, load, load_adapter, merged, 
 from fastpref.models.adapters import adapt, split, with_adapters
 from fastpref.models.masks import Masks, causal_mask
 from fastpref.models.policy import hidden_states
+from fastpref.runs.read_model import read_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden_peft"
 NAMES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
@@ -172,6 +173,15 @@ def test_an_adapter_needs_a_directory_of_its_own_and_a_base_with_a_name(saved: P
         save_adapter(with_adapters(memory, base, adapters), tmp_path / "new")
     save_adapter(with_adapters(memory, base, adapters), tmp_path / "new", base="some/base")
     assert json.loads((tmp_path / "new" / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
+
+
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base(saved: Path) -> None:
+    for file in saved.glob("*token*"):
+        file.unlink()
+    change(saved)
+    assert (
+        read_tokenizer(saved).fingerprint == load(saved).tokenizer.fingerprint == language_model().tokenizer.fingerprint
+    )
 
 
 def test_check_describes_an_adapter_and_its_base(saved: Path) -> None:

@@ -34,12 +34,13 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = Tru
       FileNotFoundError: the directory, one of its files or the base of an adapter is missing.
       ModelError: a file cannot be read, the model is of an unsupported kind, or its parts do not fit each other.
     """
-    if _is_adapter(Path(path)):
+    if is_adapter(Path(path)):
         return load_adapter(path, dtype=dtype, finite=finite, body=body)
     return load_whole(path, dtype=dtype, finite=finite, body=body)
 
 
-def _is_adapter(path: Path) -> bool:
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds an adapter alone."""
     # Beside whole weights it is refused, since each may be meant.
     return (path / CONFIG).is_file() and not any(path.glob("model*.safetensors"))
 
@@ -97,4 +98,4 @@ def as_model(
     """
     if isinstance(model, LanguageModel):
         return model
-    return load(model, dtype=jnp.float32 if trained and not _is_adapter(Path(model)) else dtype)
+    return load(model, dtype=jnp.float32 if trained and not is_adapter(Path(model)) else dtype)

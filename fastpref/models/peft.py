@@ -84,7 +84,7 @@ def load_adapter(
                 f"{name} of an adapter must be {' or '.join(repr(choice) for choice in allowed[:1])}, but received "
                 f"{value!r} in {source}. Merge it into its base with peft: merge_and_unload()."
             )
-    where = _base_of(source, entries) if base is None else base
+    where = base_of(source) if base is None else base
     if not (source / WEIGHTS).is_file():
         raise FileNotFoundError(f"an adapter must hold {WEIGHTS}, but received {source} without. Save it again.")
     tensors = read_header(source / WEIGHTS)
@@ -114,8 +114,14 @@ def load_adapter(
     return model
 
 
-def _base_of(source: Path, entries: Mapping[str, Any]) -> Path:
-    """The directory of the base that the entries name."""
+def base_of(source: Path) -> Path:
+    """The directory of the base that an adapter names.
+
+    Raises:
+      ModelError: it names none.
+      FileNotFoundError: it is not here.
+    """
+    entries = read_json({CONFIG: (source / CONFIG).read_bytes()}, CONFIG)
     name = entries.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ModelError(

@@ -10,6 +10,8 @@ from fastpref.data.tokenizer import Tokenizer
 from fastpref.method.adapter import AdapterConfig
 from fastpref.models import LanguageModel, load
 from fastpref.models.adapters import trainable, with_adapters
+from fastpref.models.directories import is_adapter
+from fastpref.models.peft import base_of
 from fastpref.runs import checkpoints
 
 Model = LanguageModel | str | Path
@@ -92,7 +94,10 @@ def read_tokenizer(source: Model) -> Tokenizer:
     if isinstance(source, LanguageModel):
         return source.tokenizer
     folder = locate(source)
-    return Tokenizer.load(_final(folder) if (folder / "manifest").is_file() else folder)
+    folder = _final(folder) if (folder / "manifest").is_file() else folder
+    return Tokenizer.load(
+        base_of(folder) if is_adapter(folder) and not (folder / "tokenizer.json").is_file() else folder
+    )
 
 
 def _adapter(checkpoint: Path) -> AdapterConfig | None:
