@@ -201,6 +201,7 @@ def words(files: dict[str, bytes], *, bos: bool = True) -> Tokenizer:
     return Tokenizer(backend, eos_id=0, files={"tokenizer.json": backend.to_str().encode()} | files)
 
 
+@pytest.mark.filterwarnings("ignore:prompts.* columns not used")
 def test_rendered_prompts_get_no_second_special_tokens() -> None:
     config = orjson.dumps({"chat_template": CHATML, "bos_token": {"content": "<s>"}, "eos_token": "</s>"})
     tokenizer = words({"tokenizer_config.json": config})

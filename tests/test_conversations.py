@@ -65,6 +65,7 @@ def numbers(metrics: Sequence[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in step.items() if not name.startswith("time/")} for step in metrics]
 
 
+@pytest.mark.filterwarnings("ignore:prompts.* columns not used")
 def test_the_two_tokenizers_differ_and_agree_where_it_matters() -> None:
     (chat,) = read_prompts(CHATS[:1], tokenizer(bare=False))
     assert chat == TEXTS[0]["prompt"]
@@ -193,6 +194,7 @@ def test_a_cache_keeps_what_the_next_run_reads(tmp_path: Path, encodings: list[i
     assert plain[1].dropped == {"prompt too long": 12}
 
 
+@pytest.mark.filterwarnings("ignore:prompts.* columns not used")
 def test_the_command_line_reads_conversations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from slow_packing import pack
 from small import PROMPTS, language_model
 from test_adapters import random_adapters
 from test_training import SGD, SMALL, packed, pairs
@@ -66,6 +67,7 @@ def test_a_reference_of_its_own_is_scored_in_the_same_program() -> None:
         train(language_model(), PROMPTS, first_wins, config, ref=language_model("t5"), quiet=True)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_auto_is_float32_on_a_cpu_and_bfloat16_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert learners.dtype_of(TrainConfig()) == "float32"
     assert learners.dtype_of(TrainConfig(dtype="bfloat16")) == "bfloat16"
@@ -135,7 +137,7 @@ def test_less_is_kept_of_a_deep_model() -> None:
         DecoderConfig(vocab_size=36, width=32, hidden=64, layers=6, heads=4, kv_heads=2, head_dim=8), rngs=nnx.Rngs(0)
     )
     definition, params = nnx.split(module)
-    batch = packed(pairs())
+    batch = pack(pairs(count=64), rows=32, length=32, slots=2, layout="shared", prompt_length=0)
     sizes = [
         updates.update.lower(
             definition,

@@ -42,7 +42,7 @@ def test_the_training_example_runs(tmp_path: Path) -> None:
     short = code.replace("steps=1000", "steps=1").replace("max_new_tokens=64", "max_new_tokens=4")
     # One step: the policy is the reference still, but for the rounding of two forwards.
     assert float(run(short, tmp_path).splitlines()[-1]) == pytest.approx(0, abs=1e-5)
-    assert (tmp_path / "runs" / "shorter" / "policy" / "model.safetensors").exists()
+    assert (tmp_path / "runs" / "shorter" / "policy" / "adapter_model.safetensors").exists()
 
 
 def test_the_comparison_example_runs(tmp_path: Path) -> None:

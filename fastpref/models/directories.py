@@ -68,10 +68,12 @@ def save(
       ModelError: `model.config` describes another model, or no kind of checkpoint fits the module's configuration.
       FileExistsError: `path` holds files that are no part of a checkpoint.
     """
-    if is_adapted(nnx.state(model.module)) and not warn_of_merging(model):
+    adapted = isinstance(model.module, nnx.Module) and is_adapted(nnx.state(model.module))
+    if adapted and not warn_of_merging(model):
         save_adapter(model, path, beside=beside)
     else:
-        save_whole(merged(model), path, max_shard_bytes=max_shard_bytes, beside=beside)
+        whole = merged(model) if adapted else model
+        save_whole(whole, path, max_shard_bytes=max_shard_bytes, beside=beside)
 
 
 def warn_of_merging(model: LanguageModel) -> bool:
