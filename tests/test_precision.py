@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from slow_packing import pack
 from small import PROMPTS, language_model
 from test_adapters import random_adapters
 from test_training import SGD, SMALL, packed, pairs
@@ -19,7 +18,6 @@ from fastpref.method.adapter import AdapterConfig
 from fastpref.method.algorithms import ALGORITHMS
 from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError
-from fastpref.models import Decoder, DecoderConfig
 from fastpref.models.adapters import adapt
 
 ADAPTER = AdapterConfig(rank=3, alpha=6.0)
@@ -62,7 +60,7 @@ def test_a_reference_of_its_own_is_scored_in_the_same_program() -> None:
     config = TrainConfig(**SMALL, steps=1, algorithm="inpo", completions=3, rounds=1, dtype="bfloat16", adapter=ADAPTER)
     other = language_model(seed=1)
     (first,) = train(language_model(), PROMPTS, first_wins, config, ref=other, quiet=True).metrics
-    assert abs(first["anchor/margins"]) > 0.01
+    assert abs(first["anchor/margins"]) > 1e-4
     with pytest.raises(ConfigError, match=r"ref must be of the policy's architecture in bfloat16, .* received 'T5'"):
         train(language_model(), PROMPTS, first_wins, config, ref=language_model("t5"), quiet=True)
 
@@ -132,28 +130,18 @@ def test_what_is_computed_again_changes_no_gradient(family: str, adapter: Any) -
             np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_less_is_kept_of_a_deep_model() -> None:
-    module = Decoder(
-        DecoderConfig(vocab_size=36, width=32, hidden=64, layers=6, heads=4, kv_heads=2, head_dim=8), rngs=nnx.Rngs(0)
-    )
-    definition, params = nnx.split(module)
-    batch = pack(pairs(count=64), rows=32, length=32, slots=2, layout="shared", prompt_length=0)
-    sizes = [
-        updates.update.lower(
-            definition,
-            params,
-            SGD.init(params),
-            batch,
-            np.float32(0.5),
-            optimizer=SGD,
-            objective=ALGORITHMS["online-ipo"].objective,
-            remat=remat,
-        )
-        .compile()
-        .memory_analysis()
-        .temp_size_in_bytes
-        for remat in ("none", "layers", "all")
-    ]
+def test_less_is_kept_for_the_gradient() -> None:
+    definition, params = nnx.split(language_model().module)
+    batch = packed(pairs())
+    sizes = []
+    for remat in ("none", "layers", "all"):
+
+        def loss(params: Any, remat: Any = remat) -> Any:
+            module = learners.module_of(definition, params, None, None, remat, "float32")
+            return jnp.square(module.packed_hidden_states(batch)).sum()
+
+        _, pullback = jax.vjp(loss, params)
+        sizes.append(sum(leaf.nbytes for leaf in jax.tree.leaves(pullback)))
     assert sizes[2] < sizes[1] < sizes[0]
 
 

@@ -119,6 +119,7 @@ def test_tables_bring_tools_and_calls_without_the_entries_of_other_rows() -> Non
         assert read_records(source, template=template)[0][0].prompt == expected
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_templates_by_name_are_read_in_each_form_and_others_refused(tmp_path: Path) -> None:
     def read(number: int, written: Any, **options: Any) -> list[str]:
         settings = {"eos_token": "<|im_end|>", "chat_template": written}
