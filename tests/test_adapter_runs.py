@@ -131,12 +131,13 @@ def test_an_adapter_of_sft_is_gone_on_with_and_is_the_reference(start: Path, tmp
     )
     assert result.metrics[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
     assert result.metrics[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
-    first, reference = split(result.policy), split(result.ref)
+    first, reference, given = split(result.policy), split(result.ref), split(tuned.model)
     assert first is not None
     assert reference is not None
+    assert given is not None
     shared = zip(jax.tree.leaves(first[0].params), jax.tree.leaves(reference[0].params), strict=True)
     assert all(one is other for one, other in shared)
-    jax.tree.map(np.testing.assert_array_equal, reference[1], split(tuned.model)[1])  # type: ignore[index]
+    jax.tree.map(np.testing.assert_array_equal, reference[1], given[1])
 
     # The base itself as the reference: read again from its directory, and shared.
     against = train(

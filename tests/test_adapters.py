@@ -179,10 +179,11 @@ def test_targets_are_read_as_peft_reads_them() -> None:
 
 def test_targets_that_name_nothing_are_refused() -> None:
     ends = "which end with down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
-    for targets in (["q_proj", "query"], "query", "layers"):
+    cases: list[str | list[str]] = [["q_proj", "query"], "query", "layers"]
+    for targets in cases:
         named = targets if isinstance(targets, str) else "query"
         with pytest.raises(ConfigError, match=rf"{ends}, but received '{named}', which names none"):
-            adapt(language_model(), AdapterConfig(targets=targets), seed=0)  # type: ignore[arg-type]
+            adapt(language_model(), AdapterConfig(targets=targets), seed=0)
     with pytest.raises(ConfigError, match=r"The head of this model is its embedding, which has no adapter"):
         adapt(language_model("t5"), AdapterConfig(targets=("lm_head",)), seed=0)
 

@@ -162,7 +162,7 @@ def stacked(params: Any, ref_params: Any) -> Any | None:
     (leaves, structure), (ref_leaves, ref_structure) = (
         jax.tree.flatten_with_path(tree, is_leaf=_is_kernel) for tree in (params, ref_params)
     )
-    if structure != ref_structure:  # type: ignore[operator]
+    if len({structure, ref_structure}) > 1:
         return None
     kernels = [_shared(path, leaf, ref) for (path, leaf), (_, ref) in zip(leaves, ref_leaves, strict=True)]
     return None if any(kernel is None for kernel in kernels) else jax.tree.unflatten(structure, kernels)

@@ -63,7 +63,8 @@ def load_adapter(
       path: the directory.
       base: the model that the adapter belongs to; None for the directory that `base_model_name_or_path` names, from
         here or from beside the adapter.
-      dtype: of the base; adapters are float32.
+      dtype: of the base; adapters are float32. `lora_dropout` is not read: dropout is off unless a training's `adapter`
+        asks for it.
       finite: refuse numbers that are not.
       body: read a base whose states alone are used, by a reward model.
 
