@@ -24,6 +24,7 @@ from fastpref.models.lowrank import is_adapted
 from fastpref.runs.read_model import read_model, step_directory
 
 ADAPTER = AdapterConfig(rank=3, alpha=6.0)
+FIT: dict[str, Any] = {"batch_size": 8, "max_completion_tokens": 6, "optimizer": "adamw", "adapter": ADAPTER}
 RECORDED = [
     {"prompt": prompt, "chosen": f"w1 w{number}", "rejected": f"w{number}"} for number, prompt in enumerate(PROMPTS, 2)
 ]
@@ -113,15 +114,7 @@ def test_a_run_writes_adapters_alone_and_goes_on_bit_for_bit(family: str, tmp_pa
 
 def test_an_adapter_of_sft_is_gone_on_with_and_is_the_reference(start: Path, tmp_path: Path) -> None:
     records = [{"prompt": prompt, "completion": "w1 w2"} for prompt in PROMPTS]
-    known = SupervisedConfig(
-        steps=6,
-        batch_size=8,
-        max_prompt_tokens=8,
-        max_completion_tokens=6,
-        optimizer="adamw",
-        learning_rate=0.01,
-        adapter=ADAPTER,
-    )
+    known = SupervisedConfig(**FIT, steps=6, max_prompt_tokens=8, learning_rate=0.01)
     tuned = sft(start, records, known, run_dir=tmp_path / "sft", quiet=True)
     assert tuned.metrics[-1]["loss"] < tuned.metrics[0]["loss"]
     assert not (tmp_path / "sft" / "model" / "model.safetensors").exists()
@@ -161,15 +154,7 @@ def test_a_base_from_memory_is_saved_merged_and_said_so(tmp_path: Path) -> None:
 
 
 def test_preference_and_reward_models_are_fitted_by_adapters(start: Path, tmp_path: Path) -> None:
-    known = SupervisedConfig(
-        steps=12,
-        batch_size=8,
-        max_prompt_tokens=64,
-        max_completion_tokens=6,
-        optimizer="adamw",
-        learning_rate=0.02,
-        adapter=ADAPTER,
-    )
+    known = SupervisedConfig(**FIT, steps=12, max_prompt_tokens=64, learning_rate=0.02)
     template = "{prompt} w5 {first} w6 {second} w7"
     preferring = fit_preference_model(
         start, RECORDED, known, template=template, held_out=RECORDED, run_dir=tmp_path / "preference", quiet=True
