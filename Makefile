@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/fastpref demo
 
 test: setup lint $(VENV)/libtpu model
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,16 +1,22 @@
-"""Strictness for every test: no implicit dtype promotion, no silent broadcasting of ranks."""
+"""Strictness for every test, no implicit dtype promotion and no silent broadcasting of ranks; and cheap compiling."""
 
 import os
 from collections.abc import Iterator
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import pytest
 from hypothesis import settings
+from jax._src import compiler
+from matplotlib.figure import Figure
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -25,11 +31,77 @@ def pytest_report_header() -> str:
     return f"jax {jax.__version__}"
 
 
+OPTIMISED = {
+    *("adapters", "divergence", "losses", "mixture_sample", "noise", "optimizers", "packed_families", "precision"),
+    *("preference_loss", "split_vocabulary", "token_logprobs", "tpu_kernels", "training"),
+    *("convergence", "demo", "games", "gold", "reproduce", "smollm2", "theory_inpo", "theory_ipo", "theory_ipo_md"),
+}
+"""Modules that run the machine code that users get: their claims are about numbers, or they compute for long."""
+
+
+PLAIN = {"xla_cpu_use_fusion_emitters": False}
+"""The older of two ways to make code of a fusion, which takes a third of the time."""
+
+
+@cache
+def plain_options() -> list[tuple[str, bool]]:
+    """`PLAIN` where this XLA knows it, else nothing."""
+    try:
+        jax.jit(jnp.negative, compiler_options=PLAIN)(0.0)
+    except jax.errors.JaxRuntimeError:
+        return []
+    return list(PLAIN.items())
+
+
+@contextmanager
+def compiled_plainly() -> Iterator[None]:
+    """Compile quickly, without optimisation: small programs take far longer to compile than to run."""
+    options = plain_options()
+
+    def plainly(*arguments: Any, backend: Any = None, **settings: Any) -> Any:
+        made = optimised(*arguments, backend=backend, **settings)
+        if getattr(backend, "platform", "") == "cpu":
+            made.env_option_overrides = [*made.env_option_overrides, *options]
+        return made
+
+    optimised = compiler.get_compile_options
+    with pytest.MonkeyPatch.context() as patch:
+        # No public setting reaches functions that are jitted already.
+        patch.setattr(compiler, "get_compile_options", plainly)
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def programs_of_a_module() -> Iterator[None]:
-    """Forget compiled programs afterwards: each takes several mappings of memory, of which a process has so many."""
-    yield
+def programs_of_a_module(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compile plainly, unless the module is one of `OPTIMISED`; and forget the programs of a module afterwards.
+
+    Each takes several mappings of memory, of which a process has so many.
+    """
+    optimised = request.module.__name__.removeprefix("test_") in OPTIMISED
+    with nullcontext() if optimised else compiled_plainly():
+        yield
     jax.clear_caches()
+
+
+DRAWN = {"plots", "plots_compared", "report", "docs", "readme", "demo"}
+"""Modules that look at pictures. In the others figures are made and not drawn: that takes longer than a small run."""
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out what matplotlib draws into files, where nobody looks at it."""
+
+    def savefig(figure: Figure, target: Any, *, format: str = "png", **_: Any) -> None:
+        if format == "svg":
+            target.write("<svg></svg>")
+        else:
+            Path(target).write_bytes(b"\x89PNG\r\n\x1a\n")
+
+    if request.module.__name__.removeprefix("test_") not in DRAWN:
+        monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 @pytest.fixture
@@ -41,7 +113,7 @@ def unchecked() -> Iterator[None]:
 
 
 @pytest.fixture
-def interpreted_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def interpreted_tpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
     """Let "tpu" run here, in Pallas's interpreter, with fewer and longer steps: its time is that of compiling them."""
     sampler, logprobs, distances = (
         import_module(f"fastpref.kernels.{name}.tpu") for name in ("mixture_sampling", "token_logprobs", "divergence")
@@ -66,3 +138,8 @@ def interpreted_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
         # Set anew, it is the last choice of those who ask for none.
         monkeypatch.delitem(table, "tpu")
         monkeypatch.setitem(table, "tpu", import_module("fastpref.kernels.dispatch").Implementation(call))
+    # What the interpreter makes of a kernel is no code that users get.
+    parameters = request.node.callspec.params.values() if hasattr(request.node, "callspec") else ()
+    kernel = "tpu" in parameters or request.module.__name__ == "test_tpu_kernels"
+    with compiled_plainly() if kernel else nullcontext():
+        yield

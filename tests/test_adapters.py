@@ -91,7 +91,7 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
 def test_rows_of_two_models_in_one_pass_are_those_of_two_passes(family: str) -> None:
     policy, ref = adapted(family, 1), language_model(family)
     moved = adapted(family, 2)
-    for first, second in ((policy, ref), (policy, moved), (ref, policy), (ref, ref)):
+    for first, second in ((policy, ref), (policy, moved), (ref, ref)):
         (definition, params), (_, ref_params) = nnx.split(first.module), nnx.split(second.module)
         both = stacked(params, ref_params)
         assert both is not None

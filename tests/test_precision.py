@@ -1,5 +1,6 @@
 """Products in bfloat16 over float32 masters, what is computed again for the gradient, and both with adapters."""
 
+from itertools import product
 from typing import Any
 
 import jax
@@ -31,9 +32,23 @@ def first_wins(prompts: Any, first: Any, second: Any) -> list[float]:
     return [1.0] * len(prompts)
 
 
-@pytest.mark.parametrize("adapter", [ADAPTER, None])
-@pytest.mark.parametrize("family", ["decoder", "t5"])
-@pytest.mark.parametrize("algorithm", ["ipo-md", "online-dpo", "inpo", "offline-ipo"])
+QUICK = {
+    ("ipo-md", "decoder", ADAPTER),
+    ("ipo-md", "t5", None),
+    ("online-dpo", "decoder", None),
+    ("inpo", "t5", ADAPTER),
+    ("offline-ipo", "decoder", ADAPTER),
+}
+"""Each method, each family, adapters and none; the other combinations take minutes."""
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "family", "adapter"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in product(("ipo-md", "online-dpo", "inpo", "offline-ipo"), ("decoder", "t5"), (ADAPTER, None))
+    ],
+)
 def test_at_the_reference_rho_is_exactly_0_in_bfloat16(algorithm: str, family: str, adapter: Any) -> None:
     offline = algorithm.startswith("offline")
     rounds: dict[str, Any] = {"rounds": 1, "completions": 3} if algorithm == "inpo" else {}
@@ -100,8 +115,15 @@ def test_the_gradient_in_bfloat16_is_that_in_float32_but_for_rounding() -> None:
     assert 0 < difference < 0.05 * size
 
 
-@pytest.mark.parametrize("family", ["decoder", "t5"])
-@pytest.mark.parametrize("adapter", [ADAPTER, None])
+@pytest.mark.parametrize(
+    ("family", "adapter"),
+    [
+        ("decoder", None),
+        ("t5", ADAPTER),
+        pytest.param("decoder", ADAPTER, marks=pytest.mark.slow),
+        pytest.param("t5", None, marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_computed_again_changes_no_gradient(family: str, adapter: Any) -> None:
     model = language_model(family)
     definition, params = nnx.split(model.module)
