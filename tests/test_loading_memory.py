@@ -25,7 +25,7 @@ sys.stdin.readline()
 """
 
 
-PROGRAMS = 96 << 20
+PROGRAMS = 64 << 20
 """Bytes that compilers and threads may take meanwhile: much of a small result, little of a gigabyte."""
 
 
