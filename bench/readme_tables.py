@@ -27,6 +27,7 @@ TEXTS = {
     "packing_cpu": "bench_packing",
     "pairs_cpu": "bench_pairs",
     "peers_cpu": "bench_peers",
+    "rounding": "rounding",
     "tpu_compiled": "tpu_report",
 }
 """The module whose `text` writes the Markdown of each result, recorded or not yet."""

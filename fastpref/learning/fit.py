@@ -68,6 +68,7 @@ def fit(
     base = None
     if parts is not None:
         base, start = parts
+    start = learner.cast_once(start, dtype=config.param_dtype)
 
     def with_params(params: Any) -> Any:
         return nnx.merge(definition, params if base is None else base.adapted(params))
@@ -89,7 +90,7 @@ def fit(
             objective=objective,
             optimizer=chain,
             base=base,
-            key=learner.dropout_key(config.seed, done, base),
+            key=learner.update_key(config, done, base),
             remat=config.remat,
             dtype=learner.dtype_of(config),
         )

@@ -105,12 +105,12 @@ def compared_logps(
     return logps[0], frozen[0] - apart
 
 
-def dropout_key(seed: int, step: int, base: Base | None) -> Array | None:
-    """The key of the adapters' dropout at a step; None where there is none."""
-    if base is None or not base.dropout:
+def update_key(config: TrainConfig | SupervisedConfig, step: int, base: Base | None) -> Array | None:
+    """The key of an update's noise: dropout of adapters, rounding of parameters; None where there is neither."""
+    if config.param_dtype == "float32" and (base is None or not base.dropout):
         return None
     # The key without the last fold is the sampler's.
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), 1)
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), step), 1)
 
 
 def dtype_of(config: TrainConfig | SupervisedConfig) -> str:

@@ -78,6 +78,7 @@ def train_memory(
     base, trained = (None, params) if parts is None else _shapes(parts)
     read = jax.eval_shape(partial(in_dtype, dtype=learner.dtype_of(config)), params)
     base = None if base is None else replace(base, params=read)
+    trained = jax.eval_shape(partial(in_dtype, dtype=config.param_dtype), trained)
     optimizer, method = optimizers.build(config), config.method
     opt_state = jax.eval_shape(partial(optimizers.initial_state, optimizer), trained)
     temporaries = _temporaries(config, definition, trained, opt_state, base, read) if peak else 0
@@ -98,7 +99,7 @@ def train_memory(
         policy=size(trained),
         ref=size(read),
         round=size(trained) if method.in_rounds else 0,
-        copy=0 if base is not None or size(read) == size(params) else size(read),
+        copy=0 if base is not None or size(read) == size(trained) else size(read),
         optimizer=size(opt_state),
         cache=cache,
         temporaries=temporaries,
@@ -142,7 +143,7 @@ def _temporaries(
         gradient_accumulation=config.gradient_accumulation,
         length_normalize=config.length_normalize,
         base=base,
-        key=learner.dropout_key(config.seed, 0, base),
+        key=learner.update_key(config, 0, base),
         remat=config.remat,
         dtype=dtype,
         anchors=anchors,

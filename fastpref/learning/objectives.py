@@ -89,7 +89,8 @@ def learn(
 ) -> tuple[Any, Any, dict[str, Array]]:
     """An optimiser step on the mean of an objective: new parameters, state, metrics; what is not finite is skipped.
 
-    With a `base`, `params` are the adapters on it, and `key` is that of their dropout.
+    With a `base`, `params` are the adapters on it, and `key` that of their dropout. Parameters in
+    bfloat16 are rounded by the key, too.
     """
 
     def mean_loss(parameters: Any) -> Array:
@@ -97,7 +98,7 @@ def learn(
         return total / jnp.maximum(count, 1.0)
 
     loss, gradients = jax.value_and_grad(mean_loss)(params)
-    return update.apply_gated(optimizer, loss, gradients, opt_state, params)
+    return update.apply_gated(optimizer, loss, gradients, opt_state, params, key=key)
 
 
 @partial(jax.jit, static_argnames=("definition", "objective"))

@@ -6,11 +6,15 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import Array
+from jaxtyping import Float
 
 from fastpref.method.config import Settings
 from fastpref.method.errors import require
 from fastpref.method.schedules import Schedule, Value, value_at
+from fastpref.models.lowrank import in_dtype
 
 READ = ("optimizer", "learning_rate", "warmup_steps", "lr_schedule", "weight_decay", "betas", "max_grad_norm")
 """Settings that `build` reads, and that an optimiser which is passed as an object does not."""
@@ -106,14 +110,43 @@ def learning_rate(config: Settings, opt_state: Any) -> float:
 
 
 def initial_state(optimizer: optax.GradientTransformation, params: Any) -> Any:
-    """The optimiser's state at step 0."""
+    """The optimiser's state at step 0, of float32 whatever the parameters are."""
     # Optax mixes dtypes in its counters, which a process with strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
-        return optimizer.init(params)
+        return optimizer.init(in_dtype(params, jnp.float32))
 
 
-def apply(optimizer: optax.GradientTransformation, gradients: Any, state: Any, params: Any) -> tuple[Any, Any]:
-    """Parameters and optimiser state after one update."""
+def apply(
+    optimizer: optax.GradientTransformation, gradients: Any, state: Any, params: Any, *, key: Array | None = None
+) -> tuple[Any, Any]:
+    """Parameters and optimiser state after one update, which is computed in float32.
+
+    Args:
+      optimizer: an optax transformation.
+      gradients: of the parameters.
+      state: of the optimiser.
+      params: float32, or bfloat16, to which the results are rounded.
+      key: of stochastic rounding; None for rounding to nearest.
+    """
     with jax.numpy_dtype_promotion("standard"):
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
+        wide = in_dtype(params, jnp.float32)
+        updates, state = optimizer.update(in_dtype(gradients, jnp.float32), state, wide)
+        new = optax.apply_updates(wide, updates)
+    if key is None:
+        return jax.tree.map(lambda old, x: x.astype(old.dtype), params, new), state
+    leaves, structure = jax.tree.flatten(params)
+    rounded = [
+        stochastically_rounded(x, jax.random.fold_in(key, number)) if old.dtype == jnp.bfloat16 else x
+        for number, (old, x) in enumerate(zip(leaves, jax.tree.leaves(new), strict=True))
+    ]
+    return jax.tree.unflatten(structure, rounded), state
+
+
+def stochastically_rounded(x: Float[Array, "*shape"], key: Array) -> Float[Array, "*shape"]:
+    """A float32 array in bfloat16: the next number below or above, whose mean is x (Gupta et al., 2015, section 3)."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    # The lower half of the bits is the distance from the number below, as a share of the gap.
+    carried = (bits + (jax.random.bits(key, x.shape, jnp.uint32) >> 16)) & jnp.uint32(0xFFFF0000)
+    # A carry would turn a NaN into a number; infinities have nothing to carry from.
+    kept = jnp.where(jnp.isnan(x), bits, carried)
+    return jax.lax.bitcast_convert_type(kept, jnp.float32).astype(jnp.bfloat16)

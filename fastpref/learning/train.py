@@ -251,7 +251,7 @@ def train(
     _check_sources(config, judge, behaviour)
     chain = optimizers.build(config, optimizer)
     dtype, read = dtype_of(config), not isinstance(policy, LanguageModel)
-    policy = as_model(policy, dtype=dtype, trained=config.adapter is None)
+    policy = as_model(policy, dtype=dtype, trained=config.param_dtype if config.adapter is None else None)
     others = [as_model(model, dtype=dtype) for model in (ref, behaviour) if model is not None]
     models = [policy, *([policy] if ref is None else []), *others]
     policy, ref, *others = shared_rows(models)
@@ -261,6 +261,7 @@ def train(
     start: Any = nnx.state(policy.module)
     if (parts := trainable(policy, config.adapter, seed=config.seed)) is not None:
         base, start = parts
+    start = cast_once(start, dtype=config.param_dtype)
     if destination is not None:
         loop.check_destination(destination, *ADAPTER_FILES)
         if base is not None:
@@ -300,8 +301,8 @@ def train(
             **({} if asked is None else {"judge": asked.identity.fingerprint()}),
             **({} if held_out is None else {"evaluation": held_out.fingerprint()}),
         }
-        # Read from a directory in float32, where all else is in another dtype, nobody else needs it.
-        params = start if read and base is None and dtype != "float32" else _copy(start)
+        # Read from a directory in a dtype of its own, nobody else needs it.
+        params = start if read and base is None and dtype != config.param_dtype else _copy(start)
         opt_state = optimizers.initial_state(chain, params)
         trainer = Trainer(
             config=config,

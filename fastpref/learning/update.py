@@ -14,7 +14,7 @@ from jaxtyping import Float
 from fastpref.data.batches import PackedPairs
 from fastpref.kernels import preference_loss, token_logprobs
 from fastpref.kernels.preference_loss.objective import sequence_sums
-from fastpref.learning.learner import Anchors, compared_logps, dropout_key, dtype_of, module_of
+from fastpref.learning.learner import Anchors, compared_logps, dtype_of, module_of, update_key
 from fastpref.learning.optimizers import apply, build, learning_rate
 from fastpref.method import losses
 from fastpref.method.choices import Remat
@@ -25,6 +25,9 @@ from fastpref.models.scoring import scored
 from fastpref.runs.metrics import pair_metrics
 
 Metrics = dict[str, Array]
+
+ROUNDING = 2**31 - 1
+"""Folded into the key of an update for the rounding of parameters; its parts fold in their numbers."""
 
 
 def learn(
@@ -70,7 +73,7 @@ def learn(
         gradient_accumulation=config.gradient_accumulation,
         length_normalize=config.length_normalize,
         base=base,
-        key=dropout_key(config.seed, step, base),
+        key=update_key(config, step, base),
         remat=config.remat,
         dtype=dtype_of(config),
         anchors=anchors,
@@ -196,7 +199,7 @@ def update(
       gradient_accumulation: parts of the batch; divides R.
       length_normalize: ρ from averages of token log-probs instead of sums.
       base: the frozen model that `params` are the adapters of; None where they are all parameters.
-      key: of the adapters' dropout.
+      key: of the adapters' dropout, and of the rounding of parameters in bfloat16.
       remat: what is kept of each layer for the gradient.
       dtype: of products and activations.
       anchors: the frozen models whose log-probs π's are compared with, where those in the batch are not to be used.
@@ -236,14 +239,15 @@ def update(
         def add(carry: tuple[Array, Any], numbered: tuple[Array, PackedPairs]) -> tuple[tuple[Array, Any], Array]:
             number, part = numbered
             (value, logps), gradients = value_and_grad(params, part, number)
-            return (carry[0] + value, jax.tree.map(jnp.add, carry[1], gradients)), logps
+            summed = jax.tree.map(lambda total, leaf: total + leaf.astype(jnp.float32), carry[1], gradients)
+            return (carry[0] + value, summed), logps
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
         (value, gradients), stacked = jax.lax.scan(
             add, (jnp.zeros((), jnp.float32), zeros), (jnp.arange(gradient_accumulation), parts)
         )
         compared = jnp.moveaxis(stacked, 1, 0).reshape(2, -1, 2)
-    params, opt_state, metrics = apply_gated(optimizer, value, gradients, opt_state, params)
+    params, opt_state, metrics = apply_gated(optimizer, value, gradients, opt_state, params, key=key)
     if not objective.alone:
         preference, where = jnp.asarray(batch.preference), jnp.asarray(batch.where)
         metrics |= pair_metrics(compared[0], compared[1], preference, where, tau)
@@ -259,7 +263,13 @@ def _cut(batch: PackedPairs, number: int) -> PackedPairs:
 
 
 def apply_gated(
-    optimizer: optax.GradientTransformation, loss: Float[Array, ""], gradients: Any, opt_state: Any, params: Any
+    optimizer: optax.GradientTransformation,
+    loss: Float[Array, ""],
+    gradients: Any,
+    opt_state: Any,
+    params: Any,
+    *,
+    key: Array | None = None,
 ) -> tuple[Any, Any, Metrics]:
     """`apply`, unless the loss, the gradient or what would become of parameters and state is not finite.
 
@@ -268,7 +278,8 @@ def apply_gated(
       `updates/skipped`, which is then 1.
     """
     norm = optax.tree.norm(gradients)
-    new_params, new_opt_state = apply(optimizer, gradients, opt_state, params)
+    rounding = None if key is None else jax.random.fold_in(key, ROUNDING)
+    new_params, new_opt_state = apply(optimizer, gradients, opt_state, params, key=rounding)
     # A state may begin with an infinity (the best loss so far, say); none may come into it.
     sound = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new_params)]
     sound += [

@@ -6,6 +6,7 @@ Overlong = Literal["drop", "truncate", "raise"]
 OnBadRecord = Literal["raise", "skip", "warn"]
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+ParamDtype = Literal["float32", "bfloat16"]
 Remat = Literal["none", "layers", "all"]
 """What the learner keeps of each layer for the gradient: all that it needs, products with kernels, or its input."""
 

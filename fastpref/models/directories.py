@@ -89,15 +89,15 @@ def warn_of_merging(model: LanguageModel) -> bool:
 
 
 def as_model(
-    model: LanguageModel | str | Path, *, dtype: DTypeLike = jnp.float32, trained: bool = False
+    model: LanguageModel | str | Path, *, dtype: DTypeLike = jnp.float32, trained: DTypeLike | None = None
 ) -> LanguageModel:
     """The model itself, or the one that a directory holds.
 
     Args:
       model: a model or a directory.
       dtype: of what is only read of a directory's model.
-      trained: all parameters are trained, unless the directory is an adapter's: they are then float32.
+      trained: dtype of the parameters where all are trained, unless the directory is an adapter's; else None.
     """
     if isinstance(model, LanguageModel):
         return model
-    return load(model, dtype=jnp.float32 if trained and not is_adapter(Path(model)) else dtype)
+    return load(model, dtype=dtype if trained is None or is_adapter(Path(model)) else trained)
