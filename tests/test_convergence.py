@@ -21,9 +21,10 @@ from fastpref.data.batches import PackedPairs
 from fastpref.data.tokenizer import Tokenizer
 from fastpref.kernels import Head
 from fastpref.learning.train import train
+from fastpref.method.adapter import AdapterConfig
 from fastpref.method.algorithms import ALGORITHMS
 from fastpref.method.config import TrainConfig
-from fastpref.models import LanguageModel
+from fastpref.models import Decoder, DecoderConfig, LanguageModel
 from fastpref.theory.games import PreferenceGame
 
 ACTIONS = 5
@@ -45,20 +46,24 @@ class Table(nnx.Module):
         return tokens[:, 0], ()
 
     def decode(self, cache: Any, tokens: Array, step: Array) -> tuple[Array, Any]:
-        return jnp.ones((*tokens.shape, 1), jnp.float32), ()
+        return jnp.ones((*tokens.shape, 1), self.logits.dtype), ()
 
     def packed_hidden_states(self, batch: PackedPairs) -> Array:
-        return jnp.ones((*batch.tokens.shape, 1), jnp.float32)
+        return jnp.ones((*batch.tokens.shape, 1), self.logits.dtype)
 
     def head(self) -> Head:
         return Head(self.logits[...])
 
 
 def table(ref: np.ndarray) -> LanguageModel:
-    words = {f"a{action}": action for action in range(len(ref) - 1)} | {"</s>": len(ref) - 1}
+    return LanguageModel(Table(np.log(ref)), tokenizer(len(ref)))
+
+
+def tokenizer(number: int) -> Tokenizer:
+    words = {f"a{action}": action for action in range(number - 1)} | {"</s>": number - 1}
     backend = tokenizers.Tokenizer(models.WordLevel(words))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return LanguageModel(Table(np.log(ref)), Tokenizer(backend, eos_id=len(ref) - 1))
+    return Tokenizer(backend, eos_id=number - 1)
 
 
 def random_game(seed: int) -> PreferenceGame:
@@ -97,7 +102,14 @@ class Oracle:
 
 
 def learned(game: PreferenceGame, name: str, **settings: Any) -> np.ndarray:
-    """The policy that a run ends with."""
+    """The policy that a run of the table ends with."""
+    module: Any = trained(table(game.ref), game, name, OPTIMIZERS[name], **settings).module
+    return np.asarray(jax.nn.softmax(module.logits[...][:, 0]), np.float64)
+
+
+def trained(
+    model: LanguageModel, game: PreferenceGame, name: str, optimizer: optax.GradientTransformation, **settings: Any
+) -> LanguageModel:
     config = TrainConfig(
         algorithm=name,
         tau=game.tau,
@@ -109,10 +121,9 @@ def learned(game: PreferenceGame, name: str, **settings: Any) -> np.ndarray:
         max_shapes=1,
         **settings,
     )
-    result = train(table(game.ref), ["a0"], Oracle(game), config, optimizer=OPTIMIZERS[name], quiet=True)
+    result = train(model, ["a0"], Oracle(game), config, optimizer=optimizer, quiet=True)
     assert not any(step["updates/skipped"] for step in result.metrics)
-    module: Any = result.policy.module
-    return np.asarray(jax.nn.softmax(module.logits[...][:, 0]), np.float64)
+    return result.policy
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
@@ -132,6 +143,31 @@ def test_the_training_code_reaches_the_nash_policy_and_online_dpo_does_not() -> 
     # The two fixed points differ by more than what is asked of a run, so neither passes for the other.
     assert distance(game.nash(), game.nash(BETA)) > 0.04
     assert distance(learned(game, "online-dpo"), game.nash()) > 0.1
+
+
+@pytest.mark.parametrize("name", ["ipo-md", pytest.param("nash-md-pg", marks=pytest.mark.slow)])
+def test_in_bfloat16_it_is_reached_too(name: str) -> None:
+    """Products in bfloat16 over float32 masters."""
+    game = random_game(0)
+    assert distance(learned(game, name, dtype="bfloat16"), game.nash(BETA)) < 0.02
+
+
+def test_adapters_of_full_rank_reach_it() -> None:
+    """A decoder that has read the one prompt gives any distribution by the adapter of its head."""
+    sizes = DecoderConfig(vocab_size=ACTIONS, width=8, hidden=8, layers=1, heads=1, kv_heads=1, head_dim=8)
+    model = LanguageModel(Decoder(sizes, rngs=nnx.Rngs(0)), tokenizer(ACTIONS))
+
+    def distribution(of: LanguageModel) -> np.ndarray:
+        first, cache = of.module.prefill(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool), max_new_tokens=1)
+        hidden, _ = of.module.decode(cache, first[:, None, None], 0)
+        return np.asarray(jax.nn.softmax(of.module.head().logits(hidden[0, 0])[0]), np.float64)
+
+    drawn = random_game(0)
+    game = PreferenceGame(drawn.preferences, distribution(model), drawn.tau)
+    adapter = AdapterConfig(rank=ACTIONS, alpha=float(ACTIONS), targets=("lm_head",))
+    optimizer = optax.adam(optax.linear_schedule(0.05, 0.001, STEPS))
+    policy = distribution(trained(model, game, "ipo-md", optimizer, adapter=adapter))
+    assert distance(policy, game.nash(BETA)) < 0.02 < distance(game.ref, game.nash(BETA))
 
 
 def test_a_reward_is_followed_to_its_closed_form() -> None:
