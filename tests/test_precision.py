@@ -1,5 +1,6 @@
 """Products in bfloat16 over float32 masters, what is computed again for the gradient, and both with adapters."""
 
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -113,6 +114,39 @@ def test_the_gradient_in_bfloat16_is_that_in_float32_but_for_rounding() -> None:
     difference = np.sqrt(sum(float(jnp.square(x - y).sum()) for x, y in zip(exact, low, strict=True)))
     size = np.sqrt(sum(float(jnp.square(x).sum()) for x in exact))
     assert 0 < difference < 0.05 * size
+
+
+@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
+def test_every_method_compares_within_one_program(algorithm: str) -> None:
+    """What is left of ρ at the reference is 0 for each, policy gradients too, whatever it is compared with."""
+    config = TrainConfig(**SMALL, algorithm=algorithm, dtype="bfloat16")
+    model = language_model()
+    learner = learners.Learner.of(model, None, model, config)
+    assert learner.scores_itself(config)
+    anchors = learner.anchors(config, 0, nnx.state(model.module) if config.method.in_rounds else ())
+    logps, compared = pair_logps(len(anchors.models))(anchors.weights)
+    np.testing.assert_array_equal(logps, compared)
+
+
+@cache
+def pair_logps(number: int) -> Any:
+    """Compiled for so many anchors, each of which is the policy."""
+    definition, params = nnx.split(language_model().module)
+
+    def logps(weights: Any) -> Any:
+        return learners.compared_logps(
+            definition,
+            params,
+            packed(pairs()),
+            learners.Anchors(weights, (params,) * number),
+            base=None,
+            key=None,
+            remat="none",
+            dtype="bfloat16",
+            frozen_head=False,
+        )
+
+    return jax.jit(logps)
 
 
 @pytest.mark.parametrize(
