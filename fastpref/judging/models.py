@@ -251,7 +251,7 @@ class PreferenceModel:
     def margins(self, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Float[np.ndarray, " P"]:
         """Logit of "the first is better", shape [P], float32; antisymmetric where `symmetric`."""
         definition, params = nnx.split(self.model.module)
-        answers, limit = self.answer_ids(), position_limit(self.model.module)
+        answers, limit = self.answer_ids(), self.model.max_positions
 
         def score(readings: Sequence[Reading]) -> np.ndarray:
             margins = np.asarray(_answer_margins(definition, params, answers, *_arrays(readings, limit)))

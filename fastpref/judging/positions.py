@@ -7,7 +7,6 @@ from itertools import islice
 from fastpref.judging.identity import name_of
 from fastpref.judging.models import PreferenceModel, RewardModel
 from fastpref.method.errors import CutWarning, ModelError
-from fastpref.models.policy import position_limit
 
 CHUNK = 4096
 """Prompts that are encoded together."""
@@ -26,7 +25,7 @@ def check_positions(judge: object, prompts: Iterable[str], max_new_tokens: int) 
     """
     if not isinstance(judge, PreferenceModel | RewardModel):
         return
-    limit = position_limit(judge.model.module)
+    limit = judge.model.max_positions
     if limit is None:
         return
     pair = isinstance(judge, PreferenceModel)

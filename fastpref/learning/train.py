@@ -71,7 +71,7 @@ Learned = tuple[Any, Any, Any]
 """Arrays that a step changes and a checkpoint holds: what is trained of π, optimiser state, the same of π_t or ()."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Trainer:
     """All that stays the same from step to step of a run.
 
@@ -304,17 +304,7 @@ def train(
         # Read from a directory in a dtype of its own, nobody else needs it.
         params = start if read and base is None and dtype != config.param_dtype else _copy(start)
         opt_state = optimizers.initial_state(chain, params)
-        trainer = Trainer(
-            config=config,
-            policy=policy,
-            base=base,
-            learner=learner,
-            partner=partner,
-            source=source,
-            judge=asked,
-            optimizer=optimizer,
-            held_out=held_out,
-        )
+        trainer = Trainer(config, policy, base, learner, partner, source, asked, optimizer, held_out)
 
         def report(done: int, metrics: dict[str, float], learned: Learned) -> None:
             for callback in callbacks:

@@ -25,7 +25,7 @@ from fastpref.models.configs import architectures_of, check_sizes, is_tied, read
 from fastpref.models.decoder import Decoder, DecoderConfig
 from fastpref.models.families import FAMILIES
 from fastpref.models.lowrank import is_adapted
-from fastpref.models.policy import Policy
+from fastpref.models.policy import Policy, position_limit
 from fastpref.models.t5 import T5, T5Config
 from fastpref.models.tensors import INDEX, WEIGHTS, Tensor, open_tensors, read_tensor, settle_embedding
 
@@ -95,6 +95,11 @@ class LanguageModel:
         # Whatever the tokenizer was made for, an encoder reads prompts alone.
         if getattr(self.module, "decoder_start", None) is not None and not self.tokenizer.encoder_decoder:
             object.__setattr__(self, "tokenizer", self.tokenizer.apart())
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most inputs of a sequence that the module has positions for; None for any number."""
+        return position_limit(self.module)
 
     def with_module(self, module: Any) -> "LanguageModel":
         """The model with another module. Of one without adapters, the directory no longer holds what it computes by."""
