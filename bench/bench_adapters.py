@@ -83,18 +83,18 @@ def in_turn(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
     return seconds
 
 
-def steps() -> dict[str, Any]:
-    """A training step of both sides, and the peak memory of each."""
+def steps(match: Match) -> dict[str, Any]:
+    """A training step of every side, and the peak memory of each."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / MATCH.model
-        subprocess.run([sys.executable, str(SIDE), MATCH.model, str(folder)], check=True)
-        sides = played(MATCH, {"ours": sys.executable}, folder)
-    require_same_work(MATCH, sides)
-    laps = [[step["laps"] for step in side["steps"][MATCH.warmup :]] for side in sides]
-    match = summary(MATCH, sides)
-    for side, each in zip(match["sides"], laps, strict=True):
+        folder = Path(temporary) / match.model
+        subprocess.run([sys.executable, str(SIDE), match.model, str(folder)], check=True)
+        sides = played(match, {"ours": sys.executable}, folder)
+    require_same_work(match, sides)
+    laps = [[step["laps"] for step in side["steps"][match.warmup :]] for side in sides]
+    made = summary(match, sides)
+    for side, each in zip(made["sides"], laps, strict=True):
         side["laps"] = {name: spread([lap[name] for lap in each]) for name in each[0]}
-    return match
+    return made
 
 
 def decoding(model: LanguageModel, rows: int, rates: Mapping[str, float]) -> dict[str, Any]:
@@ -269,12 +269,15 @@ def text(report: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    """Time both sides; record them if asked to."""
+    """Time all sides; record them if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write bench/results/adapters_cpu.json and .md")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--write", action="store_true", help="write bench/results/adapters_cpu.json and .md")
+    choice.add_argument("--smoke", action="store_true", help="few tokens and one step, to see that it runs")
     options = parser.parse_args()
     before = machine.require_quiet() if options.write else machine.use()
-    made = steps()
+    smaller = {"prompts": 4, "new_tokens": 4, "warmup": 0, "rounds": 1} if options.smoke else {}
+    made = steps(MATCH._replace(**smaller))
     model, rates = load(checkpoint()), machine.rates()
     report = {
         "command": " ".join(["python bench/bench_adapters.py", *sys.argv[1:]]),
@@ -283,7 +286,7 @@ def main() -> int:
         "limits": LIMITS,
         "rates": rates,
         "steps": made,
-        "decoding": [decoding(model, rows, rates) for rows in ROWS],
+        "decoding": [decoding(model, rows, rates) for rows in (ROWS[:1] if options.smoke else ROWS)],
         "checkpoints": saving(model),
         "after": machine.use(),
     }
