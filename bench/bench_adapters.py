@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import machine
 import numpy as np
 from bench_peers import COMPLETIONS, SIDE, Match, Side, played, require_same_work, spread, summary
@@ -64,9 +65,9 @@ def noise_like(tree: Any, seed: int) -> Any:
     random, (leaves, structure) = np.random.default_rng(seed), jax.tree.flatten(tree)
 
     def drawn(leaf: Any) -> Any:
-        if not np.issubdtype(leaf.dtype, np.floating):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
-        return jax.numpy.asarray(0.02 * random.standard_normal(leaf.shape, np.float32).astype(leaf.dtype))
+        return jnp.asarray(0.02 * random.standard_normal(leaf.shape, np.float32), leaf.dtype)
 
     return jax.tree.unflatten(structure, [drawn(leaf) for leaf in leaves])
 
@@ -130,7 +131,7 @@ def decoding(model: LanguageModel, rows: int, rates: Mapping[str, float]) -> dic
         )
 
     # Arrays of its own are what keeps a reference from being stacked.
-    references = {"stacked": base.params, "apart": jax.tree.map(jax.numpy.copy, base.params)}
+    references = {"stacked": base.params, "apart": jax.tree.map(jnp.copy, base.params)}
     runs = {
         f"{name}, {new_tokens}": partial(write, reference, new_tokens)
         for new_tokens in (1, NEW_TOKENS)
