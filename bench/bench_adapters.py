@@ -33,7 +33,7 @@ from fastpref.models.adapters import adapt
 from fastpref.runs import checkpoints
 from fastpref.sampling.generate import padded_width, sample
 
-RANK, PARTS = 16, 4
+RANK = 16
 MATCH = Match(
     "chat",
     8,
@@ -43,8 +43,17 @@ MATCH = Match(
     rounds=5,
     sides=(
         Side("all parameters", "ours", "ipo-md", "mixture, mixture"),
-        Side(f"adapter of rank {RANK}", "ours", "ipo-md", "mixture, mixture", rank=RANK),
-        Side(f"the same, the batch in {PARTS} parts", "ours", "ipo-md", "mixture, mixture", rank=RANK, parts=PARTS),
+        *(
+            Side(
+                f"adapter of rank {RANK}{f', the batch in {parts} parts' if parts > 1 else ''}",
+                "ours",
+                "ipo-md",
+                "mixture, mixture",
+                rank=RANK,
+                parts=parts,
+            )
+            for parts in (1, 2, 4)
+        ),
     ),
 )
 ROWS, NEW_TOKENS, ROUNDS, SAVES = (8, 16, 32), 48, 5, 5

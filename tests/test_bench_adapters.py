@@ -21,7 +21,8 @@ def side(made: Any, seconds: float, peak: float) -> dict[str, Any]:
 
 def test_the_text_shows_what_was_asked_for_and_what_was_measured() -> None:
     match = bench_adapters.MATCH._replace(rounds=2)
-    sides = [side(made, *of) for made, of in zip(match.sides, ((14.0, 5.5e9), (7.0, 2e9), (8.0, 1e9)), strict=True)]
+    measured = ((14.0, 5.5e9), (7.0, 2e9), (6.0, 1.5e9), (8.0, 1e9))
+    sides = [side(made, *of) for made, of in zip(match.sides, measured, strict=True)]
     steps = bench_peers.summary(match, sides)
     for made in steps["sides"]:
         made["laps"] = {name: bench_peers.spread([made["seconds"]["median"] / 2]) for name in ("time/generate",)}
@@ -50,7 +51,7 @@ def test_the_text_shows_what_was_asked_for_and_what_was_measured() -> None:
 def test_the_sides_differ_in_what_is_trained_and_in_parts_alone() -> None:
     same = {(made.program, made.method, made.writers) for made in bench_adapters.MATCH.sides}
     assert same == {("ours", "ipo-md", "mixture, mixture")}
-    assert [(made.rank, made.parts) for made in bench_adapters.MATCH.sides] == [(0, 1), (16, 1), (16, 4)]
+    assert [(made.rank, made.parts) for made in bench_adapters.MATCH.sides] == [(0, 1), (16, 1), (16, 2), (16, 4)]
 
 
 def test_noise_has_the_shapes_of_a_tree_and_leaves_counters() -> None:

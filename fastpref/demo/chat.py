@@ -69,6 +69,7 @@ class Plan:
             mixture_beta=0.125,
             steps=24,
             batch_size=8,
+            gradient_accumulation=2,
             max_prompt_tokens=88,
             max_shapes=1,
             max_new_tokens=28,
