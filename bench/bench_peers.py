@@ -46,6 +46,8 @@ class Side(NamedTuple):
     writers: str
     rank: int = 0
     """Of the adapter that is trained; 0 for all parameters."""
+    parts: int = 1
+    """That the gradient of a batch is taken in."""
 
 
 class Match(NamedTuple):
@@ -160,7 +162,7 @@ def played(match: Match, interpreters: Mapping[str, str], folder: Path) -> list[
         for side in match.sides:
             log = stack.enter_context(tempfile.TemporaryFile("w+"))
             command = [interpreters[side.program], str(SIDE), side.program, side.method, str(folder)]
-            command.append(json.dumps(match._asdict() | {"sides": None, "rank": side.rank}))
+            command.append(json.dumps(match._asdict() | {"sides": None, "rank": side.rank, "parts": side.parts}))
             processes.append(stack.enter_context(Process(side.name, command, log)))
         steps: list[list[dict[str, Any]]] = [[] for _ in processes]
         for number in range(match.warmup + match.rounds):

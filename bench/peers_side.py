@@ -98,7 +98,8 @@ def ours(method: str, folder: Path, prompts: Prompts, settings: dict[str, Any]) 
         metrics = step.metrics
         # Metrics of what a mixture wrote are named after their writer.
         (nats,) = (metrics[name] for name in metrics if name.startswith("objective/") and name.endswith("entropy"))
-        turns.done(tokens=int(metrics["tokens/generated"]), loss=metrics["loss"], nats=nats)
+        laps = {name: value for name, value in metrics.items() if name.startswith("time/")}
+        turns.done(tokens=int(metrics["tokens/generated"]), loss=metrics["loss"], nats=nats, laps=laps)
 
     turns.ready(prompts=tokenizer.encode_prompts(texts), versions=versions("jax", "jaxlib", "flax", "optax"))
     config = TrainConfig(
@@ -112,6 +113,7 @@ def ours(method: str, folder: Path, prompts: Prompts, settings: dict[str, Any]) 
         optimizer="adamw",
         learning_rate=settings["learning_rate"],
         max_grad_norm=MAX_GRAD_NORM,
+        gradient_accumulation=settings["parts"],
         adapter=AdapterConfig(rank=settings["rank"]) if settings["rank"] else None,
     )
     records = [{"prompt": prompt} for prompt in prompts]

@@ -19,6 +19,7 @@ from figures import RESULTS, ROOT, MissingError, Prose, Table, read
 from readme_blocks import BLOCKS
 
 TEXTS = {
+    "adapters_cpu": "bench_adapters",
     "batcher": "bench_batcher",
     "demo_cpu": "bench_demo",
     "demo_small_cpu": "bench_demo",

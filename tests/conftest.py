@@ -86,7 +86,7 @@ def programs_of_a_module(request: pytest.FixtureRequest) -> Iterator[None]:
     jax.clear_caches()
 
 
-DRAWN = {"plots", "plots_compared", "report", "docs", "readme", "demo"}
+DRAWN = {"demo", "docs", "evaluation", "plots", "plots_compared", "readme", "report", "selection", "sweeps"}
 """Modules that look at pictures. In the others figures are made and not drawn: that takes longer than a small run."""
 
 
@@ -140,6 +140,8 @@ def interpreted_tpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
         monkeypatch.setitem(table, "tpu", import_module("fastpref.kernels.dispatch").Implementation(call))
     # What the interpreter makes of a kernel is no code that users get.
     parameters = request.node.callspec.params.values() if hasattr(request.node, "callspec") else ()
-    kernel = "tpu" in parameters or request.module.__name__ == "test_tpu_kernels"
+    module = request.module.__name__
+    # Of large logits that are equal, the optimised products of two models are equal bit for bit; the plain ones are not.
+    kernel = ("tpu" in parameters and module != "test_divergence") or module == "test_tpu_kernels"
     with compiled_plainly() if kernel else nullcontext():
         yield

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orjson
 import pytest
 
 from fastpref.data import files as durable
@@ -69,14 +70,27 @@ def files(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [0, 100, checkpoints.SMALL])
+def test_everything_comes_back_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(checkpoints, "SMALL", limit)
     saved = state(3)
     extra = {"batcher": bytes(range(256)), "nothing": b""}
     path = save(tmp_path / "new" / "checkpoints", 12, saved, extra, fingerprint=FINGERPRINT, keep=1)
+    # What is read follows from what was written, not from today's limit.
+    monkeypatch.undo()
     found = restore(path.parent, state(4), fingerprint=FINGERPRINT)
     assert found is not None
     assert (found.step, found.extra) == (12, extra)
     assert_same(found.arrays, saved)
+    part = {name: saved[name] for name in ("weak", "moments", "odd", "empty")}
+    assert_same(checkpoints.read(path, part), part)
+
+
+def test_small_arrays_are_few_on_disk(tmp_path: Path) -> None:
+    many = {f"{number}": jnp.full((number + 1,), number, jnp.float32) for number in range(40)}
+    path = save(tmp_path, 1, many | {"large": jnp.ones((checkpoints.SMALL // 4,))}, {}, fingerprint={}, keep=1)
+    stored = orjson.loads((path / "arrays" / "_METADATA").read_bytes())["tree_metadata"]
+    assert len(stored) == 2
 
 
 def test_shapes_alone_are_enough_to_restore(tmp_path: Path) -> None:
@@ -309,8 +323,8 @@ def test_a_checkpoint_that_loses_a_part_while_it_is_written_is_not_published(
     save(tmp_path, 1, small(1), {"step": b"1"}, fingerprint={}, keep=1)
     write = checkpoints._write_arrays
 
-    def taken_away(directory: Path, leaves: Any) -> None:
-        write(directory, leaves)
+    def taken_away(directory: Path, *arguments: Any) -> None:
+        write(directory, *arguments)
         (directory.parent / "extra" / "step").unlink()
 
     monkeypatch.setattr(checkpoints, "_write_arrays", taken_away)
@@ -337,10 +351,10 @@ def test_arrays_that_orbax_cannot_read_are_passed_over(tmp_path: Path, monkeypat
         save(tmp_path, step, small(step), {"step": b"%d" % step}, fingerprint={}, keep=2)
     read = checkpoints._read_arrays
 
-    def fails_for_the_newest(directory: Path, wanted: Any) -> Any:
+    def fails_for_the_newest(directory: Path, *arguments: Any) -> Any:
         if "00000002" in directory.parts:
             raise FileNotFoundError("no _METADATA")
-        return read(directory, wanted)
+        return read(directory, *arguments)
 
     monkeypatch.setattr(checkpoints, "_read_arrays", fails_for_the_newest)
     with pytest.warns(CheckpointWarning, match=r"step 2 is damaged .*Orbax lacks a part of it \(no _METADATA\)"):

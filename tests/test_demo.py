@@ -22,6 +22,7 @@ from fastpref.demo.scalar_head import fit_head, ridge_logistic
 from fastpref.demo.stages import DemoResult
 from fastpref.evaluation.win_rates import win_rate
 from fastpref.judging.protocol import probability
+from fastpref.method.adapter import AdapterConfig
 from fastpref.method.config import TrainConfig
 from fastpref.method.errors import UnavailableError
 from fastpref.models import load
@@ -44,6 +45,7 @@ PLAN = chat.Plan(
         max_new_tokens=6,
         optimizer="adamw",
         learning_rate=1e-3,
+        adapter=AdapterConfig(rank=2),
         sample_every=1,
     ),
     held_out=4,
@@ -114,6 +116,12 @@ def test_the_chat_demo_from_end_to_end_and_again(
         "greedy: " in sample[key] and "drawn: " in sample[key] for sample in samples for key in ("before", "after")
     )
     assert (folder / "ipo-md" / "plots" / "overview.png").exists()
+
+    adapter = folder / "ipo-md" / "policy"
+    assert f"What was trained is an adapter, in {adapter}; `fastpref merge` writes the whole model." in printed
+    assert cli.main(["merge", str(adapter), str(tmp_path / "whole")]) == 0
+    assert load(tmp_path / "whole").module.config == load(start).module.config
+    capsys.readouterr()
 
     kept = files_of(folder)
     again = chat.run(start, folder, plan=PLAN, quiet=True)

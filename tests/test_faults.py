@@ -93,10 +93,10 @@ def test_a_supervised_training_is_stopped_by_the_same_handler(tmp_path: Path, mo
     config = SupervisedConfig(**TUNING, steps=3)
     learn = update.apply_gated
 
-    def interrupt(*arguments: Any) -> Any:
+    def interrupt(*arguments: Any, **options: Any) -> Any:
         # Traced once, at the first step.
         os.kill(os.getpid(), signal.SIGTERM)
-        return learn(*arguments)
+        return learn(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(update, "apply_gated", interrupt)

@@ -5,7 +5,8 @@
    pairs of them.
 3. Fit a reward model to those labels (`scalar_head.py`): the first layers of the same model, as they came, and a scalar
    head. From here on the gold judge is not consulted until the end.
-4. Align the chat model with IPO-MD against the reward model, on articles of another part.
+4. Align the chat model with IPO-MD against the reward model, on articles of another part: a low-rank adapter is
+   trained, and the model that came is its base and the reference.
 5. On held-out articles, which nobody has seen, let the gold judge compare the aligned model with the one that came.
 
 Every stage writes to the run directory and goes on from there when the demo is started again.
@@ -31,6 +32,7 @@ from fastpref.demo.stages import DemoResult, Stages, harvest, learned_and_held_o
 from fastpref.evaluation.win_rates import win_rate
 from fastpref.judging.models import RewardModel
 from fastpref.learning.train import train
+from fastpref.method.adapter import AdapterConfig
 from fastpref.method.config import TrainConfig
 from fastpref.models import LanguageModel, load
 from fastpref.runs import owner, terminal
@@ -67,11 +69,13 @@ class Plan:
             mixture_beta=0.125,
             steps=24,
             batch_size=8,
+            gradient_accumulation=2,
             max_prompt_tokens=88,
             max_shapes=1,
             max_new_tokens=28,
             optimizer="adamw",
-            learning_rate=3e-5,
+            learning_rate=3e-4,
+            adapter=AdapterConfig(rank=16),
             max_grad_norm=1.0,
             sample_every=4,
             checkpoint_every=8,
@@ -173,6 +177,10 @@ def _run(start: Path, folder: Path, seed: int, plan: Plan, quiet: bool) -> DemoR
         f"The gold judge labelled {len(pairs)} pairs of summaries of {len(labelled)} articles, which the reward model "
         f"was fitted to and checked on, and compared the summaries of {len(held_out)} held-out articles. "
         "The alignment heard the reward model alone."
+    )
+    stages.console.print(
+        f"What was trained is an adapter, in {folder / 'ipo-md' / 'policy'}; `fastpref merge` writes the whole model.",
+        soft_wrap=True,
     )
     return summarise(
         compared,

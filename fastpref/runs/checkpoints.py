@@ -6,11 +6,13 @@ without a word; here the hashes find it, and `restore` takes the step before.
 
     checkpoints/00000040/manifest      sealed JSON: step, fingerprint, arrays, names of extra, and the files
     checkpoints/00000040/extra/        small values beside the arrays, each a file
-    checkpoints/00000040/arrays/       what Orbax wrote
+    checkpoints/00000040/arrays/       what Orbax wrote: large arrays by their names, small ones end to end, by dtype
 """
 
+import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import orjson
 
@@ -25,6 +28,8 @@ from fastpref.data import files, hashes
 from fastpref.method.errors import CheckpointError, CheckpointWarning, WriteError
 
 MANIFEST = "manifest"
+SMALL = 1 << 20
+"""Bytes of an array from which it is stored by itself. Each costs Orbax a millisecond, and adapters are a thousand."""
 
 Leaf = jax.Array | jax.ShapeDtypeStruct
 
@@ -89,6 +94,7 @@ def save(
         "step": step,
         "fingerprint": _plain_json(fingerprint),
         "arrays": {name: _description(leaf) for name, leaf in leaves.items()},
+        "small": SMALL,
         "extra": sorted(extra),
     }
     directory = Path(directory).absolute()
@@ -100,7 +106,7 @@ def save(
             (new / "extra").mkdir(parents=True)
             for name, value in extra.items():
                 (new / "extra" / name).write_bytes(value)
-            _write_arrays(new / "arrays", leaves)
+            _write_arrays(new / "arrays", described, leaves)
             described["files"] = hashes.of_tree(new)
             _require_parts(new, described)
             (new / MANIFEST).write_bytes(hashes.sealed(described, indent=2))
@@ -144,7 +150,7 @@ def restore(directory: Path | str, like: Any, *, fingerprint: Mapping[str, Any] 
             manifest = _verified(path)
             if fingerprint is not None:
                 _check_fingerprint(path, manifest["fingerprint"], _plain_json(fingerprint))
-            tree = _read_tree(path, manifest["arrays"], wanted, like)
+            tree = _read_tree(path, manifest, wanted, like, part=False)
             return Checkpoint(step, tree, {name: (path / "extra" / name).read_bytes() for name in manifest["extra"]})
         except _Damage as damage:
             warnings.warn(
@@ -171,8 +177,7 @@ def read(path: Path | str, like: Any) -> Any:
     _one_process()
     path, wanted = Path(path).absolute(), _leaves(like, "like", Leaf)
     try:
-        saved = _verified(path)["arrays"]
-        return _read_tree(path, {name: saved[name] for name in wanted if name in saved}, wanted, like)
+        return _read_tree(path, _verified(path), wanted, like, part=True)
     except _Damage as damage:
         raise CheckpointError(f"{path} must be as it was written, but is not: {damage}. Choose another step.") from None
 
@@ -333,34 +338,58 @@ def _check_arrays(path: Path, saved: Mapping[str, str], wanted: Mapping[str, Lea
         )
 
 
-def _write_arrays(directory: Path, leaves: Mapping[str, jax.Array]) -> None:
-    stored = {name: leaf for name, leaf in leaves.items() if leaf.size}  # Orbax refuses arrays without elements
+def _places(described: Mapping[str, Any]) -> dict[str, tuple[str, slice]]:
+    """The stored array that each small array of a manifest lies in, and its part of it."""
+    places, ends = {}, Counter[str]()
+    for name, description in described["arrays"].items():
+        dtype, _, shape = description.removesuffix("]").partition("[")
+        size = math.prod(map(int, filter(None, shape.split(","))))
+        if 0 < size * jnp.dtype(dtype).itemsize < described["small"]:
+            places[name] = f"small {dtype}", slice(ends[dtype], ends[dtype] + size)
+            ends[dtype] += size
+    return places
+
+
+def _write_arrays(directory: Path, described: Mapping[str, Any], leaves: Mapping[str, jax.Array]) -> None:
+    places = _places(described)
+    # Orbax refuses arrays without elements.
+    stored: dict[str, Any] = {name: leaf for name, leaf in leaves.items() if leaf.size and name not in places}
+    for array in sorted({array for array, _ in places.values()}):
+        parts = [np.asarray(leaves[name]).reshape(-1) for name, (inside, _) in places.items() if inside == array]
+        stored[array] = np.concatenate(parts)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(directory, args=ocp.args.PyTreeSave(stored))
 
 
-def _read_tree(path: Path, saved: Mapping[str, str], wanted: Mapping[str, Leaf], like: Any) -> Any:
-    _check_arrays(path, saved, wanted)
+def _read_tree(path: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Leaf], like: Any, *, part: bool) -> Any:
+    """The arrays that `like` has, which are all that was saved, or with `part` some of it."""
+    saved = manifest["arrays"]
+    _check_arrays(path, {name: saved[name] for name in wanted if name in saved} if part else saved, wanted)
     try:
-        arrays = _read_arrays(path / "arrays", wanted)
+        arrays = _read_arrays(path / "arrays", manifest, wanted)
     except (OSError, KeyError) as error:
         raise _Damage(f"{path / 'arrays'}: Orbax lacks a part of it ({error})") from error
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
 
 
-def _read_arrays(directory: Path, wanted: Mapping[str, Leaf]) -> dict[str, jax.Array]:
+def _read_arrays(directory: Path, manifest: Mapping[str, Any], wanted: Mapping[str, Leaf]) -> dict[str, jax.Array]:
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    how = {
+    places = {name: place for name, place in _places(manifest).items() if name in wanted}
+    how: dict[str, Any] = {
         name: ocp.ArrayRestoreArgs(sharding=leaf.sharding or default, global_shape=leaf.shape, dtype=leaf.dtype)
         for name, leaf in wanted.items()
-        if leaf.size
+        if leaf.size and name not in places
     }
+    how |= {array: ocp.RestoreArgs(restore_type=np.ndarray) for array, _ in places.values()}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        items = {name: wanted[name] for name in how}
         read = checkpointer.restore(
-            directory, args=ocp.args.PyTreeRestore(item=items, restore_args=how, partial_restore=True)
+            directory,
+            args=ocp.args.PyTreeRestore(item=dict.fromkeys(how, 0), restore_args=how, partial_restore=True),
         )
-    return {name: _weakened(read[name], leaf) if name in how else jnp.zeros_like(leaf) for name, leaf in wanted.items()}
+    for name, (array, part) in places.items():
+        leaf = wanted[name]
+        read[name] = jax.device_put(np.array(read[array][part]).reshape(leaf.shape), leaf.sharding or default)
+    return {name: _weakened(read[name], leaf) if leaf.size else jnp.zeros_like(leaf) for name, leaf in wanted.items()}
 
 
 def _weakened(array: jax.Array, like: Leaf) -> jax.Array:
