@@ -1,6 +1,7 @@
 """What the public functions refuse, in words: the rule, the value received and the remedy."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -16,10 +17,22 @@ def check_rows(hidden: Array, head: Head, owner: str = "hidden") -> None:
             f"{owner} must be as wide as its head, but received D = {hidden.shape[1]} for a head of D = {head.width} "
             f"and V = {head.vocab_size}. Check vocab_axis."
         )
-    if hidden.dtype != head.weight.dtype:
+    if head.scales is not None:
+        if not jnp.issubdtype(hidden.dtype, jnp.floating):
+            raise ValueError(f"{owner} must be floating point, but received {hidden.dtype}. Convert it with astype.")
+    elif hidden.dtype != head.weight.dtype:
         raise ValueError(
             f"{owner} and its head's weight must have one dtype, but received {hidden.dtype} and "
             f"{head.weight.dtype}. Convert one of them with astype."
+        )
+
+
+def check_frozen(head: Head, frozen_head: bool) -> None:
+    """A head in int8, which has no gradient, is frozen."""
+    if head.scales is not None and not frozen_head:
+        raise ValueError(
+            "frozen_head must be True for a head in int8, to which no gradient goes, but received False. Pass "
+            "frozen_head=True, or train a head in floating point."
         )
 
 

@@ -169,10 +169,10 @@ def vmem() -> None:
     rows = Shape((1024,), jnp.float32)
     hidden, ids, count = Shape((1024, 1024), jnp.bfloat16), Shape((1024,), jnp.int32), Shape((), jnp.int32)
     other = Head(Shape((32128, 1024), jnp.bfloat16))  # type: ignore[arg-type]
-    layout = layout_of(128, head, other, 1.0, 32128, 2)
+    layout = layout_of(128, head, other, jnp.bfloat16, 1.0, 32128, 2)
     programs = {
         "forward": (
-            forward_pass.forward_bytes(head, Tiles(256, 512)),
+            forward_pass.forward_bytes(head, jnp.bfloat16, Tiles(256, 512)),
             lambda x, w, t, c: forward_pass.forward(x, Head(w), t, c, Tiles(256, 512), False),
             (hidden, head.weight, ids, count),
         ),
@@ -182,7 +182,7 @@ def vmem() -> None:
             (hidden, head.weight, ids, rows, rows, count),
         ),
         "frozen": (
-            frozen_pass.frozen_bytes(head, tiles),
+            frozen_pass.frozen_bytes(head, jnp.bfloat16, tiles),
             lambda x, w, t, c: frozen_pass.frozen(x, Head(w), t, c, tiles, False),
             (hidden, head.weight, ids, count),
         ),
@@ -192,7 +192,7 @@ def vmem() -> None:
             draw_shapes(128, 32128, 1024, 0, "bfloat16"),
         ),
         "divergence": (
-            distances.divergence_bytes(head, other, Tiles(256, 512)),
+            distances.divergence_bytes(head, other, (jnp.bfloat16,) * 2, Tiles(256, 512)),
             lambda x, w, y, u, c: distances.divergence_sums(x, Head(w), y, Head(u), c, Tiles(256, 512), False),
             (hidden, head.weight, hidden, other.weight, count),
         ),
