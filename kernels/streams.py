@@ -54,7 +54,7 @@ def stream_bytes(head: Head, tokens: int, rows: int) -> int:
 
 def turn_scales(tile: Streamed, by_token: Any) -> None:
     """Write the scales of a tile by token, [tokens, rows]."""
-    if tile.scales == ():
+    if isinstance(tile.scales, tuple):
         return
     tokens, rows = by_token.shape
     for first in range(0, tokens, UNIT):

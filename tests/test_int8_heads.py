@@ -96,7 +96,9 @@ def test_entries_are_rounded_to_even_and_keep_zeros() -> None:
     for array in (tiny, tiny.astype(jnp.bfloat16), jnp.full((2, 3), 3e38)):
         entries, scales = quantize(array, 1)
         assert np.all(np.abs(entries) <= 127)
-        np.testing.assert_allclose(entries * scales[:, None], array.astype(jnp.float32), atol=float(scales[0]) / 2)
+        np.testing.assert_allclose(
+            entries.astype(jnp.float32) * scales[:, None], array.astype(jnp.float32), atol=float(scales[0]) / 2
+        )
     stacked = normal((3, 5, 4), 1)
     entries, scales = quantize(stacked, -2)
     assert (entries.shape, scales.shape) == ((3, 5, 4), (3, 4))
@@ -251,12 +253,8 @@ HEAD = in_int8(make_head(Case(17)))
             ),
             "frozen_head must be True for a head in int8",
         ),
-        (
-            lambda: token_logprobs(HEAD.weight, HEAD, make_targets(Case(17, rows=17)), frozen_head=True),
-            "hidden must be floating point, but received int8. Convert it with astype",
-        ),
     ],
-    ids=range(8),
+    ids=range(7),
 )  # fmt: skip
 def test_errors_say_rule_value_and_remedy(call: Callable[[], object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
