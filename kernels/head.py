@@ -119,6 +119,11 @@ class Head:
         return Head.tree_unflatten((self.vocab_axis, self.scale, self.soft_cap, None), (weight, scales))
 
     @property
+    def frozen(self) -> bool:
+        """Whether no gradient can go to the weight, which is in int8."""
+        return self.scales is not None
+
+    @property
     def width(self) -> int:
         """D, the width of the hidden states that it takes."""
         return int(self.weight.shape[1 - self.vocab_axis])
@@ -166,6 +171,11 @@ class Head:
         arrays, static = self.tree_flatten()
         theirs, alike = other.tree_flatten()
         return static == alike and all(own is array for own, array in zip(arrays, theirs, strict=True))
+
+    def of(self, ids: Int[Array, " C"]) -> "Head":
+        """The map to the logits of these tokens alone, in this order."""
+        scales = None if self.scales is None else jnp.take(self.scales, ids)
+        return Head.tree_unflatten(self.tree_flatten()[1], (jnp.take(self.weight, ids, axis=self.vocab_axis), scales))
 
     def with_weight(self, weight: Array) -> "Head":
         """The same map with another weight in floating point: how a gradient of a head is written."""

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastpref.method.adapter import AdapterConfig
 from fastpref.method.algorithms import ALGORITHMS, Algorithm
-from fastpref.method.choices import Dtype, OnBadRecord, Overlong, Remat, TruncationSide
+from fastpref.method.choices import BaseDtype, Dtype, OnBadRecord, Overlong, Remat, TruncationSide
 from fastpref.method.errors import nearest, require
 from fastpref.method.schedules import Schedule, Value, bounds, value_at
 
@@ -78,6 +78,7 @@ CHOICES = {
     "on_bad_record": "Choose what happens to records that cannot be used.",
     "optimizer": "For any other, pass an optax.GradientTransformation as the `optimizer` argument of the function.",
     "dtype": "Leave it out for the one that suits the device.",
+    "base_dtype": "Choose how the frozen models are held; int8 takes half of the memory of bfloat16.",
     "remat": "Choose what is computed again to save memory.",
     "lr_schedule": "Set warmup_steps for a warm-up before it; for any other course, let learning_rate be a Schedule.",
     "mixture_partner": "Choose the model that the policy is mixed with.",
@@ -126,6 +127,7 @@ class Settings:
     adapter: AdapterConfig | None = None
     remat: Remat = "none"
     dtype: Dtype = "auto"
+    base_dtype: BaseDtype = "auto"
     seed: int = 0
     eval_every: int = 0
     checkpoint_every: int = 100
@@ -218,6 +220,9 @@ class TrainConfig(Settings):
         products with kernels, "all" its input alone; the rest is computed again. Memory for time.
       dtype: of products and activations: "float32", "bfloat16", or "auto" for the one that suits the device, float32 on
         a CPU and bfloat16 elsewhere. What is trained is float32 always.
+      base_dtype: of the matrices of frozen models, those that layers and head multiply with: "auto" for `dtype`, or
+        "int8" with a scale for each output, for the base of the adapter, the reference and the behaviour model. Only
+        where an adapter is trained.
       length_normalize: use averages of token log-probs instead of sums, which is not the paper; τ then means about
         |y| times more. For contrastive losses only.
       rescore_reference: score completions by a forward pass of the reference instead of using what sampling collected.
@@ -383,7 +388,7 @@ class SupervisedConfig(Settings):
       weight_decay: of matrices and embeddings.
       betas: (β₁, β₂) of "adamw" or "lion"; None for their usual ones.
       max_grad_norm: clip the global gradient norm to this; None for no clipping.
-      adapter, remat, dtype: as in `TrainConfig`.
+      adapter, remat, dtype, base_dtype: as in `TrainConfig`.
       seed: of the order.
       eval_every: steps between held-out evaluations; the best by the selection criterion is what is returned.
       checkpoint_every: steps between checkpoints, when a run directory is given; the last step is always saved.
