@@ -103,22 +103,20 @@ def load_adapter(
         )
     with safe_open(source / WEIGHTS, framework="np") as file:
         digest = (file.metadata() or {}).get(DIGEST)
-    params, known = nnx.state(base.module), None
-    if digest is not None:
-        int8 = "int8" in digest.partition(":")[0] and not is_quantized(params)
-        known = base_digest(quantized_params(params) if int8 else params)
-        if int8:
-            warnings.warn(
-                f"{source}: the adapter was trained on its base in int8, and is read on the base itself, from which "
-                "int8 differs by up to half of a step in 127",
-                ModelWarning,
-                stacklevel=2,
-            )
+    params = nnx.state(base.module)
+    in_int8 = "int8" in (digest or "").partition(":")[0] and not is_quantized(params)
+    known = None if digest is None else base_digest(quantized_params(params) if in_int8 else params)
     # Numbers of another dtype are others; then the shapes alone tell.
     if digest and known and digest.partition(":")[0] == known.partition(":")[0] and digest != known:
         raise ModelError(
             f"an adapter must be read on the base that it was trained on, but received {source} with another "
             f"({entries.get('base_model_name_or_path')!r} has changed, or is not the one). Give the right one as base."
+        )
+    if in_int8:
+        warnings.warn(
+            f"{source}: the adapter was trained on its base in int8, and is read on the base itself, which int8 rounds",
+            ModelWarning,
+            stacklevel=2,
         )
     frozen, adapters = read_factors(source, entries, tensors, base, finite=finite)
     model = with_adapters(base, frozen, adapters)
