@@ -1,6 +1,7 @@
 """The draw for TPUs: both heads stream through VMEM once, and logits never leave it.
 
-What binds it, compiled for a v5e: the stream of weights up to B = 128 at every width, the products from B = 256 on.
+What binds it, compiled for a v5e: the stream of weights up to B = 128 at every width, the products from B = 256 on; of
+heads in int8, which are half of the bytes, the products at every B for [V, D] and the stream up to B = 64 for [D, V].
 The noise is made outside, since grouping leaves V/512 + 512 numbers a row, and the noise within a group is the same
 array for all groups. Everything between the two products and the running results is elementwise in the layout of
 `fastpref.kernels.vmem`, and lies under the products.
