@@ -72,6 +72,8 @@ class Case:
     dtype: str = "bfloat16"
     vocab_axis: int = 0
     shared: bool = False
+    int8: bool = False
+    """Heads in int8 with their scales; states are of `dtype`."""
 
     @property
     def sampler(self) -> bool:
@@ -87,6 +89,7 @@ class Case:
         rows = f"B = {self.rows}" if self.sampler else f"N = {self.rows}"
         rows += f", {self.mode}" * (self.models == 1)
         marks = [self.dtype] * (self.dtype != "bfloat16") + ["[D, V]"] * self.vocab_axis + ["one head"] * self.shared
+        marks += ["int8"] * self.int8
         return ", ".join([self.kernel, self.model.name, rows, *marks])
 
     @property
@@ -98,9 +101,10 @@ class Case:
     def bytes(self) -> int:
         """Least that must move: heads and states read once, their gradients written once."""
         states, weight = self.rows * self.model.width, self.model.vocab * self.model.width
-        heads = 1 if self.shared else self.models
+        heads, size = 1 if self.shared else self.models, jnp.dtype(self.dtype).itemsize
         written = {FORWARD: 0, BACKWARD: states + weight, FROZEN: states}[self.mode]
-        return jnp.dtype(self.dtype).itemsize * (heads * weight + self.models * states + written)
+        head = weight + 4 * self.model.vocab if self.int8 else size * weight
+        return heads * head + size * (self.models * states + written)
 
     def floor(self, chip: Chip) -> float:
         return max(self.flops / chip.flops, self.bytes / chip.bandwidth)
@@ -122,6 +126,11 @@ CASES = [
     Case("divergence", LLAMA_1B, 2048, shared=True),
     Case("divergence", LLAMA_1B, 2048, vocab_axis=1),
     Case("divergence", LLAMA_1B, 2048, dtype="float32"),
+    *(Case("mixture_sample", model, rows, int8=True) for model in (LLAMA_1B, LLAMA_8B) for rows in (8, 64, 128)),
+    Case("mixture_sample", LLAMA_8B, 64, vocab_axis=1, int8=True),
+    *(Case("token_logprobs", LLAMA_8B, 2048, mode, int8=True) for mode in (FORWARD, FROZEN)),
+    Case("token_logprobs", LLAMA_8B, 2048, FROZEN, vocab_axis=1, int8=True),
+    Case("divergence", LLAMA_8B, 2048, int8=True),
     *(Case("tokamax", model, 16384, mode, vocab_axis=1) for model in (T5_L, LLAMA_8B) for mode in (FORWARD, BACKWARD)),
 ]
 
@@ -132,32 +141,37 @@ def work(case: Case, side: str) -> Work:
     """The function of one side of a case, and the shapes of its arguments."""
     model, shape = case.model, jax.ShapeDtypeStruct
     hidden = shape((case.rows, model.width), case.dtype)
-    weight = shape((model.vocab, model.width)[:: 1 - 2 * case.vocab_axis], case.dtype)
+    weight = shape((model.vocab, model.width)[:: 1 - 2 * case.vocab_axis], "int8" if case.int8 else case.dtype)
+    scales = [shape((model.vocab,), jnp.float32)] * case.int8
     ids, values = shape((case.rows,), jnp.int32), shape((case.rows,), jnp.float32)
     if case.kernel == "tokamax":
         return tokamax(case), [hidden, weight, ids]
     folder = "mixture_sampling" if case.sampler else case.kernel
     call = import_module(f"fastpref.kernels.{folder}").IMPLEMENTATIONS[side].call
 
-    def head(weight: jax.Array) -> Head:
-        return Head(weight, case.vocab_axis, soft_cap=model.soft_cap)
+    def head(weight: jax.Array, *scales: jax.Array) -> Head:
+        return Head(weight, case.vocab_axis, soft_cap=model.soft_cap, scales=scales[0] if scales else None)
+
+    def heads_of(arrays: tuple[jax.Array, ...]) -> list[Head]:
+        each = 1 + len(scales)
+        return [head(*arrays[first : first + each]) for first in range(0, len(arrays), each)]
 
     def sample(hidden: Any, ref_hidden: Any, beta: Any, key: Any, row_ids: Any, step: Any, *weights: Any) -> Any:
-        heads = [head(weight) for weight in weights]
+        heads = heads_of(weights)
         options: dict[str, Any] = {"temperature": 1.0, "num_valid_tokens": model.vocab}
         options |= {"block": case.rows} if side == "xla" else {}
         draw = {"mixture_beta": beta, "key": key, "row_ids": row_ids, "step": step}
         return call(hidden, heads[0], ref_hidden, heads[-1], **draw, **options)
 
     def apart(hidden: Any, ref_hidden: Any, *weights: Any) -> Any:
-        heads = [head(weight) for weight in weights]
+        heads = heads_of(weights)
         return call(hidden, heads[0], ref_hidden, heads[-1], where=jnp.ones(case.rows, bool))
 
-    def scored(hidden: Any, weight: Any, targets: Any, values: Any) -> Any:
+    def scored(hidden: Any, weight: Any, targets: Any, values: Any, *scales: Any) -> Any:
         def value(hidden: Any, weight: Any) -> Any:
             options: dict[str, Any] = {"frozen_head": case.mode == FROZEN}
             if case.kernel == "token_logprobs":
-                return call(hidden, head(weight), targets, where=jnp.ones(case.rows, bool), **options)
+                return call(hidden, head(weight, *scales), targets, where=jnp.ones(case.rows, bool), **options)
             segments = jnp.repeat(jnp.arange(2 * PAIRS), case.rows // (2 * PAIRS))
             pairs = segments, values[: 2 * PAIRS].reshape(PAIRS, 2), jnp.full(PAIRS, 0.5)
             options |= {"loss": losses.bind(losses.ipo, tau=0.1), "where": jnp.ones(PAIRS, bool)}
@@ -170,8 +184,8 @@ def work(case: Case, side: str) -> Work:
         return result, pull(values if result.ndim else jnp.ones(()))
 
     if case.models == 1:
-        return scored, [hidden, weight, ids, values]
-    weights = [weight] * (1 if case.shared else 2)
+        return scored, [hidden, weight, ids, values, *scales]
+    weights = [weight, *scales] * (1 if case.shared else 2)
     if not case.sampler:
         return apart, [hidden, hidden, *weights]
     scalars = [values, shape((2,), jnp.uint32), ids, shape((), jnp.int32)]

@@ -92,8 +92,9 @@ def scalars(job: Work) -> dict[str, dict[int, list[int]]]:
         def record(numbers: dict[int, Any]) -> None:
             found[name] = {place: np.ravel(array).tolist() for place, array in numbers.items()}
 
-        def call(*arguments: jax.Array) -> Any:
-            whole = {place: array for place, array in enumerate(arguments) if array.dtype == jnp.int32}
+        def call(*arguments: Any) -> Any:
+            flat = enumerate(jax.tree.leaves(arguments))
+            whole = {place: array for place, array in flat if array.dtype == jnp.int32}
             jax.debug.callback(record, {place: array for place, array in whole.items() if array.size < 1 << 16})
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), out_shape)
 

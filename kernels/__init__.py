@@ -15,6 +15,11 @@ Four functions, which need nothing else of this package:
     result = preference_loss(hidden, head, tokens, segments, ref_logps, preference, loss=loss)
     kl, entropy = divergence(hidden, head, hidden_ref, ref_head, where=is_completion)
 
+A frozen head in int8 takes half of the memory of one in bfloat16:
+
+    weight, scales = quantize(embedding, axis=1)
+    head = Head(weight, scales=scales)
+
 Each takes `implementation="tpu"` (Pallas kernels: logits never reach the device's memory), `"xla"` (CPU and GPU),
 `"reference"` (plain JAX, the definition), or None for the best that runs here. All logits, sums and noise are float32;
 the operands of products keep their dtype, and float32 ones are multiplied in the precision that JAX is configured for.
@@ -26,6 +31,7 @@ draws and values are those of the whole head. Where axes are not checked (`check
 from .divergence import divergence
 from .divergence.sums import Divergence
 from .head import Head
+from .int8 import quantize
 from .mixture_sampling import mixture_sample
 from .mixture_sampling.sample import MixtureSample
 from .preference_loss import preference_loss
@@ -40,5 +46,6 @@ __all__ = [
     "divergence",
     "mixture_sample",
     "preference_loss",
+    "quantize",
     "token_logprobs",
 ]

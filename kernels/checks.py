@@ -16,10 +16,19 @@ def check_rows(hidden: Array, head: Head, owner: str = "hidden") -> None:
             f"{owner} must be as wide as its head, but received D = {hidden.shape[1]} for a head of D = {head.width} "
             f"and V = {head.vocab_size}. Check vocab_axis."
         )
-    if hidden.dtype != head.weight.dtype:
+    if not head.frozen and hidden.dtype != head.weight.dtype:
         raise ValueError(
             f"{owner} and its head's weight must have one dtype, but received {hidden.dtype} and "
             f"{head.weight.dtype}. Convert one of them with astype."
+        )
+
+
+def check_frozen(head: Head, frozen_head: bool) -> None:
+    """A head in int8, which has no gradient, is frozen."""
+    if head.frozen and not frozen_head:
+        raise ValueError(
+            "frozen_head must be True for a head in int8, to which no gradient goes, but received False. Pass "
+            "frozen_head=True, or train a head in floating point."
         )
 
 

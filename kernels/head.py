@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 
@@ -15,13 +16,17 @@ from jaxtyping import Float, Int
 class Head:
     """A language-model head: logits = soft_cap · tanh(scale · hidden @ W / soft_cap), in float32.
 
-    A pytree whose only leaf is `weight`; the rest is static. Two heads that hold the same `weight` array, and use it
-    alike, cost the sampler one reading of it. Inside `jax.shard_map`, a head whose vocabulary is split over a mesh axis
-    holds this device's slice of the weight and names the axis; draws and values are those of the whole head.
+    A pytree whose leaves are `weight` and `scales`; the rest is static. Two heads that hold the same arrays, and use
+    them alike, cost the sampler one reading of them. Inside `jax.shard_map`, a head whose vocabulary is split over a
+    mesh axis holds this device's slice of the weight and names the axis; draws and values are those of the whole head.
+
+    A weight in int8 is frozen: W is `scales` · `weight`, a scale for each token. "tpu" reads one byte for each of its
+    numbers; the others hold a copy in the dtype of the hidden states while they run.
     """
 
     weight: Array
-    """[V, D] (an embedding) when `vocab_axis` is 0, [D, V] (a projection) when it is 1. Neither is ever transposed."""
+    """[V, D] (an embedding) when `vocab_axis` is 0, [D, V] (a projection) when it is 1, floating point or int8. Neither
+    is ever transposed."""
     vocab_axis: int = 0
     """Axis of `weight` that counts the vocabulary."""
     scale: float = 1.0
@@ -30,20 +35,24 @@ class Head:
     """Bound on the size of a logit, as in Gemma 2; None for none."""
     mesh_axis: str | None = None
     """Mesh axis over which the vocabulary is split in equal, consecutive slices; None where `weight` is whole."""
+    scales: Array | None = None
+    """[V] float32, positive: of each token of an int8 weight, split as it is; None for a floating-point weight."""
 
     def __post_init__(self) -> None:
         if self.weight.ndim != 2:
             raise ValueError(
                 f"a head's weight must have 2 axes, but received shape {self.weight.shape}. Pass [V, D] or [D, V]."
             )
-        if not jnp.issubdtype(self.weight.dtype, jnp.floating):
+        if not (jnp.issubdtype(self.weight.dtype, jnp.floating) or self.weight.dtype == jnp.int8):
             raise ValueError(
-                f"a head's weight must be floating point, but received {self.weight.dtype}. Convert it with astype."
+                f"a head's weight must be floating point or int8, but received {self.weight.dtype}. Convert it with "
+                "astype."
             )
         if self.vocab_axis not in (0, 1):
             raise ValueError(
                 f"vocab_axis must be 0 or 1, but received {self.vocab_axis!r}. Pass 0 for [V, D] or 1 for [D, V]."
             )
+        self._check_scales()
         if not (isinstance(self.scale, int | float) and math.isfinite(self.scale)):
             raise ValueError(
                 f"scale must be a finite Python number, but received {self.scale!r}. Fold arrays into the weight."
@@ -53,17 +62,34 @@ class Head:
                 f"soft_cap must be a Python number above 0, but received {self.soft_cap!r}. Pass None for no cap."
             )
 
-    def tree_flatten(self) -> tuple[tuple[Any], tuple[int, float, float | None, str | None]]:
-        """The weight, and what is static."""
-        return (self.weight,), (self.vocab_axis, self.scale, self.soft_cap, self.mesh_axis)
+    def _check_scales(self) -> None:
+        if self.scales is None:
+            if self.weight.dtype == jnp.int8:
+                raise ValueError(
+                    "the scales of a head must come with an int8 weight, but received None. Pass scales=, [V] float32."
+                )
+            return
+        if self.weight.dtype != jnp.int8:
+            raise ValueError(
+                f"the scales of a head must be None for a floating-point weight, but received an array beside "
+                f"{self.weight.dtype}. Multiply the weight, or pass it in int8."
+            )
+        if self.scales.shape != (self.slice_size,) or self.scales.dtype != jnp.float32:
+            raise ValueError(
+                f"the scales of a head must have one float32 for each token, [{self.slice_size}], but received "
+                f"{self.scales.dtype} of shape {self.scales.shape}. Reshape or convert them."
+            )
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any], tuple[int, float, float | None, str | None]]:
+        """The weight and its scales, and what is static."""
+        return (self.weight, self.scales), (self.vocab_axis, self.scale, self.soft_cap, self.mesh_axis)
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[int, float, float | None, str | None], leaves: tuple[Any]) -> "Head":
+    def tree_unflatten(cls, static: tuple[int, float, float | None, str | None], leaves: tuple[Any, Any]) -> "Head":
         """Rebuild without validation: JAX puts tracers, shapes and None in the place of leaves."""
         head = object.__new__(cls)
-        for name, value in zip(
-            ("weight", "vocab_axis", "scale", "soft_cap", "mesh_axis"), (*leaves, *static), strict=True
-        ):
+        names = ("weight", "scales", "vocab_axis", "scale", "soft_cap", "mesh_axis")
+        for name, value in zip(names, (*leaves, *static), strict=True):
             object.__setattr__(head, name, value)
         return head
 
@@ -89,7 +115,13 @@ class Head:
         if self.mesh_axis is None:
             return self
         weight = jax.lax.all_gather(self.weight, self.mesh_axis, axis=self.vocab_axis, tiled=True)
-        return Head.tree_unflatten((self.vocab_axis, self.scale, self.soft_cap, None), (weight,))
+        scales = None if self.scales is None else jax.lax.all_gather(self.scales, self.mesh_axis, tiled=True)
+        return Head.tree_unflatten((self.vocab_axis, self.scale, self.soft_cap, None), (weight, scales))
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no gradient can go to the weight, which is in int8."""
+        return self.scales is not None
 
     @property
     def width(self) -> int:
@@ -100,20 +132,29 @@ class Head:
         """Float32 logits of each row; the operands of the product keep their dtype, its sums are float32."""
         product = jax.lax.dot_general(
             hidden,
-            self.weight,
+            self.operand(hidden.dtype),
             (((1,), (1 - self.vocab_axis,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
-        return self.shape_logits(product)
+        return self.shape_logits(self.by_token(product, axis=1))
 
     def product_by_token(self, hidden: Float[Array, "N D"]) -> Float[Array, "V N"]:
         """Float32 W @ hidden, vocabulary first and not yet shaped: the faster product where N is far below V."""
-        return jax.lax.dot_general(
-            self.weight,
+        product = jax.lax.dot_general(
+            self.operand(hidden.dtype),
             hidden,
             (((1 - self.vocab_axis,), (1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
+        return self.by_token(product, axis=0)
+
+    def operand(self, dtype: DTypeLike) -> Array:
+        """The weight as products take it; an int8 weight in the dtype of the states, which holds it exactly."""
+        return self.weight if self.scales is None else self.weight.astype(dtype)
+
+    def by_token(self, values: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+        """Values times the scales of an int8 weight, with the vocabulary along `axis` of two."""
+        return values if self.scales is None else values * jnp.expand_dims(self.scales, 1 - axis)
 
     def shape_logits(self, product: Float[Array, "..."]) -> Float[Array, "..."]:
         """Scale and soft cap of a float32 product."""
@@ -127,8 +168,15 @@ class Head:
 
     def same_map(self, other: "Head") -> bool:
         """Whether both hold the same weight array, by identity, and use it alike."""
-        return self.weight is other.weight and self.tree_flatten()[1] == other.tree_flatten()[1]
+        arrays, static = self.tree_flatten()
+        theirs, alike = other.tree_flatten()
+        return static == alike and all(own is array for own, array in zip(arrays, theirs, strict=True))
+
+    def of(self, ids: Int[Array, " C"]) -> "Head":
+        """The map to the logits of these tokens alone, in this order."""
+        scales = None if self.scales is None else jnp.take(self.scales, ids)
+        return Head.tree_unflatten(self.tree_flatten()[1], (jnp.take(self.weight, ids, axis=self.vocab_axis), scales))
 
     def with_weight(self, weight: Array) -> "Head":
-        """The same map with another weight: how a gradient of a head is written."""
-        return Head.tree_unflatten(self.tree_flatten()[1], (weight,))
+        """The same map with another weight in floating point: how a gradient of a head is written."""
+        return Head.tree_unflatten(self.tree_flatten()[1], (weight, None))

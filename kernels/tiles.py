@@ -28,7 +28,6 @@ from .vmem import (
     CHUNK,
     LANES,
     PARTS,
-    SUBLANES,
     UNIT,
     as_registers,
     matrix_unit,
@@ -40,6 +39,8 @@ from .vmem import (
 ZEROS = max(PARTS)
 """Scalars that are zero, before the number of blocks."""
 _ROW_BLOCKS = (1024, 512, 256, LANES)
+_ROWS_OF_BYTES = 32
+"""Rows of a register of 8 bits."""
 _NARROW = 2048
 """Below this D a unit's product is too short to cover the work on its logits."""
 
@@ -121,7 +122,7 @@ def choose(
 
 
 def weight_bytes(head: Head, tokens: int, dtype: Any) -> int:
-    """Bytes in VMEM of a tile of this many tokens."""
+    """Bytes in VMEM of a tile of this many tokens in this dtype."""
     return tile_bytes(*weight_block(head, tokens), dtype)
 
 
@@ -229,14 +230,14 @@ def read_logits(head: Head, logits: Any, again: Any, chunk: int) -> Array:
     return head.shape_logits(as_registers(logits[pl.ds(pl.multiple_of(again, UNIT) + chunk, CHUNK), :]))
 
 
-def read_weight(head: Head, weight: Any, part: Any, again: Any, masked: bool, limit: Any) -> Array:
-    """These columns of the tile, read anew; rows at and past the limit are zero, whatever lies there."""
+def read_weight(head: Head, weight: Any, part: Any, again: Any, masked: bool, limit: Any, dtype: Any) -> Array:
+    """These columns of the tile, read anew, in a dtype; rows at and past the limit are zero, whatever lies there."""
     again = pl.multiple_of(again, LANES)
     tile: Array
     if head.vocab_axis == 0:
-        tile = weight[pl.ds(again, weight.shape[0]), part]
+        tile = weight[pl.ds(again, weight.shape[0]), part].astype(dtype)
     else:
-        tile = weight[pl.ds(pl.multiple_of(part.start + again, SUBLANES), part.size), :]
+        tile = weight[pl.ds(pl.multiple_of(part.start + again, _ROWS_OF_BYTES), part.size), :].astype(dtype)
     if masked:
         ids = jax.lax.broadcasted_iota(jnp.int32, tile.shape, head.vocab_axis)
         tile = jnp.where(ids < limit, tile, jnp.zeros_like(tile))

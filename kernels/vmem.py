@@ -88,7 +88,7 @@ def turned(matrix: Float[Array, "..."]) -> Float[Array, "..."]:
     return matrix.T
 
 
-def product(head: Head, weight: Any, first: Any, states: list[Array], out: Any) -> None:
+def product(head: Head, weight: Any, first: Any, states: list[Array], out: Any, scales: Any = ()) -> None:
     """Write W @ hidden of UNIT tokens, [UNIT, rows], not yet shaped.
 
     Args:
@@ -97,14 +97,17 @@ def product(head: Head, weight: Any, first: Any, states: list[Array], out: Any) 
       first: the unit's first token in the tile.
       states: hidden states, [D, rows] for a [V, D] weight and [rows, D] for a [D, V] one, read once for each part.
       out: a ref, [UNIT, rows].
+      scales: a ref of the scales of an int8 tile by token, [tokens, rows].
     """
     size = UNIT // len(states)
     for number, part in enumerate(states):
         tokens = pl.ds(pl.multiple_of(first + number * size, size), size)
         if head.vocab_axis == 0:
-            result = jnp.dot(weight[tokens, :], part, preferred_element_type=jnp.float32)
+            result = jnp.dot(weight[tokens, :].astype(part.dtype), part, preferred_element_type=jnp.float32)
         else:
-            result = turned(jnp.dot(part, weight[:, tokens], preferred_element_type=jnp.float32))
+            result = turned(jnp.dot(part, weight[:, tokens].astype(part.dtype), preferred_element_type=jnp.float32))
+        if head.scales is not None:
+            result *= scales[tokens, :]
         out[number * size : (number + 1) * size, :] = result
 
 

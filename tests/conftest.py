@@ -141,7 +141,7 @@ def interpreted_tpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
     # What the interpreter makes of a kernel is no code that users get.
     parameters = request.node.callspec.params.values() if hasattr(request.node, "callspec") else ()
     module = request.module.__name__
-    # Of large logits that are equal, the optimised products of two models are equal bit for bit; the plain ones are not.
+    # Where models share large logits, optimised products are equal bit for bit and plain ones are not.
     kernel = ("tpu" in parameters and module != "test_divergence") or module == "test_tpu_kernels"
     with compiled_plainly() if kernel else nullcontext():
         yield

@@ -36,6 +36,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "all parameters, Adafactor, bfloat16": {"optimizer": "adafactor", "dtype": "bfloat16"},
     "adapters, AdamW, float32": {"optimizer": "adamw", "dtype": "float32", "adapter": AdapterConfig()},
     "adapters, AdamW, bfloat16": {"optimizer": "adamw", "dtype": "bfloat16", "adapter": AdapterConfig()},
+    "adapters, AdamW, bfloat16, int8 base": {
+        "optimizer": "adamw",
+        "dtype": "bfloat16",
+        "base_dtype": "int8",
+        "adapter": AdapterConfig(),
+    },
 }
 
 

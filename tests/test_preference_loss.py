@@ -326,7 +326,7 @@ def test_values_alone_cost_one_product() -> None:
 def test_most_of_the_logits_are_never_alive() -> None:
     rows, vocab, width, pairs = 2048, 32128, 4, 16
     shape = jax.ShapeDtypeStruct
-    head = Head.tree_unflatten((0, 1.0, None, None), (shape((vocab, width), jnp.float32),))
+    head = Head.tree_unflatten((0, 1.0, None, None), (shape((vocab, width), jnp.float32), None))
 
     def temporary(implementation: str) -> int:
         def value(hidden: Array, head: Head, targets: Array, segment_ids: Array) -> Array:

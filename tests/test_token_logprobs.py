@@ -124,7 +124,7 @@ def test_a_chunk_of_logits_is_the_most_that_is_alive() -> None:
     chunk = chunk_rows(rows, vocab)
     shapes = (
         jax.ShapeDtypeStruct((rows, width), jnp.float32),
-        Head.tree_unflatten((0, 1.0, None, None), (jax.ShapeDtypeStruct((vocab, width), jnp.float32),)),
+        Head.tree_unflatten((0, 1.0, None, None), (jax.ShapeDtypeStruct((vocab, width), jnp.float32), None)),
         jax.ShapeDtypeStruct((rows,), jnp.int32),
     )
 

@@ -255,7 +255,7 @@ def compile_for_tpu(script: str) -> str:
 
 def test_the_compiler_takes_every_kernel() -> None:
     lines = compile_for_tpu("import tpu_compile; tpu_compile.every_kernel()").splitlines()
-    assert len(lines) >= 14
+    assert len(lines) >= 17
     assert all(line.startswith("compiled ") for line in lines)
 
 
@@ -266,7 +266,7 @@ def test_the_compiler_takes_split_heads() -> None:
 
 def test_vmem_is_what_the_formulas_say() -> None:
     lines = compile_for_tpu("import tpu_compile; tpu_compile.vmem()").splitlines()
-    assert len(lines) >= 5
+    assert len(lines) >= 8
     for line in lines:
         name, formula, used = line.split()
         assert 0.9 < int(formula) / int(used) < 1.15, name

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -140,6 +141,18 @@ def every_kernel() -> None:
         one_chip(apart(heads[0], None if shared else heads[1]), *apart_shapes(policy, ref))
         print("compiled divergence", policy, ref, kind, "one head" if shared else "two heads")
 
+    for vocab, width, axis in ((50257, 768, 0), (2000, 256, 1), (1000, 64, 0)):
+        head = partial(int8_head, axis=axis)
+        hidden, weight = Shape((130, width), jnp.dtype("bfloat16")), head_shape(vocab, width, axis, "int8")
+        one_chip(draws(head), hidden, weight, hidden, weight, *draw_shapes(130, vocab, width, axis, "bfloat16")[4:])
+        one_chip(scores(head, True), hidden, weight, Shape((130,), jnp.int32))
+        one_chip(apart(head, head), hidden, weight, hidden, weight)
+        print("compiled heads in int8", vocab, width, axis)
+
+
+def int8_head(weight: Array, axis: int = 0) -> Head:
+    return Head(weight, axis, scales=jnp.ones(weight.shape[axis]))
+
 
 def split_heads() -> None:
     """On eight chips, with axes checked: results are the same on all of them."""
@@ -169,10 +182,10 @@ def vmem() -> None:
     rows = Shape((1024,), jnp.float32)
     hidden, ids, count = Shape((1024, 1024), jnp.bfloat16), Shape((1024,), jnp.int32), Shape((), jnp.int32)
     other = Head(Shape((32128, 1024), jnp.bfloat16))  # type: ignore[arg-type]
-    layout = layout_of(128, head, other, 1.0, 32128, 2)
+    layout = layout_of(128, head, other, jnp.bfloat16, 1.0, 32128, 2)
     programs = {
         "forward": (
-            forward_pass.forward_bytes(head, Tiles(256, 512)),
+            forward_pass.forward_bytes(head, jnp.bfloat16, Tiles(256, 512)),
             lambda x, w, t, c: forward_pass.forward(x, Head(w), t, c, Tiles(256, 512), False),
             (hidden, head.weight, ids, count),
         ),
@@ -182,7 +195,7 @@ def vmem() -> None:
             (hidden, head.weight, ids, rows, rows, count),
         ),
         "frozen": (
-            frozen_pass.frozen_bytes(head, tiles),
+            frozen_pass.frozen_bytes(head, jnp.bfloat16, tiles),
             lambda x, w, t, c: frozen_pass.frozen(x, Head(w), t, c, tiles, False),
             (hidden, head.weight, ids, count),
         ),
@@ -192,14 +205,36 @@ def vmem() -> None:
             draw_shapes(128, 32128, 1024, 0, "bfloat16"),
         ),
         "divergence": (
-            distances.divergence_bytes(head, other, Tiles(256, 512)),
+            distances.divergence_bytes(head, other, (jnp.bfloat16,) * 2, Tiles(256, 512)),
             lambda x, w, y, u, c: distances.divergence_sums(x, Head(w), y, Head(u), c, Tiles(256, 512), False),
             (hidden, head.weight, hidden, other.weight, count),
         ),
     }  # fmt: skip
+    small = Shape((32128, 1024), jnp.int8)
+    pair = [Head(Shape(small.shape, jnp.int8), scales=Shape((32128,), jnp.float32)) for _ in range(2)]  # type: ignore[arg-type]
+    shape, others = pair[0], (ids, count)
+    programs |= {
+        "forward-int8": (
+            forward_pass.forward_bytes(shape, jnp.bfloat16, Tiles(256, 512)),
+            lambda x, w, t, c: forward_pass.forward(x, int8_head(w), t, c, Tiles(256, 512), False),
+            (hidden, small, *others),
+        ),
+        "frozen-int8": (
+            frozen_pass.frozen_bytes(shape, jnp.bfloat16, tiles),
+            lambda x, w, t, c: frozen_pass.frozen(x, int8_head(w), t, c, tiles, False),
+            (hidden, small, *others),
+        ),
+        "sampler-int8": (
+            layout_of(128, *pair, jnp.bfloat16, 1.0, 32128, 2).vmem_bytes,
+            draws(int8_head, groups=2),
+            tuple(
+                small if size.shape == small.shape else size for size in draw_shapes(128, 32128, 1024, 0, "bfloat16")
+            ),
+        ),
+    }
     for name, (formula, function, shapes) in programs.items():
         for module in (sampling, tiling):
-            module.vmem_limit = lambda limit=formula * 3 // 4: limit
+            module.vmem_limit = lambda limit=formula * 7 // 8: limit
         complaint = ""
         try:
             one_chip(function, *shapes)

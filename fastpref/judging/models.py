@@ -71,8 +71,7 @@ def answer_margins(policy: Policy, answers: Int[Array, " 2"], *readings: Array) 
     """
     states = last_states(policy, *readings)
     head = policy.head()
-    pair = head.with_weight(jnp.take(head.weight, answers, axis=head.vocab_axis))
-    logits = pair.logits(states.reshape(-1, states.shape[-1]))
+    logits = head.of(answers).logits(states.reshape(-1, states.shape[-1]))
     return (logits[:, 0] - logits[:, 1]).reshape(states.shape[:2])
 
 
@@ -336,9 +335,7 @@ class RewardModel:
     @classmethod
     def from_model(cls, model: LanguageModel, **settings: Any) -> "RewardModel":
         """A reward model on a language model's body, its scalar head at zero."""
-        head = model.module.head()
-        width = head.weight.shape[1 - head.vocab_axis]
-        return cls(model, ScoredPolicy(nnx.clone(model.module), width), **settings)
+        return cls(model, ScoredPolicy(nnx.clone(model.module), model.module.head().width), **settings)
 
     def readings(self, prompts: Sequence[str], completions: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids of what is read for each completion: see `conversations.readings`."""

@@ -189,5 +189,6 @@ def _cast(params: Any, *, dtype: str) -> Any:
 def cast_once(params: Any, *, dtype: str) -> Any:
     """Parameters in a dtype: the same arrays where they are in it already."""
     wanted = jax.eval_shape(partial(in_dtype, dtype=dtype), params)
-    same = all(leaf.dtype == like.dtype for leaf, like in zip(*map(jax.tree.leaves, (params, wanted)), strict=True))
+    (leaves, structure), (likes, like) = (jax.tree.flatten(tree) for tree in (params, wanted))
+    same = len({structure, like}) == 1 and all(leaf.dtype == x.dtype for leaf, x in zip(leaves, likes, strict=True))
     return params if same else _cast(params, dtype=dtype)

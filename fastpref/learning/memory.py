@@ -14,7 +14,8 @@ from fastpref.data.ragged import Ragged
 from fastpref.learning import learner, optimizers, update
 from fastpref.learning.row_plan import plan_rows
 from fastpref.method.config import TrainConfig
-from fastpref.models.adapters import Adapters, Base
+from fastpref.models.adapters import Adapters, Base, without_adapter
+from fastpref.models.int8 import quantized_params
 from fastpref.models.lowrank import in_dtype
 
 
@@ -76,6 +77,10 @@ def train_memory(
     """
     params = _shapes(params)
     base, trained = (None, params) if parts is None else _shapes(parts)
+    if config.base_dtype == "int8":
+        if parts is None:
+            raise without_adapter()
+        params = jax.eval_shape(quantized_params, params)
     read = jax.eval_shape(partial(in_dtype, dtype=learner.dtype_of(config)), params)
     base = None if base is None else replace(base, params=read)
     trained = jax.eval_shape(partial(in_dtype, dtype=config.param_dtype), trained)

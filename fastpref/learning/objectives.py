@@ -30,12 +30,13 @@ def token_loss(module: Any, batch: Batch, *, frozen_head: bool = False) -> tuple
     real = token_mask(batch["completion_lengths"], tokens.shape[-1])
     prompts = batch["prompt_tokens"]
     hidden = hidden_states(module, prompts, token_mask(batch["prompt_lengths"], prompts.shape[1]), tokens)
+    head = module.head()
     logps = token_logprobs(
         hidden.reshape(-1, hidden.shape[-1]),
-        module.head(),
+        head,
         tokens.reshape(-1),
         where=real.reshape(-1),
-        frozen_head=frozen_head,
+        frozen_head=frozen_head or head.frozen,
     )
     return -logps.sum(), real.sum().astype(jnp.float32)
 

@@ -35,7 +35,7 @@ from fastpref.learning.objectives import (
 )
 from fastpref.method.config import SupervisedConfig
 from fastpref.method.errors import require
-from fastpref.models import LanguageModel, as_model, save
+from fastpref.models import LanguageModel, as_model, quantized, save
 from fastpref.models.adapters import Adapters, Base, trainable
 from fastpref.models.directories import ADAPTER_FILES, warn_of_merging
 from fastpref.runs import owner
@@ -102,6 +102,7 @@ def _check_destination(run_dir: str | Path | None, *beside: str) -> None:
 
 def _parts(model: LanguageModel, config: SupervisedConfig, run_dir: str | Path | None) -> tuple[Base, Adapters] | None:
     """The base and the initial adapters of a training, or None where all parameters are trained."""
+    model = quantized(model) if config.base_dtype == "int8" else model
     parts = trainable(model, config.adapter, seed=config.seed)
     if parts is not None and run_dir is not None:
         warn_of_merging(model)

@@ -31,6 +31,7 @@ from fastpref.method.schedules import value_at
 from fastpref.models import T5, Decoder, LanguageModel, as_model, save
 from fastpref.models.adapters import Base, trainable
 from fastpref.models.directories import ADAPTER_FILES, warn_of_merging
+from fastpref.models.int8 import all_quantized
 from fastpref.models.policy import check_length
 from fastpref.models.rows import shared_rows
 from fastpref.runs import owner
@@ -254,7 +255,8 @@ def train(
     policy = as_model(policy, dtype=dtype, trained=config.param_dtype if config.adapter is None else None)
     others = [as_model(model, dtype=dtype) for model in (ref, behaviour) if model is not None]
     models = [policy, *([policy] if ref is None else []), *others]
-    policy, ref, *others = shared_rows(models)
+    models = shared_rows(models)
+    policy, ref, *others = all_quantized(models) if config.base_dtype == "int8" else models
     folder = None if run_dir is None else Path(run_dir)
     destination = folder / "policy" if folder is not None and isinstance(policy.module, T5 | Decoder) else None
     base: Base | None = None

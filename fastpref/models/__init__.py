@@ -4,6 +4,7 @@ from fastpref.models.adapters import merged
 from fastpref.models.decoder import Decoder, DecoderConfig
 from fastpref.models.directories import as_model, load, save
 from fastpref.models.huggingface import LanguageModel
+from fastpref.models.int8 import quantized
 from fastpref.models.peft import load_adapter, save_adapter
 from fastpref.models.policy import Policy
 from fastpref.models.rope import RopeScaling
@@ -21,6 +22,7 @@ __all__ = [
     "load",
     "load_adapter",
     "merged",
+    "quantized",
     "save",
     "save_adapter",
 ]

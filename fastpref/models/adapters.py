@@ -5,6 +5,7 @@ factors; the base stays as it is and is shared by all models that have adapters 
 """
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -15,15 +16,18 @@ from flax import nnx
 from jax import Array
 
 from fastpref.method.adapter import ALL_LINEAR, AdapterConfig
-from fastpref.method.errors import ConfigError, ModelError
+from fastpref.method.errors import ConfigError, ModelError, ModelWarning
 from fastpref.models.configs import text_config, write_config
 from fastpref.models.decoder import Decoder
 from fastpref.models.huggingface import KEPT_AS_IS, LanguageModel, stored_tensors
-from fastpref.models.lowrank import Adapted, LowRank, dense
+from fastpref.models.lowrank import Adapted, LowRank, Quantized, dense, is_quantized
 from fastpref.models.t5 import T5
 
 HEAD = "lm_head"
 """The name of the head, and of its parameter."""
+
+KINDS = (Adapted, Quantized)
+"""Kernels that are no arrays."""
 
 Adapters = dict[str, Any]
 """`LowRank` factors by the name of the module that they are added to; arrays of what is trained whole by their path."""
@@ -121,10 +125,13 @@ def trainable(model: LanguageModel, config: AdapterConfig | None, *, seed: int) 
       seed: of the initial values.
 
     Raises:
-      ConfigError: the setting names no module, or the model has adapters of another shape.
+      ConfigError: the setting names no module, the model has adapters of another shape, or it is in int8 and no
+        adapter is to be trained.
       ModelError: the module is not of this package.
     """
     present = split(model)
+    if present is None and config is None and is_quantized(nnx.state(model.module)):
+        raise without_adapter()
     if present is None:
         return None if config is None else adapt(model, config, seed=seed)
     base, adapters = present
@@ -141,6 +148,14 @@ def trainable(model: LanguageModel, config: AdapterConfig | None, *, seed: int) 
             "fastpref.models.merged(policy)."
         )
     return replace(base, dropout=config.dropout), adapters
+
+
+def without_adapter() -> ConfigError:
+    """The refusal to train all parameters of a model in int8."""
+    return ConfigError(
+        "adapter must be set to train a model in int8, whose own parameters have no gradient, but received None. "
+        "Set adapter = { rank = 16 }, say, or train a model in floating point: leave base_dtype out."
+    )
 
 
 def adapt(model: LanguageModel, config: AdapterConfig, *, seed: int) -> tuple[Base, Adapters]:
@@ -273,10 +288,19 @@ def with_adapters(model: LanguageModel, base: Base, adapters: Adapters) -> Langu
 def merged(model: LanguageModel) -> LanguageModel:
     """The model with its adapter added to its kernels, W + s·A B, in arrays of its own where there was one.
 
-    Logits are those of the model with its adapter, but for rounding.
+    Logits are those of the model with its adapter, but for rounding. Of a model in int8 the base is what int8 kept of
+    it, with a `ModelWarning`: for the one in its files, load the saved adapter, which names it, and merge that.
     """
+    params = nnx.state(model.module)
+    if is_quantized(params):
+        warnings.warn(
+            "a model in int8 is merged with what int8 kept of its base. To merge its adapter into the base itself, "
+            "save the model, which writes the adapter, and merge what is loaded from there: fastpref merge",
+            ModelWarning,
+            stacklevel=2,
+        )
     flat = [
-        (path, variable.replace(dense(variable[...])) if isinstance(variable.get_value(), Adapted) else variable)
-        for path, variable in nnx.to_flat_state(nnx.state(model.module))
+        (path, variable.replace(dense(variable[...])) if isinstance(variable.get_value(), KINDS) else variable)
+        for path, variable in nnx.to_flat_state(params)
     ]
     return model.with_module(nnx.merge(nnx.graphdef(model.module), nnx.from_flat_state(flat)))

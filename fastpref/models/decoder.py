@@ -27,7 +27,7 @@ from fastpref.models.layers import (
     rematerialised,
     right_padded,
 )
-from fastpref.models.lowrank import dense
+from fastpref.models.lowrank import head_arrays
 from fastpref.models.masks import Masks, Places, causal_mask, packed_mask
 from fastpref.models.policy import check_length, hidden_states
 from fastpref.models.rope import RopeScaling, Rotation
@@ -222,8 +222,8 @@ class Decoder(nnx.Module):
         """The map from a hidden state to logits."""
         logits: dict[str, Any] = {"scale": self.config.logit_scale, "soft_cap": self.config.logit_cap}
         if self.lm_head is None:
-            return Head(self.embedding[...], **logits)
-        return Head(dense(self.lm_head[...]), vocab_axis=1, **logits)
+            return Head(**head_arrays(self.embedding[...]), **logits)
+        return Head(**head_arrays(self.lm_head[...]), vocab_axis=1, **logits)
 
     def forward(
         self,

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from fastpref.method.errors import ModelWarning
+from fastpref.method.errors import ModelError, ModelWarning
 from fastpref.models.adapters import merged
 from fastpref.models.huggingface import LanguageModel, load_whole, save_whole
-from fastpref.models.lowrank import is_adapted
+from fastpref.models.lowrank import is_adapted, is_quantized
 from fastpref.models.peft import CONFIG, WEIGHTS, load_adapter, save_adapter
 
 ADAPTER_FILES = (CONFIG, WEIGHTS)
@@ -65,10 +65,17 @@ def save(
     Raises:
       WriteError: the disk refused; the message names `path`, which is as it was.
       TypeError: the module is neither a `T5` nor a `Decoder`.
-      ModelError: `model.config` describes another model, or no kind of checkpoint fits the module's configuration.
+      ModelError: `model.config` describes another model, no kind of checkpoint fits the module's configuration, or the
+        model is in int8 without an adapter.
       FileExistsError: `path` holds files that are no part of a checkpoint.
     """
-    adapted = isinstance(model.module, nnx.Module) and is_adapted(nnx.state(model.module))
+    params = nnx.state(model.module) if isinstance(model.module, nnx.Module) else {}
+    adapted = is_adapted(params)
+    if is_quantized(params) and not adapted:
+        raise ModelError(
+            "a model must be in floating point to be saved whole, but received one in int8. Save the one that it was "
+            "made from, or what int8 kept of it: save(merged(model), path)."
+        )
     if adapted and not warn_of_merging(model):
         save_adapter(model, path, beside=beside)
     else:

@@ -1,11 +1,10 @@
-"""Kernels with low-rank adapters (LoRA: Hu et al., 2021), and the one product that all layers take with a kernel.
+"""Kernels, in int8 or with low-rank adapters (LoRA: Hu et al., 2021), and the one product that layers take with them.
 
 Models that share a base are run in one pass: their rows lie one after the other, in equal parts, in every product with
 a kernel W, which is read once; each model's own difference s·(x A) B is added to its own rows.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import EllipsisType
 from typing import Any, NamedTuple
 
@@ -25,11 +24,61 @@ class LowRank(NamedTuple):
 
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True, slots=True, eq=False)
+class Quantized:
+    """A frozen matrix in int8, with a scale for each output of its product. It stands in the place of its array.
+
+    A pytree of two arrays, which may have further axes in front alike. Made by `models.int8`.
+    """
+
+    weight: Array
+    """Entries, [I, O] of a kernel and [V, D] of an embedding."""
+    scale: Array
+    """Float32: [O], or [V]."""
+    axis: int = -2
+    """Axis of the entries that have a scale in common: −2 of a kernel, −1 of an embedding."""
+    dtype: str = "float32"
+    """Of the array that it stands for, and of the rows that are read of an embedding."""
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[int, str]]:
+        """The arrays, and what is static."""
+        names = ("weight", "scale")
+        return tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names), (self.axis, self.dtype)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[int, str], leaves: tuple[Any, ...]) -> "Quantized":
+        """Rebuild without validation: JAX puts tracers, shapes and None in the place of leaves."""
+        matrix = object.__new__(cls)
+        for name, value in zip(("weight", "scale", "axis", "dtype"), (*leaves, *static), strict=True):
+            object.__setattr__(matrix, name, value)
+        return matrix
+
+    def __getitem__(self, index: Any) -> Any:
+        """The matrix itself, as a parameter is read, or rows of an embedding by their numbers."""
+        return self if index is ... else Quantized(self.weight[index], self.scale[index], self.axis, self.dtype).dense()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that it stands for."""
+        return tuple(self.weight.shape)
+
+    @property
+    def size(self) -> int:
+        """Entries of that array."""
+        return int(self.weight.size)
+
+    def dense(self) -> Array:
+        """That array."""
+        scaled = self.weight.astype(jnp.float32) * jnp.expand_dims(self.scale, self.axis)
+        return scaled.astype(self.dtype)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(frozen=True, slots=True, eq=False)
 class Adapted:
     """A kernel with the adapters of M models that share it. It stands in the place of the kernel's array."""
 
-    weight: Float[Array, "I O"]
-    """W, read once for the rows of all models."""
+    weight: Array | Quantized
+    """W, [I, O], read once for the rows of all models."""
     adapters: tuple[LowRank | None, ...]
     """Of each model; None for one that is the base itself."""
     scale: float = 1.0
@@ -81,14 +130,15 @@ class Adapted:
                 "Merge each model by itself."
             )
         (adapter,) = self.adapters
+        weight = dense(self.weight)
         if adapter is None:
-            return self.weight
+            return weight
         a, b = (x.astype(jnp.float32) for x in adapter)
         difference = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-        return (self.weight.astype(jnp.float32) + self.scale * difference).astype(self.weight.dtype)
+        return (weight.astype(jnp.float32) + self.scale * difference).astype(weight.dtype)
 
 
-Kernel = Array | Adapted
+Kernel = Array | Quantized | Adapted
 """A matrix [I, O] that rows are multiplied with."""
 
 
@@ -99,9 +149,13 @@ def product(x: Float[Array, "N I"], kernel: Kernel) -> Float[Array, "N O"]:
       x: rows; those of M models one after the other, in equal parts.
       kernel: W, with adapters or without.
     """
+    if isinstance(kernel, Quantized):
+        # Entries of int8 are exact in bfloat16, scales are not.
+        wide = (x @ kernel.weight.astype(x.dtype)).astype(jnp.float32)
+        return (wide * kernel.scale[None]).astype(x.dtype)
     if not isinstance(kernel, Adapted):
         return x @ kernel
-    shared = x @ kernel.weight
+    shared = product(x, kernel.weight)
     models = len(kernel.adapters)
     parts = zip(jnp.split(x, models), jnp.split(shared, models), kernel.adapters, strict=True)
     rows = [
@@ -122,30 +176,43 @@ def _difference(
 
 
 def in_dtype(params: Any, dtype: DTypeLike) -> Any:
-    """Parameters in the dtype of products; adapters stay as they are, and are cast where they are used."""
+    """Parameters in the dtype of products; adapters and int8 stay as they are, and are cast where they are used."""
     leaves, structure = jax.tree.flatten(params, is_leaf=_is_kernel)
 
-    def cast(array: Array) -> Array:
+    def cast(array: Any) -> Any:
+        if isinstance(array, Quantized):
+            return array if array.dtype == jnp.dtype(dtype).name else replace(array, dtype=jnp.dtype(dtype).name)
         # The same array where there is nothing to do: models that share it are known by that.
         return array if array.dtype == dtype or not jnp.issubdtype(array.dtype, jnp.floating) else array.astype(dtype)
 
     return jax.tree.unflatten(
         structure,
-        [
-            dataclasses.replace(leaf, weight=cast(leaf.weight)) if isinstance(leaf, Adapted) else cast(leaf)
-            for leaf in leaves
-        ],
+        [replace(leaf, weight=cast(leaf.weight)) if isinstance(leaf, Adapted) else cast(leaf) for leaf in leaves],
     )
 
 
 def dense(kernel: Kernel) -> Array:
     """The kernel as one array, its adapter merged."""
-    return kernel.merged() if isinstance(kernel, Adapted) else kernel
+    if isinstance(kernel, Adapted):
+        return kernel.merged()
+    return kernel.dense() if isinstance(kernel, Quantized) else kernel
+
+
+def head_arrays(kernel: Kernel) -> dict[str, Any]:
+    """`weight` and `scales` of a `Head`; a kernel with an adapter is one array."""
+    if isinstance(kernel, Quantized):
+        return {"weight": kernel.weight, "scales": kernel.scale}
+    return {"weight": dense(kernel)}
 
 
 def is_adapted(tree: Any) -> bool:
     """Whether a tree of parameters has adapters."""
     return any(isinstance(leaf, Adapted) for leaf in jax.tree.leaves(tree, is_leaf=_is_kernel))
+
+
+def is_quantized(tree: Any) -> bool:
+    """Whether a tree of parameters has matrices in int8."""
+    return any(isinstance(weight_of(leaf), Quantized) for leaf in jax.tree.leaves(tree, is_leaf=_is_kernel))
 
 
 def stacked(params: Any, ref_params: Any) -> Any | None:
@@ -171,7 +238,8 @@ def stacked(params: Any, ref_params: Any) -> Any | None:
 def _shared(path: Any, first: Kernel, second: Kernel) -> Kernel | None:
     """One kernel of two models, or None where it is not the same."""
     both = [kernel for kernel in (first, second) if isinstance(kernel, Adapted)]
-    if _weight(first) is not _weight(second):
+    arrays, theirs = jax.tree.leaves(weight_of(first)), jax.tree.leaves(weight_of(second))
+    if not all(array is other for array, other in zip(arrays, theirs, strict=True)):
         return None
     if not both:
         return first
@@ -179,12 +247,13 @@ def _shared(path: Any, first: Kernel, second: Kernel) -> Kernel | None:
     if not alike or "lm_head" in jax.tree_util.keystr(path):
         return None
     adapters = tuple(kernel.adapters[0] if isinstance(kernel, Adapted) else None for kernel in (first, second))
-    return Adapted(_weight(first), adapters, both[0].scale)
+    return Adapted(weight_of(first), adapters, both[0].scale)
 
 
 def _is_kernel(leaf: Any) -> bool:
-    return isinstance(leaf, Adapted)
+    return isinstance(leaf, Adapted | Quantized)
 
 
-def _weight(leaf: Kernel) -> Array:
+def weight_of(leaf: Kernel) -> Array | Quantized:
+    """A kernel without its adapters."""
     return leaf.weight if isinstance(leaf, Adapted) else leaf

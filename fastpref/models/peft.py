@@ -1,11 +1,13 @@
 """Adapter directories in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`, in and out."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -16,10 +18,12 @@ from safetensors.numpy import save as to_safetensors
 from fastpref.data import files, hashes
 from fastpref.data.token_files import FILES, read_json
 from fastpref.data.tokenizer import Tokenizer
-from fastpref.method.errors import ModelError
+from fastpref.kernels import quantize
+from fastpref.method.errors import ModelError, ModelWarning
 from fastpref.models.adapters import HEAD, Adapters, Base, Site, linear_modules, split, with_adapters
 from fastpref.models.huggingface import LanguageModel, load_whole, write_json
-from fastpref.models.lowrank import LowRank
+from fastpref.models.int8 import quantized_params
+from fastpref.models.lowrank import LowRank, Quantized, is_quantized
 from fastpref.models.t5 import T5
 from fastpref.models.tensors import Tensor, read_header, read_tensor
 
@@ -99,12 +103,20 @@ def load_adapter(
         )
     with safe_open(source / WEIGHTS, framework="np") as file:
         digest = (file.metadata() or {}).get(DIGEST)
-    known = None if digest is None else base_digest(nnx.state(base.module))
+    params = nnx.state(base.module)
+    in_int8 = "int8" in (digest or "").partition(":")[0] and not is_quantized(params)
+    known = None if digest is None else base_digest(quantized_params(params) if in_int8 else params)
     # Numbers of another dtype are others; then the shapes alone tell.
     if digest and known and digest.partition(":")[0] == known.partition(":")[0] and digest != known:
         raise ModelError(
             f"an adapter must be read on the base that it was trained on, but received {source} with another "
             f"({entries.get('base_model_name_or_path')!r} has changed, or is not the one). Give the right one as base."
+        )
+    if in_int8:
+        warnings.warn(
+            f"{source}: the adapter was trained on its base in int8, and is read on the base itself, which int8 rounds",
+            ModelWarning,
+            stacklevel=2,
         )
     frozen, adapters = read_factors(source, entries, tensors, base, finite=finite)
     model = with_adapters(base, frozen, adapters)
@@ -151,7 +163,10 @@ def read_factors(
             # PEFT writes a head that has an adapter beside it.
             (place,) = modules[copied[1]]
             kernel = dict(nnx.to_flat_state(params))[place.path][...]
-            if not np.array_equal(np.asarray(read_tensor(tensor, kernel.dtype, turned=True)), np.asarray(kernel)):
+            copy: Any = read_tensor(tensor, kernel.dtype, turned=True)
+            if isinstance(kernel, Quantized):
+                copy, kernel = quantize(copy, kernel.axis)[0], kernel.weight
+            if not np.array_equal(np.asarray(copy), np.asarray(kernel)):
                 raise ModelError(
                     f"{name} must be that of the base, but received another in {source}. Merge the adapter into its "
                     "base with peft: merge_and_unload()."
@@ -202,7 +217,11 @@ def _scale(entries: Mapping[str, Any], name: str, rank: int) -> float:
 
 def base_digest(params: Any) -> str:
     """The dtypes of the parameters of a base, and a hash of them by their paths."""
-    leaves = [(".".join(map(str, path)), np.asarray(variable[...])) for path, variable in nnx.to_flat_state(params)]
+    leaves = [
+        (".".join(map(str, path)), np.asarray(array))
+        for path, variable in nnx.to_flat_state(params)
+        for array in jax.tree.leaves(variable[...])
+    ]
     dtypes = ",".join(sorted({str(array.dtype) for _, array in leaves}))
     parts = (part for name, array in leaves for part in (f"{name}{array.shape}".encode(), array.tobytes()))
     return f"{dtypes}:{hashes.of_buffers(parts).hex()}"

@@ -38,7 +38,8 @@ def sequence_logps(policy: Policy, batch: PackedPairs, *, frozen_head: bool = Fa
     With `frozen_head`, no gradient goes to the head.
     """
     hidden, targets, segments = scored(policy, batch)
-    logps = token_logprobs(hidden, policy.head(), targets, where=segments >= 0, frozen_head=frozen_head)
+    head = policy.head()
+    logps = token_logprobs(hidden, head, targets, where=segments >= 0, frozen_head=frozen_head or head.frozen)
     return sequence_sums(logps, segments, batch.where.shape[0])
 
 

@@ -20,7 +20,7 @@ from fastpref.data.batches import PackedPairs
 from fastpref.kernels import Head
 from fastpref.models.attention import Cache, Own, Shared
 from fastpref.models.layers import ACTIVATIONS, Attention, FeedForward, Norm, normal, rematerialised, right_padded
-from fastpref.models.lowrank import dense
+from fastpref.models.lowrank import head_arrays
 from fastpref.models.masks import Distances, Mask, Masks, cross_mask, packed_mask, padding_mask, prompt_mask
 from fastpref.models.policy import hidden_states
 
@@ -194,8 +194,8 @@ class T5(nnx.Module):
         """The map from a hidden state to logits."""
         scale = self.config.width**-0.5 if self.config.scaled_output else 1.0
         if self.lm_head is None:
-            return Head(self.embedding[...], scale=scale)
-        return Head(dense(self.lm_head[...]), vocab_axis=1, scale=scale)
+            return Head(**head_arrays(self.embedding[...]), scale=scale)
+        return Head(**head_arrays(self.lm_head[...]), vocab_axis=1, scale=scale)
 
     def encode(self, tokens: Int[Array, "P S"], mask: Mask) -> tuple[Shared, ...]:
         """Run the encoder on prompts; return the keys and values that each layer of the decoder reads of them."""

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from ..head import Head
 from ..slices import result_shape, vary_alike
+from ..streams import arrays, scratch, specs, stream_bytes, turn_scales
 from ..tiles import (
     ZEROS,
     Compacted,
@@ -33,7 +34,6 @@ from ..tiles import (
     scalar_memory,
     states_spec,
     units_at_once,
-    weight_bytes,
     weight_spec,
 )
 from ..vmem import CHUNK, LANES, NEVER, SUBLANES, UNIT, finite_or_zero, product, tile_bytes, unit_ids
@@ -53,7 +53,7 @@ def divergence(
     interpret: Any = False,
 ) -> Divergence:
     """`fastpref.kernels.divergence`; `tiles` overrides the blocks, `interpret` is Pallas's."""
-    tiles = tiles or divergence_tiles(head, ref_head, hidden.shape[0])
+    tiles = tiles or divergence_tiles(head, ref_head, (hidden.dtype, ref_hidden.dtype), hidden.shape[0])
     shared, rows = head.same_map(ref_head), Compacted.of(where, tiles.rows)
     # As in `token_logprobs`, XLA gathers, masks and transposes in one pass.
     counts = jnp.arange(rows.order.shape[0])[:, None] < rows.total
@@ -82,19 +82,20 @@ def pairs_at_once(head: Head, ref_head: Head, tiles: Tiles) -> int:
     return min(units_at_once(model, units) for model in (head, ref_head))
 
 
-def divergence_bytes(head: Head, ref_head: Head, tiles: Tiles) -> int:
+def divergence_bytes(head: Head, ref_head: Head, dtypes: tuple[Any, Any], tiles: Tiles) -> int:
     """VMEM of the kernel: hidden states, weights and results twice each, a unit of logits of each model."""
-    states = sum(tile_bytes(model.width, tiles.rows, model.weight.dtype) for model in (head, ref_head))
-    weights = sum(weight_bytes(model, tiles.tokens, model.weight.dtype) for model in streamed(head, ref_head))
+    widths, rows = (head.width, ref_head.width), unit_rows(head, ref_head, tiles)
+    states = sum(tile_bytes(width, tiles.rows, dtype) for width, dtype in zip(widths, dtypes, strict=True))
+    weights = sum(stream_bytes(model, tiles.tokens, rows) for model in streamed(head, ref_head))
     results = tile_bytes(FIELDS * SUBLANES, tiles.rows, jnp.float32)
-    unit = tile_bytes(UNIT, unit_rows(head, ref_head, tiles), jnp.float32)
-    return 2 * (states + weights + results + pairs_at_once(head, ref_head, tiles) * unit)
+    unit = tile_bytes(UNIT, rows, jnp.float32)
+    return 2 * (states + results + pairs_at_once(head, ref_head, tiles) * unit) + weights
 
 
-def divergence_tiles(head: Head, ref_head: Head, rows: int) -> Tiles:
+def divergence_tiles(head: Head, ref_head: Head, dtypes: tuple[Any, Any], rows: int) -> Tiles:
     """Tiles of the kernel: one unit of tokens. Heads that lie differently have only units of 128 rows in common."""
     columns = None if head.vocab_axis == ref_head.vocab_axis else LANES
-    return choose(partial(divergence_bytes, head, ref_head), rows, (UNIT,), 1024, columns)
+    return choose(partial(divergence_bytes, head, ref_head, dtypes), rows, (UNIT,), 1024, columns)
 
 
 def divergence_sums(
@@ -122,17 +123,20 @@ def divergence_sums(
     width, side = unit_rows(head, ref_head, tiles), pairs_at_once(head, ref_head, tiles)
 
     def kernel(scalars: Any, states: Any, ref_states: Any, *refs: Any) -> None:
-        *weights, out, buffers = refs
+        streams, (out, buffers, *scales) = refs[: len(heads)], refs[len(heads) :]
         block, step = pl.program_id(0), pl.program_id(1)
 
         def unit(masked: bool, number: Any, place: int) -> None:
             lanes, ids, logits = rows_of(number, width), unit_ids(width), buffers.at[place]
-            models = (head, states, weights[0], logits.at[0]), (ref_head, ref_states, weights[-1], logits.at[1])
-            for model, rows, weight, buffer in models:
-                product(model, weight, 0, read_states(model, tiles, rows, lanes, scalars), buffer)
+            models = (
+                (head, states, streams[0].weight, logits.at[0], scales[0]),
+                (ref_head, ref_states, streams[-1].weight, logits.at[1], scales[-1]),
+            )
+            for model, rows, weight, buffer, by_token in models:
+                product(model, weight, 0, read_states(model, tiles, rows, lanes, scalars), buffer, by_token)
 
             def values(again: int, chunk: int) -> list[Array]:
-                both = [read_logits(model, buffer, scalars[again], chunk) for model, _, _, buffer in models]
+                both = [read_logits(model, buffer, scalars[again], chunk) for model, _, _, buffer, _ in models]
                 inside = ids + chunk < vocab - step * UNIT
                 return [jnp.where(inside, one, NEVER) for one in both] if masked else both
 
@@ -157,6 +161,8 @@ def divergence_sums(
                 field = jax.lax.broadcasted_iota(jnp.int32, out.shape[1:], 0) // SUBLANES
                 out[0] = jnp.where(field < 2, NEVER, 0.0)
 
+            for tile, by_token in zip(streams, scales, strict=True):
+                turn_scales(tile, by_token)
             by_tile(step, vocab, UNIT, lambda masked: by_unit(tiles.rows // width, side, partial(unit, masked)))
 
     sums = pl.pallas_call(
@@ -166,16 +172,19 @@ def divergence_sums(
             grid=(blocks, steps),
             in_specs=[
                 *(states_spec(model.vocab_axis == 0, model, tiles, lambda i, j: i) for model in (head, ref_head)),
-                *(weight_spec(model, UNIT, lambda i, j: j) for model in heads),
+                *(specs(model, weight_spec(model, UNIT, lambda i, j: j), UNIT, lambda i, j: j) for model in heads),
             ],
             out_specs=row_spec(FIELDS * SUBLANES, tiles, lambda i, j: i),
-            scratch_shapes=[pltpu.VMEM((side, 2, UNIT, width), jnp.float32)],
+            scratch_shapes=[
+                pltpu.VMEM((side, 2, UNIT, width), jnp.float32),
+                *(scratch(model, UNIT, width) for model in heads),
+            ],
         ),
         out_shape=result_shape((blocks, FIELDS * SUBLANES, tiles.rows), jnp.float32, head),
         compiler_params=parameters(),
         interpret=interpret,
         name="fastpref_divergence",
-    )(scalar_memory(count, tiles), hidden, ref_hidden, *(model.weight for model in heads))
+    )(scalar_memory(count, tiles), hidden, ref_hidden, *(arrays(model, UNIT) for model in heads))
     return over_parts(Sums(*jnp.moveaxis(sums, 1, 0).reshape(FIELDS, SUBLANES, total)))
 
 

@@ -1,10 +1,12 @@
 """How the TPU sampler cuts its work into tiles of tokens and blocks of rows."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 
 from ..head import Head
+from ..streams import stream_bytes
 from ..vmem import LANES, SUBLANES, tile_bytes
 from .sample import GROUP_SIZE, groups_of
 
@@ -24,6 +26,8 @@ class Layout:
 
     policy_head: Head
     ref_head: Head
+    dtype: Any
+    """Of the hidden states."""
     shared: bool
     """Both heads are one: its tiles are read once."""
     temperature: float
@@ -79,14 +83,11 @@ class Layout:
     @property
     def vmem_bytes(self) -> int:
         """VMEM of the kernel's blocks and scratch."""
-        width, dtype = min(self.block, LANES), self.policy_head.weight.dtype
-        weights = sum(
-            2 * tile_bytes(*((self.tile, head.width) if head.vocab_axis == 0 else (head.width, self.tile)), dtype)
-            for head in self.heads
-        )
+        width = min(self.block, LANES)
+        weights = sum(stream_bytes(head, self.tile, width) for head in self.heads)
         hidden = sum(
             self.blocks
-            * tile_bytes(*((head.width, self.block) if head.vocab_axis == 0 else (self.block, head.width)), dtype)
+            * tile_bytes(*((head.width, self.block) if head.vocab_axis == 0 else (self.block, head.width)), self.dtype)
             for head in (self.policy_head, self.ref_head)
         )
         units = self.groups * len(self.lanes)
@@ -103,7 +104,13 @@ def _groups(vocab: int, width: int) -> int:
 
 
 def layout_of(
-    rows: int, policy_head: Head, ref_head: Head, temperature: float, num_valid_tokens: int, groups: int | None
+    rows: int,
+    policy_head: Head,
+    ref_head: Head,
+    dtype: Any,
+    temperature: float,
+    num_valid_tokens: int,
+    groups: int | None,
 ) -> Layout:
     """Blocks as wide as rows go, and tiles of as many groups as their width allows."""
     block = -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -116,6 +123,7 @@ def layout_of(
     return Layout(
         policy_head=policy_head,
         ref_head=ref_head,
+        dtype=dtype,
         shared=policy_head.same_map(ref_head),
         temperature=temperature,
         split=split,

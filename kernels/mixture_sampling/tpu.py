@@ -1,6 +1,7 @@
 """The draw for TPUs: both heads stream through VMEM once, and logits never leave it.
 
-What binds it, compiled for a v5e: the stream of weights up to B = 128 at every width, the products from B = 256 on.
+What binds it, compiled for a v5e: the stream of weights up to B = 128 at every width, the products from B = 256 on; of
+heads in int8, which are half of the bytes, the products at every B for [V, D] and the stream up to B = 64 for [D, V].
 The noise is made outside, since grouping leaves V/512 + 512 numbers a row, and the noise within a group is the same
 array for all groups. Everything between the two products and the running results is elementwise in the layout of
 `fastpref.kernels.vmem`, and lies under the products.
@@ -21,6 +22,7 @@ from jaxtyping import Float, Int
 from ..head import Head
 from ..noise import gumbel, row_keys
 from ..slices import result_shape, vary_alike
+from ..streams import Streamed, arrays, scratch, specs
 from ..vmem import (
     LANES,
     PARTS,
@@ -57,7 +59,7 @@ def mixture_sample(
     )
     ref_head = policy_head if shared else ref_head
     rows, slice_size = policy_hidden.shape[0], policy_head.slice_size
-    layout = layout_of(rows, policy_head, ref_head, temperature, num_valid_tokens, groups)
+    layout = layout_of(rows, policy_head, ref_head, policy_hidden.dtype, temperature, num_valid_tokens, groups)
     if layout.vmem_bytes > vmem_limit() and layout.blocks > 1:
         # More rows than fit: the weights are read once for each part of them.
         half = layout.blocks // 2 * layout.block
@@ -151,10 +153,15 @@ def _call(
     def resident(array: Array) -> pl.BlockSpec:
         return pl.BlockSpec(array.shape, lambda i, j, *_: (0,) * array.ndim, pipeline_mode=pl.Buffered(1))
 
-    def streamed(head: Head) -> pl.BlockSpec:
+    def tile(i: Any, _: Any) -> Any:
+        return jnp.minimum(i, last_tile)
+
+    def streamed(head: Head) -> Streamed:
         if head.vocab_axis == 0:
-            return pl.BlockSpec((layout.tile, head.width), lambda i, j, *_: (jnp.minimum(i, last_tile), 0))
-        return pl.BlockSpec((head.width, layout.tile), lambda i, j, *_: (0, jnp.minimum(i, last_tile)))
+            weight = pl.BlockSpec((layout.tile, head.width), lambda i, j, *_: (tile(i, j), 0))
+        else:
+            weight = pl.BlockSpec((head.width, layout.tile), lambda i, j, *_: (0, tile(i, j)))
+        return specs(head, weight, layout.tile, tile)
 
     def result(*shape: int) -> pl.BlockSpec:
         # Results of a block are complete at the last step; before it their window rests.
@@ -168,11 +175,12 @@ def _call(
 
     def kernel(*refs: Any) -> None:
         scalars, policy, ref, *rest = refs
+        *rest, scales = rest
         named = Scalars._make(
             [*(scalars[number] for number in range(7)), [scalars[7 + part] for part in range(max(PARTS))]]
         )
         heads = len(layout.heads)
-        run(layout, Refs(named, policy, ref, rest[:heads], *rest[heads:]))
+        run(layout, Refs(named, policy, ref, rest[:heads], scales, *rest[heads:]))
 
     buffer = UNIT * (1 + layout.shifted)
     edges = 2 * FIELDS if layout.split else 1
@@ -198,6 +206,7 @@ def _call(
                 pltpu.VMEM((blocks, 3, block), jnp.float32),
                 pltpu.VMEM((blocks, 1, block), jnp.int32),
                 pltpu.VMEM((blocks, edges, block), jnp.float32),
+                [scratch(head, layout.tile, width) for head in layout.heads],
             ],
         ),
         out_shape=[
@@ -210,5 +219,5 @@ def _call(
         ),
         interpret=interpret,
         name="fastpref_mixture_sample",
-    )(scalars, *hidden, *(head.weight for head in layout.heads), beta, group_noise, token_noise)
+    )(scalars, *hidden, *(arrays(head, layout.tile) for head in layout.heads), beta, group_noise, token_noise)
     return out

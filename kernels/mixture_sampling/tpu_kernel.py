@@ -9,6 +9,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from ..head import Head
+from ..streams import turn_scales
 from ..vmem import (
     CHUNK,
     LANES,
@@ -61,7 +62,10 @@ class Refs(NamedTuple):
     scalars: Scalars
     policy_hidden: Any
     ref_hidden: Any
-    weights: Any
+    streams: Any
+    """A tile of each head that is read."""
+    scales: Any
+    """Scales of these tiles by token."""
     beta: Any
     group_noise: Any
     token_noise: Any
@@ -126,6 +130,8 @@ def run(layout: Layout, refs: Refs) -> None:
 
 
 def _tile(layout: Layout, refs: Refs, tile: Any, block: Any, masked: bool) -> None:
+    for stream, scales in zip(refs.streams, refs.scales, strict=True):
+        turn_scales(stream, scales)
     for group in range(layout.groups):
         for number, lanes in enumerate(layout.lanes):
             unit = group * len(layout.lanes) + number
@@ -135,9 +141,9 @@ def _tile(layout: Layout, refs: Refs, tile: Any, block: Any, masked: bool) -> No
 
 def _products(layout: Layout, refs: Refs, group: int, block: Any, lanes: slice, unit: int) -> None:
     """Logits of both models, for one group of tokens and up to LANES rows."""
-    for head, hidden, weight, logits in (
-        (layout.policy_head, refs.policy_hidden, refs.weights[0], refs.policy_logits[unit]),
-        (layout.ref_head, refs.ref_hidden, refs.weights[-1], refs.ref_logits[unit]),
+    for head, hidden, tile, scales, logits in (
+        (layout.policy_head, refs.policy_hidden, refs.streams[0], refs.scales[0], refs.policy_logits[unit]),
+        (layout.ref_head, refs.ref_hidden, refs.streams[-1], refs.scales[-1], refs.ref_logits[unit]),
     ):
         if layout.shifted:
             logits[:UNIT, :] = logits[UNIT:, :]
@@ -149,7 +155,7 @@ def _products(layout: Layout, refs: Refs, group: int, block: Any, lanes: slice, 
             else:
                 start = pl.multiple_of(lanes.start + zero, ROW_MULTIPLE)
                 states.append(hidden[block, pl.ds(start, lanes.stop - lanes.start), :])
-        product(head, weight, group * GROUP_SIZE, states, logits)
+        product(head, tile.weight, group * GROUP_SIZE, states, logits, scales)
 
 
 def _group(

@@ -9,7 +9,7 @@ from jax import Array
 from jax.tree_util import Partial
 from jaxtyping import Bool, Float, Int
 
-from ..checks import check_fraction, check_length, check_rows
+from ..checks import check_fraction, check_frozen, check_length, check_rows
 from ..dispatch import Implementation, choose
 from ..head import Head
 from ..token_logprobs import tpu
@@ -50,7 +50,7 @@ def preference_loss(
 
     Args:
       hidden: states, one per scored token, flattened over sequences.
-      head: the map to logits. `hidden` has its width and dtype.
+      head: the map to logits. `hidden` has its width and, unless it is in int8, its dtype.
       targets: token ids in [0, V). Those of ignored rows may be anything.
       segment_ids: 2i for a token of completion y of pair i, 2i + 1 for y'; −1 for a row to ignore, which costs nothing.
       ref_logps: sum of log π_ref over y and y' of each pair, nats.
@@ -59,7 +59,7 @@ def preference_loss(
         tau=0.1)`, any `jax.tree_util.Partial`, whose arrays may be traced, or a plain function.
       where: False for pairs that are not learned from, such as identical completions: exactly no gradient, and out of
         the mean. Their log-probs are still reported; ignore their rows as well to save that.
-      frozen_head: no gradient goes to the head, and the step costs two products.
+      frozen_head: no gradient goes to the head, and the step costs two products; True for a head in int8.
       implementation: "tpu", "xla", "reference", or None for the best that runs here.
 
     Returns:
@@ -72,6 +72,7 @@ def preference_loss(
     Source: "Human Alignment of Large Language Models through Online Preference Optimisation", section 6.
     """
     check_rows(hidden, head)
+    check_frozen(head, frozen_head)
     rows, pairs = hidden.shape[0], preference.shape[0]
     check_length("targets", targets, (rows,), "one id per row of hidden")
     check_length("segment_ids", segment_ids, (rows,), "one id per row of hidden")

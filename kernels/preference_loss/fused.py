@@ -87,8 +87,8 @@ def _trained_forward(hidden: Array, head: Head, problem: Problem, chunk: int) ->
     policy_logps = window.policy_logps + sequence_sums(logps, problem.segments, problem.pairs)
     learned = compact(others & problem.rows_of(problem.where), chunk)
     coefficients = problem.coefficients(policy_logps, problem.segments)
-    gradients = (window.hidden, window.weight)
-    gradients = backward(hidden, head, problem.targets, lse, coefficients, learned, chunk, gradients)
+    so_far = (window.hidden, window.weight)
+    gradients = backward(hidden, head, problem.targets, lse, coefficients, learned, chunk, so_far)
     return problem.value(policy_logps), (*gradients, jnp.zeros(0, hidden.dtype), head)
 
 
@@ -174,7 +174,7 @@ def _window(
     policy_logps = window.policy_logps + sequence_sums(picked - lse, segments, problem.pairs)
     coefficients = problem.coefficients(policy_logps, segments)
     # An infinite log-sum-exp makes every probability of a row outside the window exactly 0.
-    product = product_gradients(head, logits, jnp.where(live, lse, jnp.inf), targets, coefficients)
+    product = product_gradients(head, logits, jnp.where(live, lse, jnp.inf), targets, coefficients, states.dtype)
     return _Window(
         end,
         policy_logps,

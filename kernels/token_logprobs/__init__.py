@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from ..checks import check_length, check_rows
+from ..checks import check_frozen, check_length, check_rows
 from ..dispatch import Implementation, choose
 from ..head import Head
 from ..vmem import obstacle
@@ -37,10 +37,10 @@ def token_logprobs(
 
     Args:
       hidden: states, one per scored token, flattened over sequences.
-      head: the map to logits. `hidden` has its width and dtype.
+      head: the map to logits. `hidden` has its width and, unless it is in int8, its dtype.
       targets: token ids in [0, V). Those of ignored rows may be anything.
       where: False for rows to ignore: they cost nothing, their value is 0 and their gradient is 0, whatever they hold.
-      frozen_head: no gradient goes to the head.
+      frozen_head: no gradient goes to the head; True for a head in int8.
       implementation: "tpu", "xla", "reference", or None for the best that runs here.
 
     Returns:
@@ -51,6 +51,7 @@ def token_logprobs(
       NotImplementedError: for an implementation that cannot run here.
     """
     check_rows(hidden, head)
+    check_frozen(head, frozen_head)
     rows = hidden.shape[0]
     check_length("targets", targets, (rows,), "one id per row of hidden")
     active = jnp.ones(rows, bool) if where is None else where

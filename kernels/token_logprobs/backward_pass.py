@@ -161,7 +161,7 @@ def backward(
         def add_hidden(masked: bool, number: Any, carry: Any) -> Any:
             part = rows_of(number, columns)
             for cut, rows in enumerate(cuts(tiles)):
-                tile = read_weight(head, weight, part, scalars[cut], masked, vocab - step * tiles.tokens)
+                tile = read_weight(head, weight, part, scalars[cut], masked, vocab - step * tiles.tokens, dtype)
                 dimensions = (((1,), (head.vocab_axis,)), ((), ()))
                 hidden_sum[slot, rows, part] += jax.lax.dot_general(
                     gradient[rows, :], tile, dimensions, preferred_element_type=jnp.float32

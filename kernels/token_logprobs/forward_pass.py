@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from ..head import Head
 from ..slices import result_shape
+from ..streams import Streamed, arrays, scratch, specs, stream_bytes, turn_scales
 from ..tiles import (
     ZEROS,
     Tiles,
@@ -26,7 +27,6 @@ from ..tiles import (
     scalar_memory,
     states_spec,
     units_at_once,
-    weight_bytes,
     weight_spec,
 )
 from ..vmem import (
@@ -43,18 +43,16 @@ from ..vmem import (
 )
 
 
-def forward_bytes(head: Head, tiles: Tiles) -> int:
+def forward_bytes(head: Head, dtype: Any, tiles: Tiles) -> int:
     """VMEM of the forward pass: hidden states and weights twice each, one unit of logits, running results."""
-    dtype = head.weight.dtype
-    blocks = 2 * tile_bytes(head.width, tiles.rows, dtype) + 2 * weight_bytes(head, tiles.tokens, dtype)
-    return (
-        blocks + 2 * tile_bytes(UNIT, tiles.unit(head), jnp.float32) + tile_bytes(3 * SUBLANES, tiles.rows, jnp.float32)
-    )
+    unit = tiles.unit(head)
+    blocks = 2 * tile_bytes(head.width, tiles.rows, dtype) + stream_bytes(head, tiles.tokens, unit)
+    return blocks + 2 * tile_bytes(UNIT, unit, jnp.float32) + tile_bytes(3 * SUBLANES, tiles.rows, jnp.float32)
 
 
-def forward_tiles(head: Head, rows: int) -> Tiles:
+def forward_tiles(head: Head, dtype: Any, rows: int) -> Tiles:
     """Tiles of the forward pass: one unit of tokens, since a step costs little beside eight units of rows."""
-    return choose(partial(forward_bytes, head), rows, (UNIT,), 1024)
+    return choose(partial(forward_bytes, head, dtype), rows, (UNIT,), 1024)
 
 
 def forward(
@@ -80,14 +78,16 @@ def forward(
     units = tiles.rows // width
     side = units_at_once(head, units)
 
-    def kernel(scalars: Any, states: Any, weight: Any, target: Any, out: Any, buffers: Any, state: Any) -> None:
+    def kernel(
+        scalars: Any, states: Any, tile: Streamed, target: Any, out: Any, buffers: Any, state: Any, scales: Any
+    ) -> None:
         block, step = pl.program_id(0), pl.program_id(1)
 
         def unit(masked: bool, number: Any, place: int) -> None:
             lanes, logits = rows_of(number, width), buffers.at[place]
             wanted = (target[0, 0:1, lanes] - step * UNIT).reshape(1, 1, width)
             ids = unit_ids(width)
-            product(head, weight, 0, read_states(head, tiles, states, lanes, scalars), logits)
+            product(head, tile.weight, 0, read_states(head, tiles, states, lanes, scalars), logits, scales)
 
             def values(again: int, chunk: int) -> Array:
                 shaped = read_logits(head, logits, scalars[again], chunk)
@@ -112,6 +112,7 @@ def forward(
                 state[:, 0] = jnp.full((units, SUBLANES, width), NEVER, jnp.float32)
                 state[:, 1:] = jnp.zeros((units, 2, SUBLANES, width), jnp.float32)
 
+            turn_scales(tile, scales)
             by_tile(step, vocab, UNIT, lambda masked: by_unit(units, side, partial(unit, masked)))
 
             @pl.when(step == steps - 1)
@@ -131,19 +132,20 @@ def forward(
             grid=(blocks, steps),
             in_specs=[
                 states_spec(head.vocab_axis == 0, head, tiles, lambda i, j: i),
-                weight_spec(head, tiles.tokens, lambda i, j: j),
+                specs(head, weight_spec(head, tiles.tokens, lambda i, j: j), tiles.tokens, lambda i, j: j),
                 row_spec(1, tiles, lambda i, j: i),
             ],
             out_specs=row_spec(2, tiles, lambda i, j: i),
             scratch_shapes=[
                 pltpu.VMEM((side, UNIT, width), jnp.float32),
                 pltpu.VMEM((units, 3, SUBLANES, width), jnp.float32),
+                scratch(head, tiles.tokens, width),
             ],
         ),
         out_shape=result_shape((blocks, 2, tiles.rows), jnp.float32, head),
         compiler_params=parameters(),
         interpret=interpret,
         name="fastpref_logprobs_forward",
-    )(scalar_memory(count, tiles), hidden, head.weight, targets.reshape(blocks, 1, tiles.rows))
+    )(scalar_memory(count, tiles), hidden, arrays(head, tiles.tokens), targets.reshape(blocks, 1, tiles.rows))
     lse, picked = jnp.moveaxis(out, 1, 0).reshape(2, total)
     return lse, picked

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 
 from ..head import Head
 from ..slices import result_shape
+from ..streams import Streamed, arrays, scratch, specs, stream_bytes, turn_scales
 from ..tiles import (
     ZEROS,
     Tiles,
@@ -31,7 +32,6 @@ from ..tiles import (
     scalar_memory,
     states_spec,
     units_at_once,
-    weight_bytes,
     weight_spec,
 )
 from ..vmem import (
@@ -40,6 +40,7 @@ from ..vmem import (
     NEVER,
     SUBLANES,
     UNIT,
+    as_registers,
     finite_or_zero,
     log_of_sum,
     over_sublanes,
@@ -51,20 +52,19 @@ from ..vmem import (
 _VOCAB_TILES = (1024, UNIT)
 
 
-def frozen_bytes(head: Head, tiles: Tiles) -> int:
+def frozen_bytes(head: Head, dtype: Any, tiles: Tiles) -> int:
     """VMEM of the frozen form: hidden states, weights and means twice each, probabilities, two columns of logits."""
-    dtype, rows, tokens, width = head.weight.dtype, tiles.rows, tiles.tokens, head.width
-    blocks = 2 * (tile_bytes(width, rows, dtype) + weight_bytes(head, tokens, dtype))
+    rows, tokens, width, unit = tiles.rows, tiles.tokens, head.width, tiles.unit(head)
+    blocks = 2 * tile_bytes(width, rows, dtype) + stream_bytes(head, tokens, unit)
     outputs = 2 * tile_bytes(rows, width, jnp.float32) + tile_bytes(rows, LANES, jnp.float32)
-    unit = tiles.unit(head)
     column = tile_bytes(tokens, unit, jnp.float32) + tile_bytes(tokens, unit, dtype)
     scratch = 2 * column + tile_bytes(rows, tokens, dtype)
     return blocks + outputs + scratch + tile_bytes(3 * SUBLANES, rows, jnp.float32)
 
 
-def frozen_tiles(head: Head, rows: int) -> Tiles:
+def frozen_tiles(head: Head, dtype: Any, rows: int) -> Tiles:
     """Tiles of the frozen form."""
-    return choose(partial(frozen_bytes, head), rows, _VOCAB_TILES, 512)
+    return choose(partial(frozen_bytes, head, dtype), rows, _VOCAB_TILES, 512)
 
 
 def frozen(
@@ -80,15 +80,15 @@ def frozen(
     It is attention with the head's rows as keys and values. Each row of the head counts with the slope of its logit in
     the product, 1 unless the head scales or caps. Arguments as in `forward`.
     """
-    total, vocab, width, dtype = targets.shape[0], head.slice_size, head.width, head.weight.dtype
+    total, vocab, width, dtype = targets.shape[0], head.slice_size, head.width, hidden.dtype
     steps, blocks = -(-vocab // tiles.tokens), total // tiles.rows
     unit_rows, columns = tiles.unit(head), columns_of(width, tiles)
     units = tiles.rows // unit_rows
     side = units_at_once(head, units)
 
     def kernel(
-        scalars: Any, states: Any, weight: Any, target: Any, out: Any, mean: Any,
-        buffers: Any, by_tokens: Any, probability: Any, decay: Any, state: Any,
+        scalars: Any, states: Any, tile: Streamed, target: Any, out: Any, mean: Any,
+        buffers: Any, by_tokens: Any, probability: Any, decay: Any, state: Any, scales: Any,
     ) -> None:  # fmt: skip
         block, step = pl.program_id(0), pl.program_id(1)
 
@@ -98,7 +98,7 @@ def frozen(
             ids = unit_ids(unit_rows)
             for first in range(0, tiles.tokens, UNIT):
                 buffer = logits.at[first : first + UNIT, :]
-                product(head, weight, first, read_states(head, tiles, states, lanes, scalars), buffer)
+                product(head, tile.weight, first, read_states(head, tiles, states, lanes, scalars), buffer, scales)
 
             def values(again: int, chunk: int) -> Array:
                 shaped = read_logits(head, logits, scalars[again], chunk)
@@ -120,6 +120,8 @@ def frozen(
                 weights = jnp.exp(one - base[None])
                 sums += jnp.sum(weights, axis=0)
                 weights = head.product_gradient(weights, finite_or_zero(one))
+                if head.scales is not None:
+                    weights *= as_registers(scales[pl.ds(chunk, CHUNK), :])
                 by_token[pl.ds(chunk, CHUNK), :] = weights.reshape(CHUNK, unit_rows).astype(dtype)
             for first in range(0, tiles.tokens, UNIT):
                 probability[lanes, first : first + UNIT] = by_token[first : first + UNIT, :].T
@@ -129,9 +131,12 @@ def frozen(
         def add_mean(masked: bool, number: Any, carry: Any) -> Any:
             part = rows_of(number, columns)
             for cut, rows in enumerate(cuts(tiles)):
-                tile = read_weight(head, weight, part, scalars[cut], masked, vocab - step * tiles.tokens)
+                limit = vocab - step * tiles.tokens
+                weight = read_weight(head, tile.weight, part, scalars[cut], masked, limit, dtype)
                 dimensions = (((1,), (head.vocab_axis,)), ((), ()))
-                added = jax.lax.dot_general(probability[rows, :], tile, dimensions, preferred_element_type=jnp.float32)
+                added = jax.lax.dot_general(
+                    probability[rows, :], weight, dimensions, preferred_element_type=jnp.float32
+                )
                 mean[rows, part] = mean[rows, part] * per_row(decay[rows, :], columns) + added
             return carry
 
@@ -143,6 +148,7 @@ def frozen(
                 state[:, 1:] = jnp.zeros((units, 2, SUBLANES, unit_rows), jnp.float32)
                 mean[...] = jnp.zeros(mean.shape, jnp.float32)
 
+            turn_scales(tile, scales)
             by_tile(step, vocab, tiles.tokens, lambda masked: by_unit(units, side, partial(unit, masked)))
             by_tile(step, vocab, tiles.tokens, lambda masked: loop(width // columns, partial(add_mean, masked)))
 
@@ -171,7 +177,7 @@ def frozen(
             grid=(blocks, steps),
             in_specs=[
                 states_spec(head.vocab_axis == 0, head, tiles, lambda i, j: i),
-                weight_spec(head, tiles.tokens, lambda i, j: j),
+                specs(head, weight_spec(head, tiles.tokens, lambda i, j: j), tiles.tokens, lambda i, j: j),
                 row_spec(1, tiles, lambda i, j: i),
             ],
             out_specs=[row_spec(2, tiles, lambda i, j: i), states_spec(False, head, tiles, lambda i, j: i)],
@@ -181,6 +187,7 @@ def frozen(
                 pltpu.VMEM((tiles.rows, tiles.tokens), dtype),
                 pltpu.VMEM((tiles.rows, LANES), jnp.float32),
                 pltpu.VMEM((units, 3, SUBLANES, unit_rows), jnp.float32),
+                scratch(head, tiles.tokens, unit_rows),
             ],
         ),
         out_shape=[
@@ -190,6 +197,6 @@ def frozen(
         compiler_params=parameters(),
         interpret=interpret,
         name="fastpref_logprobs_frozen",
-    )(scalar_memory(count, tiles), hidden, head.weight, targets.reshape(blocks, 1, tiles.rows))
+    )(scalar_memory(count, tiles), hidden, arrays(head, tiles.tokens), targets.reshape(blocks, 1, tiles.rows))
     lse, picked = jnp.moveaxis(out, 1, 0).reshape(2, total)
     return lse, picked, mean

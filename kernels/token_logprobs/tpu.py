@@ -41,7 +41,7 @@ def forward(
     interpret: Any,
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """Log-prob and log-sum-exp of the rows that count, 0 elsewhere."""
-    tiles = replace(tiles, tokens=UNIT) if tiles else forward_pass.forward_tiles(head, hidden.shape[0])
+    tiles = replace(tiles, tokens=UNIT) if tiles else forward_pass.forward_tiles(head, hidden.dtype, hidden.shape[0])
     rows = Compacted.of(where, tiles.rows)
     # Here a mask costs nothing: with it XLA gathers and transposes in one pass, without it in two, with a copy between.
     counts = jnp.arange(rows.order.shape[0])[:, None] < rows.total
@@ -88,7 +88,7 @@ def forward_with_gradient(
     interpret: Any,
 ) -> tuple[Float[Array, " N"], Float[Array, "N D"]]:
     """Log-prob of the rows that count, and its gradient in the hidden state, float32: w_target − E[w]."""
-    tiles = tiles or frozen_pass.frozen_tiles(head, hidden.shape[0])
+    tiles = tiles or frozen_pass.frozen_tiles(head, hidden.dtype, hidden.shape[0])
     rows = Compacted.of(where, tiles.rows)
     states, ids = oriented(rows.take(hidden), head), local_ids(head, rows.take(targets))
     states, sliced, ids, count = vary_alike(states, head, ids, rows.total)
@@ -97,9 +97,12 @@ def forward_with_gradient(
     picked = known_or_nan(head, rows.take(targets), picked)
     # `picked` is behind the soft cap: its slope there is what one unit of log-prob makes of the product.
     slope = jnp.where(ids < 0, 0.0, head.product_gradient(jnp.ones_like(picked), picked))
-    chosen = jnp.clip(ids, 0, head.slice_size - 1)
-    chosen = head.weight.at[(chosen,) if head.vocab_axis == 0 else (slice(None), chosen)].get(mode="promise_in_bounds")
+    ids_here = jnp.clip(ids, 0, head.slice_size - 1)
+    place = (ids_here,) if head.vocab_axis == 0 else (slice(None), ids_here)
+    chosen = head.weight.at[place].get(mode="promise_in_bounds")
     chosen = (chosen if head.vocab_axis == 0 else chosen.T).astype(jnp.float32)
+    if head.scales is not None:
+        chosen *= head.scales[ids_here][:, None]
     gradient = slope[:, None] * chosen - jnp.exp(slice_lse - lse)[:, None] * mean
     gradient = rows.put(sum_over_slices(head, gradient).astype(hidden.dtype))
     return rows.put(picked - lse), gradient

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from ..chunks import Rows, chunk_index, chunk_rows, compact, over_chunks, put
@@ -55,14 +56,18 @@ def _trained_forward(
 
 def _trained_backward(
     chunk: int, residuals: tuple[Array, Head, Array, Array, Array], cotangent: Array
-) -> tuple[Array, Head, None, None]:
+) -> tuple[Array, Head | None, None, None]:
     hidden, head, targets, where, lse = residuals
     like, axes = hidden, axes_of(residuals, cotangent)
     hidden, head, targets, where, lse, cotangent = vary((*residuals, cotangent), axes)
     dtype = hidden.dtype if head.mesh_axis is None else jnp.float32
-    zeros = vary((jnp.zeros(hidden.shape, dtype), jnp.zeros(head.weight.shape, jnp.float32)), axes)
+    # None, a tree without arrays, where the head is in int8.
+    total = None if head.scales is not None else jnp.zeros(head.weight.shape, jnp.float32)
+    zeros = vary((jnp.zeros(hidden.shape, dtype), total), axes)
     in_hidden, in_weight = backward(hidden, head, targets, lse, cotangent, compact(where, chunk), chunk, zeros)
     in_hidden = gradient_like(sum_over_slices(head, in_hidden), like).astype(hidden.dtype)
+    if in_weight is None:
+        return in_hidden, None, None, None
     in_weight = gradient_like(in_weight, residuals[1].weight).astype(head.weight.dtype)
     return in_hidden, head.with_weight(in_weight), None, None
 
@@ -130,9 +135,11 @@ def forward_with_gradient(
 
     def step(start: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
         index, live = chunk_index(rows, start, chunk)
-        logits = head.logits(hidden[index])
+        states = hidden[index]
+        logits = head.logits(states)
         picked, lse = chosen_logits(head, logits, targets[index])
-        gradient = hidden_gradient(head, product_gradients(head, logits, lse, targets[index], live.astype(jnp.float32)))
+        product = product_gradients(head, logits, lse, targets[index], live.astype(jnp.float32), states.dtype)
+        gradient = hidden_gradient(head, product)
         return put(results[0], index, live, picked - lse), put(results[1], index, live, gradient)
 
     return over_chunks(
@@ -148,20 +155,21 @@ def backward(
     coefficients: Float[Array, " N"],
     rows: Rows,
     chunk: int,
-    gradients: tuple[Float[Array, "N D"], Float[Array, "..."]],
-) -> tuple[Float[Array, "N D"], Float[Array, "..."]]:
-    """Write the hidden gradients of the rows that count, add theirs to the weight's. Three products."""
+    gradients: tuple[Float[Array, "N D"], Float[Array, "..."] | None],
+) -> tuple[Float[Array, "N D"], Float[Array, "..."] | None]:
+    """Write the hidden gradients of the rows that count, add theirs to the weight's if there is one. Three products."""
 
-    def step(start: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
+    def step(start: Array, results: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
         index, live = chunk_index(rows, start, chunk)
         states = hidden[index]
         logits = head.logits(states)
         # An infinite log-sum-exp makes every probability of a repeated row exactly 0.
         row_lse = jnp.where(live, lse[index], jnp.inf)
-        product = product_gradients(head, logits, row_lse, targets[index], jnp.where(live, coefficients[index], 0.0))
+        weights = jnp.where(live, coefficients[index], 0.0)
+        product = product_gradients(head, logits, row_lse, targets[index], weights, states.dtype)
         return (
             put(results[0], index, live, hidden_gradient(head, product).astype(results[0].dtype)),
-            add_weight_gradient(head, results[1], product, states),
+            None if results[1] is None else add_weight_gradient(head, results[1], product, states),
         )
 
     return over_chunks(rows, chunk, step, gradients)
@@ -184,17 +192,18 @@ def product_gradients(
     lse: Float[Array, " C"],
     targets: Int[Array, " C"],
     coefficients: Float[Array, " C"],
+    dtype: DTypeLike,
 ) -> Float[Array, "C V"]:
-    """Gradient of Σ coefficient · log-prob in hidden @ W, in the dtype of the products that follow."""
+    """Gradient of Σ coefficient · log-prob in hidden @ weight, in the dtype of the products that follow."""
     hit = jnp.arange(logits.shape[1])[None, :] == local_ids(head, targets)[:, None]
     gradient = coefficients[:, None] * (hit.astype(jnp.float32) - jnp.exp(logits - lse[:, None]))
-    return head.product_gradient(gradient, logits).astype(head.weight.dtype)
+    return head.by_token(head.product_gradient(gradient, logits), axis=1).astype(dtype)
 
 
 def hidden_gradient(head: Head, product: Float[Array, "C V"]) -> Float[Array, "C D"]:
     """Gradient in the hidden states, float32, from that in their product with the weight."""
     dimensions = (((1,), (head.vocab_axis,)), ((), ()))
-    return jax.lax.dot_general(product, head.weight, dimensions, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(product, head.operand(product.dtype), dimensions, preferred_element_type=jnp.float32)
 
 
 def add_weight_gradient(
