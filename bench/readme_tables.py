@@ -23,6 +23,7 @@ TEXTS = {
     "batcher": "bench_batcher",
     "demo_cpu": "bench_demo",
     "demo_small_cpu": "bench_demo",
+    "int8": "int8_distance",
     "ipo_md_step_cpu": "bench_train",
     "kernels_cpu": "bench_kernels",
     "packing_cpu": "bench_packing",

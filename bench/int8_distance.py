@@ -1,6 +1,6 @@
 """What an int8 base costs and saves: its distance from the float one, and decoding 8B on one TPU chip, compiled.
 
-    python bench/bench_int8.py --write
+    python bench/int8_distance.py --write
 
 Distances are those of next-token distributions of a real chat model along English text, exact over the vocabulary. The
 chip is not there: bytes are the compiler's (`libtpu`), and nothing is timed.
@@ -119,12 +119,12 @@ def decoding(base_dtype: str) -> dict[str, Any]:
     return row | {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
 
 
-def text(apart: list[dict[str, Any]], programs: list[dict[str, Any]]) -> str:
+def text(report: dict[str, Any]) -> str:
     """The result as Markdown."""
     lines = [
         "# int8 base",
         "",
-        f"`python bench/bench_int8.py --write` on {machine.name('jax', 'libtpu')}.",
+        f"`{report['command']}` on {report['machine']}.",
         "",
         "Distance of next-token distributions from the float32 model, SmolLM2-135M-Instruct along 2032 tokens of",
         "English text; a scale for each output of each kernel and for each token of the tied embedding.",
@@ -132,7 +132,7 @@ def text(apart: list[dict[str, Any]], programs: list[dict[str, Any]]) -> str:
         "| base | mean KL, nats | largest KL | another likeliest token |",
         "| --- | --- | --- | --- |",
     ]
-    for row in apart:
+    for row in report["distances"]:
         lines.append(f"| {row['base']} | {row['mean KL']:.2e} | {row['largest KL']:.2e} | {row['other token']:.2%} |")
     lines += [
         "",
@@ -143,7 +143,7 @@ def text(apart: list[dict[str, Any]], programs: list[dict[str, Any]]) -> str:
         "| base | parameters, GiB | temporaries, GiB | fits | weights over bandwidth, ms a token |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for row in programs:
+    for row in report["decoding"]:
         used = f"{row['temporaries'] / 2**30:.2f} | yes" if "error" not in row else f"– | no: {row['error']}"
         lines.append(f"| {row['base']} | {row['held'] / 2**30:.2f} | {used} | {1e3 * row['read'] / BANDWIDTH:.1f} |")
     return "\n".join(lines) + "\n"
@@ -161,10 +161,15 @@ def main() -> int:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
     jax.config.update("jax_platforms", "cpu")
-    apart, programs = distances(), [decoding(base) for base in ("bfloat16", "int8")]
-    print(text(apart, programs))
+    report = {
+        "command": "python bench/int8_distance.py --write",
+        "machine": machine.name("jax", "libtpu"),
+        "distances": distances(),
+        "decoding": [decoding(base) for base in ("bfloat16", "int8")],
+    }
+    print(text(report))
     if options.write:
-        machine.record("int8", {"distances": apart, "decoding": programs}, text(apart, programs))
+        machine.record("int8", report, text(report))
     return 0
 
 
