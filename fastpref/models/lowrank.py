@@ -212,7 +212,8 @@ def is_adapted(tree: Any) -> bool:
 
 def is_quantized(tree: Any) -> bool:
     """Whether a tree of parameters has matrices in int8."""
-    return any(isinstance(weight_of(leaf), Quantized) for leaf in jax.tree.leaves(tree, is_leaf=_is_kernel))
+    leaves = jax.tree.leaves(tree, is_leaf=_is_kernel)
+    return any(isinstance(leaf.weight if isinstance(leaf, Adapted) else leaf, Quantized) for leaf in leaves)
 
 
 def stacked(params: Any, ref_params: Any) -> Any | None:
