@@ -26,14 +26,15 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(backend, eos_id=1, pad_id=0)
 
 
-@functools.cache
 def language_model(family: str = "decoder", seed: int = 0) -> LanguageModel:
     """A T5 or a decoder with a vocabulary of 33 words; its head has three rows more."""
-    # Concrete weights even where the first call is made while something is traced: they are kept for the next.
+    # One for each, however it is called for: another one, compiled otherwise, may differ in the last bit. Its weights
+    # are concrete even where the first call is made while something is traced.
     with jax.ensure_compile_time_eval():
         return _language_model(family, seed)
 
 
+@functools.cache
 def _language_model(family: str, seed: int) -> LanguageModel:
     rngs = nnx.Rngs(seed)
     module: Any

@@ -214,7 +214,7 @@ def test_a_head_says_what_it_cannot_be() -> None:
     weight = jnp.zeros((4, 3))
     with pytest.raises(ValueError, match=r"must have 2 axes, but received shape \(4,\)\. Pass \[V, D\]"):
         Head(weight[:, 0])
-    with pytest.raises(ValueError, match=r"must be floating point, but received int32\. Convert it"):
+    with pytest.raises(ValueError, match=r"must be floating point or int8, but received int32\. Convert it"):
         Head(weight.astype(jnp.int32))
     with pytest.raises(
         ValueError, match=r"vocab_axis must be 0 or 1, but received 2\. Pass 0 for \[V, D\] or 1 for \[D, V\]"
