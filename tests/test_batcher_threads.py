@@ -43,8 +43,9 @@ def loader(**options: Any) -> _native.PairLoader:
     )
 
 
-def threads() -> int:
-    return len(list(Path("/proc/self/task").iterdir()))
+def threads() -> set[str]:
+    """Names of the process's threads. Those of other libraries may end at any time, so tests ask which are new."""
+    return {entry.name for entry in Path("/proc/self/task").iterdir()}
 
 
 def files() -> int:
@@ -116,33 +117,34 @@ def test_a_thousand_batchers_leave_nothing() -> None:
     for turn in range(200):
         one(turn)
     gc.collect()
-    before = threads(), files(), resident()
+    threads_before, files_before, resident_before = threads(), files(), resident()
     for turn in range(1000):
         one(turn)
     gc.collect()
-    assert (threads(), files()) == before[:2]
+    assert threads() <= threads_before
+    assert files() == files_before
     # One that stayed would hold its plan and batches: 40 KiB or more.
-    assert resident() - before[2] < 1000 * 8192
+    assert resident() - resident_before < 1000 * 8192
 
 
 def test_close_ends_the_threads_and_may_be_called_again() -> None:
     gc.collect()
     before = threads()
     native = batcher(threads=3, prefetch=8)
-    assert threads() == before + 4
+    assert len(threads() - before) == 4
     next(native)
     native.close()
     native.close()
-    assert threads() == before
+    assert threads() <= before
     assert batcher(prefetch=0).epoch == 0
-    assert threads() == before
+    assert threads() <= before
     for use in (lambda: next(native), lambda: native.restore(native.state()), lambda: native.padding(3)):
         with pytest.raises(ValueError, match="must be open to hand out batches, but received a closed one"):
             use()
     # Only what is assembled at once may be fewer than the threads asked for.
     with batcher(threads=8, prefetch=2):
-        assert threads() == before + 3
-    assert threads() == before
+        assert len(threads() - before) == 3
+    assert threads() <= before
 
 
 def test_close_wakes_whoever_waits() -> None:
