@@ -164,12 +164,11 @@ def test_the_protocol_is_kept_and_prompts_are_cached_once(name: str) -> None:
     prefill = functools.partial(model.prefill, completions=5, max_new_tokens=4)
     first, cache = jax.eval_shape(prefill, prompts, mask)
     assert first.shape == (P,)
-    for shared in cache.prompts:
-        assert shared.keys.size == shared.values.size == P * S * shared.keys.shape[1] * 6
-    assert len(cache.completions) == len(cache.prompts)
-    for own in cache.completions:
-        assert own.keys.shape[0] == P
-        assert own.keys.shape[2:4] == (5, 4)
+    shared, own = cache.prompts, cache.completions
+    layers, heads = shared.keys.shape[0], shared.keys.shape[2]
+    assert shared.keys.size == shared.values.size == layers * P * S * heads * 6
+    assert own.keys.shape[:2] == (layers, P)
+    assert own.keys.shape[3:5] == (5, 4)
     _, cache = jax.eval_shape(model.prefill, prompts, mask)
     states, kept = jax.eval_shape(model.decode, cache, jax.ShapeDtypeStruct((P, 5, 3), jnp.int32), 0)
     assert states.shape == (P, 5, 3, 24)

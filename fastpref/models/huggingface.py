@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -24,10 +25,11 @@ from fastpref.method.errors import ModelError, ModelWarning
 from fastpref.models.configs import architectures_of, check_sizes, is_tied, read_config, text_config, write_config
 from fastpref.models.decoder import Decoder, DecoderConfig
 from fastpref.models.families import FAMILIES
+from fastpref.models.layers import STACKS
 from fastpref.models.lowrank import is_adapted
 from fastpref.models.policy import Policy, position_limit
 from fastpref.models.t5 import T5, T5Config
-from fastpref.models.tensors import INDEX, WEIGHTS, Tensor, open_tensors, read_tensor, settle_embedding
+from fastpref.models.tensors import INDEX, WEIGHTS, Part, Tensor, open_tensors, read_parts, settle_embedding
 
 IGNORED = re.compile(
     r"rotary_emb\.inv_freq$|^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias"
@@ -134,7 +136,7 @@ def load_whole(
         is.
     """
     described = describe(path, body=body)
-    leaves = {place: variable.replace(array) for place, variable, array in described.arrays(dtype=dtype, finite=finite)}
+    leaves = {path: variable.replace(array) for path, variable, array in described.arrays(dtype=dtype, finite=finite)}
     module = nnx.merge(described.graph, nnx.from_flat_state(leaves))
     tokenizer = read_tokenizer(described)
     return LanguageModel(module, tokenizer, described.raw, described.source)
@@ -157,16 +159,19 @@ class Description:
     @property
     def leaves(self) -> list[tuple[tuple[Any, ...], nnx.Variable[Any]]]:
         """Path in the module and variable of each parameter."""
-        return [leaf for stored in self.places.values() for leaf in stored.leaves]
+        return list({leaf.path: leaf.variable for stored in self.places.values() for leaf in stored.leaves}.items())
 
     def arrays(
         self, *, dtype: DTypeLike, finite: bool = True
     ) -> Iterator[tuple[tuple[Any, ...], nnx.Variable[Any], Array]]:
         """Path in the module, variable and array of each parameter, one after the other."""
+        parts: dict[tuple[Any, ...], list[Part]] = {}
         for name, stored in self.places.items():
-            for (path, variable), part in zip(stored.leaves, stored.parts, strict=True):
-                array = read_tensor(self.tensors[name], dtype, turned=stored.turned, finite=finite, **part)
-                yield path, variable, array
+            for leaf, part in zip(stored.leaves, stored.parts, strict=True):
+                parts.setdefault(leaf.path, []).append(Part(self.tensors[name], turned=stored.turned, **part))
+        for path, variable in self.leaves:
+            stacked = layers_in(path) is not None
+            yield path, variable, read_parts(parts[path], dtype, stacked=stacked, finite=finite)
 
 
 def describe(path: str | Path, *, body: bool = False) -> Description:
@@ -343,7 +348,7 @@ def write_tensors(directory: Path, module: T5 | Decoder, raw: Mapping[str, Any],
     shards: list[list[str]] = [[]]
     size = total = 0
     for name in sorted(places, key=natural):
-        more = sum(variable[...].nbytes for _, variable in places[name].leaves)
+        more = sum(leaf.nbytes for leaf in places[name].leaves)
         total += more
         if shards[-1] and size + more > max_shard_bytes:
             shards.append([])
@@ -383,18 +388,48 @@ def make_module(config: T5Config | DecoderConfig) -> T5 | Decoder:
     return T5(config, rngs=rngs) if isinstance(config, T5Config) else Decoder(config, rngs=rngs)
 
 
+class Leaf(NamedTuple):
+    """A parameter, or one layer's part of it."""
+
+    path: tuple[Any, ...]
+    """In the module."""
+    variable: nnx.Variable[Any]
+    layer: int | None
+    """None of a parameter that no layers share."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape without an axis of layers."""
+        shape = tuple(self.variable.shape)
+        return shape if self.layer is None else shape[1:]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        return int(np.prod(self.shape, dtype=np.int64)) * int(jnp.dtype(self.variable.dtype).itemsize)
+
+    @property
+    def array(self) -> np.ndarray:
+        """Its numbers."""
+        whole = self.variable[...]
+        # By a number that is no part of the program: one for all layers.
+        part = whole if self.layer is None else jax.lax.dynamic_index_in_dim(whole, self.layer, keepdims=False)
+        return np.asarray(part)
+
+
 class Stored(NamedTuple):
     """A tensor on disk, and the parameters that lie in it one after the other."""
 
-    leaves: tuple[tuple[tuple[Any, ...], nnx.Variable[Any]], ...]
-    """Path in the module and variable of each."""
+    pattern: str
+    """Its name, with {} for the number of a layer."""
+    leaves: tuple[Leaf, ...]
     turned: bool
     """Whether it is [out, in] on disk and [in, out] here."""
 
     @property
     def sides(self) -> list[tuple[int, ...]]:
         """The shape on disk of each parameter."""
-        shapes = [tuple(variable.shape) for _, variable in self.leaves]
+        shapes = [leaf.shape for leaf in self.leaves]
         return [shape[::-1] for shape in shapes] if self.turned else shapes
 
     @property
@@ -411,7 +446,7 @@ class Stored(NamedTuple):
 
     @property
     def parts(self) -> list[dict[str, slice]]:
-        """Where each parameter lies on disk, in the words of `read_tensor`."""
+        """Where each parameter lies on disk, in the words of `Part`."""
         if len(self.leaves) == 1:
             return [{}]
         ends = np.cumsum([side[self.axis] for side in self.sides]).tolist()
@@ -420,7 +455,7 @@ class Stored(NamedTuple):
 
     def tensor(self) -> np.ndarray:
         """The tensor to write."""
-        arrays = [np.asarray(variable[...]) for _, variable in self.leaves]
+        arrays = [leaf.array for leaf in self.leaves]
         arrays = [array.T for array in arrays] if self.turned else arrays
         return np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=self.axis))
 
@@ -433,15 +468,24 @@ def stored_tensors(config: T5Config | DecoderConfig, raw: Mapping[str, Any], sta
     order = {pattern: number for number, pattern in enumerate(names)}
 
     def pattern(path: tuple[Any, ...]) -> str:
-        return ".".join("{}" if isinstance(part, int) else str(part) for part in path)
+        at = layers_in(path)
+        return ".".join(path if at is None else (*path[: at + 1], "{}", *path[at + 1 :]))
 
     tensors: dict[str, Stored] = {}
     for path, variable in sorted(nnx.to_flat_state(state), key=lambda leaf: order[pattern(leaf[0])]):
-        name = names[pattern(path)].format(*(part for part in path if isinstance(part, int)))
-        turned = len(variable.shape) == 2 and path[-1] not in as_is
-        before = tensors[name].leaves if name in tensors else ()
-        tensors[name] = Stored((*before, (path, variable)), turned)
+        theirs = names[pattern(path)]
+        numbers = [None] if layers_in(path) is None else range(variable.shape[0])
+        for leaf in (Leaf(path, variable, number) for number in numbers):
+            name = theirs.format(leaf.layer)
+            before = tensors[name].leaves if name in tensors else ()
+            turned = len(leaf.shape) == 2 and path[-1] not in as_is
+            tensors[name] = Stored(theirs, (*before, leaf), turned)
     return tensors
+
+
+def layers_in(path: tuple[Any, ...]) -> int | None:
+    """Place in a path of the module whose parameters have an axis of layers; None of other parameters."""
+    return next((at for at, name in enumerate(path) if name in STACKS), None)
 
 
 def natural(name: str) -> list[tuple[int, str]]:
