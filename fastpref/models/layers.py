@@ -84,10 +84,13 @@ class Norm(nnx.Module):
 
 
 REMAT = {
+    "none": jax.checkpoint_policies.dots_saveable,
     "layers": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "all": jax.checkpoint_policies.nothing_saveable,
 }
-"""What is kept of a layer besides its input for the gradient, by the setting `remat`; "none" keeps all."""
+"""What is kept of a layer besides its input for the gradient, by the setting `remat`.
+
+What is no product costs less to compute again than to keep for every layer of the loop."""
 
 
 STACKS = ("layers", "cross")
@@ -114,7 +117,7 @@ def scan(
         called with, and what is kept of this one.
       x: what the first layer is called with.
       inputs: arrays with an axis of layers in front.
-      remat: what is computed again for the gradient, a key of `REMAT` or "none".
+      remat: what is computed again for the gradient, a key of `REMAT`.
 
     Returns:
       What the last layer returned first, and what was kept, with an axis of layers in front.
@@ -126,8 +129,7 @@ def scan(
         return run(nnx.merge(graph, own), x, own_inputs)
 
     # Within a loop nothing else can be merged with what is computed again.
-    again = body if remat == "none" else jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
-    return jax.lax.scan(again, x, (state, inputs))
+    return jax.lax.scan(jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False), x, (state, inputs))
 
 
 def residual(x: Array, result: Array, after: Norm | None, multiplier: float) -> Array:
