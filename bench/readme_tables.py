@@ -21,6 +21,7 @@ from readme_blocks import BLOCKS
 TEXTS = {
     "adapters_cpu": "bench_adapters",
     "batcher": "bench_batcher",
+    "compile_cpu": "bench_compile",
     "demo_cpu": "bench_demo",
     "demo_small_cpu": "bench_demo",
     "int8": "int8_distance",
