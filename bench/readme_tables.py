@@ -27,6 +27,7 @@ TEXTS = {
     "int8": "int8_distance",
     "ipo_md_step_cpu": "bench_train",
     "kernels_cpu": "bench_kernels",
+    "one_chip": "one_chip",
     "packing_cpu": "bench_packing",
     "pairs_cpu": "bench_pairs",
     "peers_cpu": "bench_peers",

@@ -19,8 +19,9 @@ from fastpref.method.adapter import ALL_LINEAR, AdapterConfig
 from fastpref.method.errors import ConfigError, ModelError, ModelWarning
 from fastpref.models.configs import text_config, write_config
 from fastpref.models.decoder import Decoder
-from fastpref.models.huggingface import KEPT_AS_IS, LanguageModel, stored_tensors
+from fastpref.models.huggingface import LanguageModel
 from fastpref.models.lowrank import Adapted, LowRank, Quantized, dense, is_quantized
+from fastpref.models.stored import KEPT_AS_IS, stored_tensors
 from fastpref.models.t5 import T5
 
 HEAD = "lm_head"
