@@ -21,11 +21,13 @@ from readme_blocks import BLOCKS
 TEXTS = {
     "adapters_cpu": "bench_adapters",
     "batcher": "bench_batcher",
+    "compile_cpu": "bench_compile",
     "demo_cpu": "bench_demo",
     "demo_small_cpu": "bench_demo",
     "int8": "int8_distance",
     "ipo_md_step_cpu": "bench_train",
     "kernels_cpu": "bench_kernels",
+    "one_chip": "one_chip",
     "packing_cpu": "bench_packing",
     "pairs_cpu": "bench_pairs",
     "peers_cpu": "bench_peers",

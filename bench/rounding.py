@@ -19,6 +19,7 @@ from flax import nnx
 from fastpref.demo.smollm2 import checkpoint
 from fastpref.learning.optimizers import apply
 from fastpref.models import load
+from fastpref.models.int8 import KERNELS
 
 RATES, UPDATES = (1e-6, 1e-5, 1e-4), 32
 HOW = {"nearest": False, "stochastic": True}
@@ -65,7 +66,7 @@ def text(report: dict[str, Any]) -> str:
 def main() -> int:
     """Measure and record."""
     params = nnx.to_flat_state(nnx.state(load(checkpoint()).module))
-    kernels = {str(path): variable[...] for path, variable in params if variable.ndim >= 2}
+    kernels = {str(path): variable[...] for path, variable in params if path[-1] in (*KERNELS, "embedding")}
     cases = [
         {"rate": rate, "rounding": name} | measure(kernels, rate, stochastic)
         for rate in RATES

@@ -23,7 +23,7 @@ from fastpref.models.adapters import adapt, split
 from fastpref.models.configs import architectures_of
 from fastpref.models.huggingface import SCALAR_HEAD, Description, abstract_module, describe, read_tokenizer
 from fastpref.models.t5 import T5Config
-from fastpref.models.tensors import open_tensors
+from fastpref.models.tensors import open_tensors, read_tensor
 from fastpref.runs import checkpoints
 from fastpref.runs.read_model import locate, read_model
 
@@ -82,8 +82,8 @@ def check(path: str | Path, settings: Mapping[str, Any]) -> Iterator[Line]:
     yield "size", size_of(described)
     yield "stored as", stored_as(described)
     tokenizer = read_tokenizer(described)
-    for _, _, array in described.arrays(dtype=jnp.float32):
-        array.delete()
+    for tensor in described.tensors.values():
+        read_tensor(tensor, jnp.float32).delete()
     if judge is not None:
         load_judge(source)
     if saved:
@@ -104,10 +104,12 @@ def adapter_of(model: LanguageModel, config: TrainConfig) -> Iterator[Line]:
     parts = split(model)
     assert parts is not None
     base, adapters = parts
-    ranks = sorted({factors.a.shape[1] for factors in adapters.values()})
-    ends = sorted({name.rpartition(".")[2] for name in adapters})
-    yield "rank", f"{', '.join(map(str, ranks))}, scale {', '.join(map(str, sorted({x.scale for x in base.sites})))}"
-    yield "modules", f"{len(adapters)}, which end with {', '.join(ends)}"
+    ranks = sorted({factors.a.shape[-1] for factors in adapters.values()})
+    modules = [name for site in base.sites for name in site.modules]
+    ends = sorted({name.rpartition(".")[2] for name in modules})
+    scales = sorted({scale for site in base.sites for scale in site.scales})
+    yield "rank", f"{', '.join(map(str, ranks))}, scale {', '.join(map(str, scales))}"
+    yield "modules", f"{len(modules)}, which end with {', '.join(ends)}"
     yield "size", f"{sum(leaf.size for leaf in jax.tree.leaves(adapters)):,} parameters in the adapter"
     yield "loads", f"yes, on the base in {model.source}: every tensor was read and is finite"
     yield "completions end with", ends_of(model.tokenizer)

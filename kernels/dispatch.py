@@ -4,6 +4,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
+
+def platform() -> str:
+    """The platform that programs are compiled for: "cpu", "gpu" or "tpu".
+
+    That of the abstract mesh's device (`jax.sharding.use_abstract_mesh`), so that a host without a TPU compiles what
+    one would run; else that of `jax.default_device`; else that of this process.
+    """
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else str(device.platform)
+
 
 @dataclass(frozen=True, slots=True)
 class Implementation:

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
+from .dispatch import platform
 from .head import Head
 
 LANES, SUBLANES = 128, 8
@@ -37,9 +38,9 @@ _RESERVED_VMEM = 8 << 20
 
 
 def obstacle() -> str | None:
-    """What keeps the kernels from running in this process, or None where they can."""
-    backend = jax.default_backend()
-    return None if backend == "tpu" else f"run on a TPU, but received a process that uses {backend}"
+    """What keeps the kernels out of a program that is compiled here, or None where nothing does."""
+    found = platform()
+    return None if found == "tpu" else f"run on a TPU, but received a program for a {found}"
 
 
 def vmem_limit() -> int:

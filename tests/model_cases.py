@@ -1,6 +1,7 @@
 """Models small enough for every test, one for each way in which the families differ, and the ways to run them."""
 
 import functools
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -87,11 +88,13 @@ def make(name: str) -> Any:
     graph, state = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
     random = np.random.default_rng(5)
 
-    def leaf(shape: tuple[int, ...]) -> jax.Array:
-        values = random.normal(size=shape)
-        return jnp.asarray(1 + 0.2 * values if len(shape) == 1 else 1.3 * shape[0] ** -0.5 * values, jnp.float32)
+    def leaf(path: Any, abstract: Any) -> jax.Array:
+        values = random.normal(size=abstract.shape)
+        vector = re.search(r"(bias|scale)\b", jax.tree_util.keystr(path, simple=True, separator=".")) is not None
+        vector &= "position_bias" not in jax.tree_util.keystr(path)
+        return jnp.asarray(1 + 0.2 * values if vector else 1.3 * abstract.shape[-2] ** -0.5 * values, jnp.float32)
 
-    return nnx.merge(graph, jax.tree.map(lambda abstract: leaf(abstract.shape), state))
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(leaf, state))
 
 
 def with_weights_of(name: str, **options: Any) -> Any:

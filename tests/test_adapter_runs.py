@@ -12,11 +12,12 @@ from small import PROMPTS, language_model, prefers_w1
 from test_training import SMALL, metrics_of
 
 from fastpref.judging.models import PreferenceModel, RewardModel
+from fastpref.judging.sources import load_judge
 from fastpref.learning.supervised import fit_preference_model, fit_reward_model, sft
 from fastpref.learning.train import Step, train
 from fastpref.method.adapter import AdapterConfig
 from fastpref.method.config import SupervisedConfig, TrainConfig
-from fastpref.method.errors import CheckpointError, ConfigError, ModelWarning
+from fastpref.method.errors import CheckpointError, ConfigError, ModelError, ModelWarning
 from fastpref.method.tables import from_mapping, to_json
 from fastpref.models import LanguageModel, load, save
 from fastpref.models.adapters import merged, split
@@ -166,6 +167,16 @@ def test_preference_and_reward_models_are_fitted_by_adapters(start: Path, tmp_pa
         columns = [[record[name] for record in RECORDED] for name in ("prompt", "chosen", "rejected")]
         np.testing.assert_allclose(again(*columns), fitted.model(*columns), rtol=1e-6)
         assert not (tmp_path / folder / "model" / "model.safetensors").exists()
+        # Judge and policy share one base.
+        policy = load(start)
+        shared = load_judge(tmp_path / folder, base=policy)
+        np.testing.assert_allclose(shared(*columns), again(*columns), rtol=1e-6)
+        held = {id(leaf) for leaf in jax.tree.leaves(nnx.state(shared.model.module))}
+        assert {id(leaf) for leaf in jax.tree.leaves(nnx.state(policy.module))} <= held
+    with pytest.raises(ModelError, match=r"a base must come with an adapter's directory, but received .* with a whole"):
+        load(start, base=policy)
+    with pytest.raises(ModelError, match=r"a base must come with a preference or reward model that has an adapter"):
+        load_judge("json:loads", base=policy)
 
 
 def test_the_setting_goes_through_json_and_is_checked() -> None:

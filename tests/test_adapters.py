@@ -53,7 +53,7 @@ def test_initial_adapters_are_the_base_bit_for_bit(family: str, init: Any) -> No
     zero, drawn = (1, 0) if init == "zero-b" else (0, 1)
     for factors in adapters.values():
         assert not factors[zero].any()
-        bound = (factors.a.shape[0] if init == "zero-b" else 3) ** -0.5
+        bound = (factors.a.shape[-2] if init == "zero-b" else 3) ** -0.5
         assert 0 < np.abs(factors[drawn]).max() <= bound
         assert len(np.unique(factors[drawn])) > 1
 
@@ -168,13 +168,36 @@ def test_targets_are_read_as_peft_reads_them() -> None:
     assert "decoder.block.1.layer.1.EncDecAttention.v" in modules["t5"]
 
     def names(family: str, targets: Any) -> set[str]:
-        return set(adapt(language_model(family), AdapterConfig(targets=targets), seed=0)[1])
+        base, adapters = adapt(language_model(family), AdapterConfig(targets=targets), seed=0)
+        assert adapters.keys() == {site.name for site in base.sites}
+        return {name for site in base.sites for name in site.modules}
 
     assert names("decoder", "all-linear") == modules["decoder"].keys() - {"lm_head"}
     assert names("t5", "all-linear") == modules["t5"].keys()
     assert names("decoder", ["v_proj"]) == {f"model.layers.{number}.self_attn.v_proj" for number in (0, 1)}
     assert names("decoder", r"model\.layers\.1\..*") == {name for name in modules["decoder"] if ".1." in name}
     assert names("t5", ["EncDecAttention.q"]) == {f"decoder.block.{n}.layer.1.EncDecAttention.q" for n in (0, 1)}
+
+
+def test_layers_without_an_adapter_are_the_base_and_scales_may_differ() -> None:
+    model = language_model()
+    base, adapters = adapt(model, AdapterConfig(rank=2, targets=r"model\.layers\.1\..*q_proj"), seed=0)
+    (site,) = base.sites
+    assert site == ("model.layers.{}.self_attn.q_proj", site.places, (1,), (16.0,))
+    assert adapters[site.name].a.shape[0] == 1
+    kernel = nnx.state(with_adapters(model, base, random_adapters(adapters, 1)).module)["layers"]["attention"]["q"][...]
+    assert kernel.scale == (0.0, 16.0)
+    assert not kernel.adapters[0].a[0].any()
+    whole, bare = kernel.merged(), kernel.weight
+    np.testing.assert_array_equal(whole[0], bare[0])
+    assert not np.allclose(whole[1], bare[1], atol=1e-3)
+    x = jnp.ones((2, 16))
+    each = jax.lax.scan(lambda _, part: (None, product(x, part)), None, kernel)[1]
+    np.testing.assert_allclose(each, jnp.ones((2, 2, 16)) @ whole, rtol=1e-5, atol=1e-5)
+    parts = split(with_adapters(model, base, adapters))
+    assert parts is not None
+    assert parts[0].sites == base.sites
+    jax.tree.map(np.testing.assert_array_equal, parts[1], adapters)
 
 
 def test_targets_that_name_nothing_are_refused() -> None:
@@ -232,7 +255,7 @@ def test_dropout_keeps_the_mean_and_follows_its_key() -> None:
     factors = LowRank(jnp.ones((64, 1)), jnp.ones((1, 3)))
 
     def drawn(seed: int, dropout: float = 0.5) -> Any:
-        return product(x, Adapted(weight, (factors,), 1.0, jax.random.key(seed), dropout))
+        return product(x, Adapted(weight, (factors,), 1.0, noise=jax.random.key(seed), dropout=dropout))
 
     np.testing.assert_array_equal(drawn(0), drawn(0))
     assert not np.array_equal(drawn(0), drawn(1))

@@ -55,10 +55,10 @@ def test_attention_is_one_softmax_over_prompt_and_completion() -> None:
 def test_initial_values_follow_each_family() -> None:
     decoder = Decoder(replace(DECODER, width=200, vocab_size=300, layers=1), rngs=nnx.Rngs(0))
     np.testing.assert_allclose(decoder.embedding[...].std(), 0.02, rtol=0.02)
-    np.testing.assert_allclose(decoder.layers[0].feed_forward.down[...].std(), 0.02, rtol=0.05)
+    np.testing.assert_allclose(decoder.layers.feed_forward.down[...].std(), 0.02, rtol=0.05)
     wide = replace(ENCODER_DECODER, width=200, heads=8, head_dim=16, hidden=300, decoder_layers=1, encoder_layers=1)
     model = T5(wide, rngs=nnx.Rngs(0))
-    attention, feed_forward = model.encoder.layers[0].attention, model.decoder.layers[0].feed_forward
+    attention, feed_forward = model.encoder.layers.attention, model.decoder.layers.feed_forward
     expected: list[tuple[Any, float]] = [
         (model.embedding, 1.0),
         (model.lm_head, 1.0),

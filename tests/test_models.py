@@ -1,6 +1,7 @@
 """Both model families against the original implementations, and against what the policy protocol promises."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from model_cases import (
 from safetensors.numpy import load_file
 
 from fastpref.method.errors import ModelError
-from fastpref.models import Policy, RopeScaling, load
+from fastpref.models import T5, Decoder, Policy, RopeScaling, T5Config, load
 from fastpref.models.masks import Masks, causal_mask
 from fastpref.models.policy import hidden_states
 
@@ -164,16 +165,34 @@ def test_the_protocol_is_kept_and_prompts_are_cached_once(name: str) -> None:
     prefill = functools.partial(model.prefill, completions=5, max_new_tokens=4)
     first, cache = jax.eval_shape(prefill, prompts, mask)
     assert first.shape == (P,)
-    for shared in cache.prompts:
-        assert shared.keys.size == shared.values.size == P * S * shared.keys.shape[1] * 6
-    assert len(cache.completions) == len(cache.prompts)
-    for own in cache.completions:
-        assert own.keys.shape[0] == P
-        assert own.keys.shape[2:4] == (5, 4)
+    shared, own = cache.prompts, cache.completions
+    layers, heads = shared.keys.shape[0], shared.keys.shape[2]
+    assert shared.keys.size == shared.values.size == layers * P * S * heads * 6
+    assert own.keys.shape[:2] == (layers, P)
+    assert own.keys.shape[3:5] == (5, 4)
     _, cache = jax.eval_shape(model.prefill, prompts, mask)
     states, kept = jax.eval_shape(model.decode, cache, jax.ShapeDtypeStruct((P, 5, 3), jnp.int32), 0)
     assert states.shape == (P, 5, 3, 24)
     assert jax.tree.leaves(kept) == jax.tree.leaves(cache), "without room nothing is kept"
+
+
+@pytest.mark.parametrize("name", ["decoder-local", "t5-v1.1"])
+def test_a_program_is_as_large_with_many_layers_as_with_few(name: str) -> None:
+    prompts, mask, completions = draw()
+    config = CONFIGS[name]
+    kind = T5 if isinstance(config, T5Config) else Decoder
+    sizes = ("encoder_layers", "decoder_layers") if kind is T5 else ("layers",)
+
+    def equations(layers: int) -> int:
+        sized: Any = replace(config, **dict.fromkeys(sizes, layers))
+        graph, state = nnx.split(nnx.eval_shape(lambda: kind(sized, rngs=nnx.Rngs(0))))
+
+        def loss(state: Any) -> jax.Array:
+            return hidden_states(nnx.merge(graph, state), prompts, mask, completions).sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(state)).count(" = ")
+
+    assert equations(3) == equations(9) > 50
 
 
 def test_a_window_ends_where_it_should() -> None:

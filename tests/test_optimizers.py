@@ -1,6 +1,7 @@
 """Optimisers by name against their formulas, what decays, the learning rate over a run, and runs that go on."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def test_three_updates_are_those_of_the_papers(settings: dict[str, Any], betas: 
 def test_adafactor_is_the_papers_and_decays_by_the_rate() -> None:
     """Optax's own adds its decay past the rate."""
     config = TrainConfig(learning_rate=0.01, lr_schedule="cosine", steps=10, max_grad_norm=2.0, weight_decay=0.5)
-    plain = optax.chain(optax.clip_by_global_norm(2.0), optax.adafactor(rate(config), decay_rate=0.8))
+    plain = build(replace(config, weight_decay=0.0))
     params = tree(0)
     (start, advance), (start_plain, advance_plain) = compiled(build(config)), compiled(plain)
     state, plain_state = start(params), start_plain(params)
@@ -121,10 +122,38 @@ def test_adafactor_is_the_papers_and_decays_by_the_rate() -> None:
             np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+def layer_by_layer_apart(optimizer: optax.GradientTransformation) -> Any:
+    """Three updates of a tree in which every layer has arrays of its own."""
+
+    def apart(of: Any) -> Any:
+        return of | {"layers": [{name: array[at] for name, array in of["layers"].items()} for at in range(2)]}
+
+    params = apart(tree(0))
+    start, advance = compiled(optimizer)
+    state = start(params)
+    for step in range(3):
+        params, state = advance(apart(tree(step + 1)), state, params)
+    return params | {"layers": jax.tree.map(lambda *each: jnp.stack(each), *params["layers"])}
+
+
+def test_adafactor_of_stacked_layers_is_that_of_each_layer() -> None:
+    config = TrainConfig(learning_rate=0.01, max_grad_norm=2.0)
+    plain = optax.chain(optax.clip_by_global_norm(2.0), optax.adafactor(0.01, decay_rate=0.8))
+    ours, theirs = flat(three_updates(build(config))), flat(layer_by_layer_apart(plain))
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        np.testing.assert_allclose(ours[name], expected, rtol=1e-6, atol=1e-7, err_msg=name)
+    # One scale of both layers at once would be another.
+    assert not np.allclose(flat(three_updates(plain))["layers/kernel"], theirs["layers/kernel"], rtol=1e-4)
+
+
 def test_the_defaults_are_optax_bit_for_bit() -> None:
     constant = optax.constant_schedule(1e-4)
+    assert_equal(
+        three_updates(build(TrainConfig(optimizer="adafactor")))["embedding"],
+        three_updates(optax.adafactor(constant, decay_rate=0.8))["embedding"],
+    )
     for name, optimizer in (
-        ("adafactor", optax.adafactor(constant, decay_rate=0.8)),
         ("adamw", optax.adamw(constant, weight_decay=0.0)),
         ("lion", optax.lion(constant, weight_decay=0.0)),
     ):
@@ -174,7 +203,7 @@ def test_matrices_decay_and_norms_and_biases_never_do() -> None:
 def test_parameters_without_a_gradient_shrink_by_the_decay_alone(name: str) -> None:
     """On parameters of a model, NNX variables, as a training has them."""
     config = TrainConfig(optimizer=name, learning_rate=0.1, weight_decay=0.5)
-    params = nnx.split(language_model().module.layers[0])[1]
+    params = nnx.split(language_model().module.layers)[1]
     zeros = jax.tree.map(jnp.zeros_like, params)
     start, advance = compiled(build(config))
     after, _ = advance(zeros, start(params), params)

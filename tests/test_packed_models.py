@@ -208,7 +208,7 @@ def test_losses_and_gradients_are_those_of_padded_pairs(name: str, layout: str) 
     for (path, leaf), other in zip(
         jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(expected), strict=True
     ):
-        np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=2e-6 * scale, err_msg=str(path))
+        np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=5e-6 * scale, err_msg=str(path))
 
 
 @pytest.mark.parametrize(("name", "layout"), [CASES[0], CASES[4], ("decoder-local", "shared")])
@@ -225,7 +225,7 @@ def test_rows_in_blocks_give_the_same(name: str, layout: str) -> None:
     np.testing.assert_allclose(value, padded, rtol=1e-5)
     scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
     for leaf, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=2e-6 * scale)
+        np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=5e-6 * scale)
     # Bitwise isolation as well: what a block reads does not depend on tokens.
     changed = packed._replace(
         tokens=np.where(packed.pairs == 1, (packed.tokens + 1) % V, packed.tokens),

@@ -183,7 +183,8 @@ def test_what_is_computed_again_changes_no_gradient(family: str, adapter: Any) -
         )
     for other in results[1:]:
         for mine, theirs in zip(jax.tree.leaves(results[0][0]), jax.tree.leaves(other[0]), strict=True):
-            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+            # A sum of so many terms rounds by some units of the largest of them.
+            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5 + 5e-7 * float(jnp.abs(theirs).max()))
 
 
 def test_less_is_kept_for_the_gradient() -> None:

@@ -224,7 +224,7 @@ def test_masking_is_dropping(masked_scores: Any, mask: list[bool]) -> None:
 
 def test_elsewhere_than_on_a_tpu_the_error_says_so() -> None:
     hidden, head, ids = jnp.ones((2, 4)), Head(jnp.ones((8, 4))), jnp.arange(2)
-    why = r" must run on a TPU, but received a process that uses cpu\. Pass None for the best here\."
+    why = r" must run on a TPU, but received a program for a cpu\. Pass None for the best here\."
     with pytest.raises(NotImplementedError, match="the implementation 'tpu' of mixture_sample" + why):
         mixture_sample(hidden, head, hidden, head, mixture_beta=0.5, key=KEY, row_ids=ids, step=0, implementation="tpu")
     with pytest.raises(NotImplementedError, match="the implementation 'tpu' of token_logprobs" + why):
@@ -257,6 +257,11 @@ def test_the_compiler_takes_every_kernel() -> None:
     lines = compile_for_tpu("import tpu_compile; tpu_compile.every_kernel()").splitlines()
     assert len(lines) >= 17
     assert all(line.startswith("compiled ") for line in lines)
+
+
+def test_public_functions_choose_by_the_platform_of_the_program() -> None:
+    lines = compile_for_tpu("import tpu_compile; tpu_compile.public()").splitlines()
+    assert len(lines) == 3
 
 
 def test_the_compiler_takes_split_heads() -> None:

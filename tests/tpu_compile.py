@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fastpref.kernels import Head
+from fastpref.kernels import Head, divergence, mixture_sample, token_logprobs
 from fastpref.kernels import tiles as tiling
 from fastpref.kernels.divergence import tpu as distances
 from fastpref.kernels.mixture_sampling import tpu as sampling
@@ -124,6 +124,38 @@ DIVERGENCES = [
     ((130, 4096, 256, 1, "bfloat16"), (130, 4096, 256, 1, "bfloat16"), {"scale": 0.1}, True),
     ((5, 1000, 64, 0, "float32"), (5, 1000, 64, 0, "float32"), {}, False),
 ]
+
+
+def public() -> None:
+    """The public functions choose by the platform that they are compiled for, not by this process's."""
+    hidden, weight = Shape((16, 256), jnp.dtype("bfloat16")), Shape((2000, 256), jnp.dtype("bfloat16"))
+    rows, ids = Shape((16,), jnp.float32), Shape((16,), jnp.int32)
+
+    def draw(hidden: Array, weight: Array, beta: Array, key: Array, ids: Array) -> Any:
+        keywords: dict[str, Any] = {
+            "mixture_beta": beta,
+            "key": jax.random.wrap_key_data(key),
+            "row_ids": ids,
+            "step": 0,
+        }
+        return mixture_sample(hidden, Head(weight), hidden, Head(weight), **keywords)
+
+    def score(hidden: Array, weight: Array, ids: Array) -> Any:
+        return jax.grad(lambda x, w: token_logprobs(x, Head(w), ids).sum(), (0, 1))(hidden, weight)
+
+    def measure(hidden: Array, weight: Array) -> Any:
+        return divergence(hidden, Head(weight), hidden, Head(weight)).kl
+
+    programs: dict[str, tuple[Callable[..., Any], tuple[Shape, ...]]] = {
+        "mixture_sample": (draw, (hidden, weight, rows, Shape((2,), jnp.uint32), ids)),
+        "token_logprobs": (score, (hidden, weight, ids)),
+        "divergence": (measure, (hidden, weight)),
+    }
+    for name, (function, shapes) in programs.items():
+        assert "tpu_custom_call" in one_chip(function, *shapes).as_text(), name
+        here = jax.jit(function).lower(*shapes).as_text()
+        assert "tpu_custom_call" not in here, name
+        print("compiled", name)
 
 
 def every_kernel() -> None:

@@ -279,15 +279,19 @@ class PreferenceModel:
         save(self.model, path, beside={"preference_model.json": settings})
 
     @classmethod
-    def load(cls, path: str | Path) -> "PreferenceModel":
+    def load(cls, path: str | Path, *, base: LanguageModel | None = None) -> "PreferenceModel":
         """Read what `save` wrote.
+
+        Args:
+          path: the directory.
+          base: of a model with an adapter, the model to share its base with; None to read one.
 
         Raises:
           ValueError: the directory holds no preference model.
         """
         settings = _read_settings(Path(path), "preference_model.json", "preference model")
         settings["answers"] = tuple(settings["answers"])
-        return cls(load(path), **settings)
+        return cls(load(path, base=base), **settings)
 
 
 @dataclass(frozen=True)
@@ -401,8 +405,12 @@ class RewardModel:
         )
 
     @classmethod
-    def load(cls, path: str | Path) -> "RewardModel":
+    def load(cls, path: str | Path, *, base: LanguageModel | None = None) -> "RewardModel":
         """Read what `save` wrote.
+
+        Args:
+          path: the directory.
+          base: of a model with an adapter, the model to share its base with; None to read one.
 
         Raises:
           ValueError: the directory holds no reward model, or its scalar head is damaged.
@@ -415,7 +423,7 @@ class RewardModel:
                 f"{path} must hold a readable reward_head.safetensors, but reading it failed: {error}. "
                 "Copy the directory again or train the reward model again."
             ) from error
-        result = cls.from_model(load(path, body=True), **settings)
+        result = cls.from_model(load(path, body=True, base=base), **settings)
         result.module.weight[...] = jnp.asarray(weight)
         return result
 

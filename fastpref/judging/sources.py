@@ -15,7 +15,7 @@ from fastpref.judging.http import HttpJudge
 from fastpref.judging.models import PreferenceModel, RewardModel
 from fastpref.judging.protocol import Judge
 from fastpref.method.errors import ConfigError, ModelError, nearest
-from fastpref.models import load
+from fastpref.models import LanguageModel, load
 from fastpref.models.configs import architectures_of
 from fastpref.models.families import FAMILIES
 from fastpref.models.huggingface import SCALAR_HEAD, refuse_adapter
@@ -30,7 +30,7 @@ FUNCTION = (
 )
 
 
-def load_judge(source: str | Path | Mapping[str, Any]) -> Judge:
+def load_judge(source: str | Path | Mapping[str, Any], *, base: LanguageModel | None = None) -> Judge:
     """The judge or reward model that a source names.
 
     Args:
@@ -39,6 +39,8 @@ def load_judge(source: str | Path | Mapping[str, Any]) -> Judge:
         model with a value head (`v_head.summary.weight`, in its own files or in `value_head.safetensors`);
         `package.module:object`, importable from the working directory; or a mapping with `url` and `model`, and other
         arguments of `HttpJudge`.
+      base: the policy's base, say, for a model that was fitted by an adapter on it: its arrays are used, and no second
+        copy is read.
 
     Returns:
       A `PreferenceModel`, a `RewardModel`, an `HttpJudge`, or the object.
@@ -47,14 +49,19 @@ def load_judge(source: str | Path | Mapping[str, Any]) -> Judge:
       ValueError: none of these, or a directory or a setting that cannot be used.
       FileNotFoundError: a file of a directory is missing.
     """
+    path = Path("." if isinstance(source, Mapping) else source)
+    for folder in () if isinstance(source, Mapping) else (path, path / "model"):
+        if (folder / "preference_model.json").exists():
+            return PreferenceModel.load(folder, base=base)
+        if (folder / "reward_model.json").exists():
+            return RewardModel.load(folder, base=base)
+    if base is not None:
+        raise ModelError(
+            f"a base must come with a preference or reward model that has an adapter on it, but received {source}. "
+            "Leave base out."
+        )
     if isinstance(source, Mapping):
         return _server(source)
-    path = Path(source)
-    for folder in (path, path / "model"):
-        if (folder / "preference_model.json").exists():
-            return PreferenceModel.load(folder)
-        if (folder / "reward_model.json").exists():
-            return RewardModel.load(folder)
     if path.is_dir():
         return read_reward_model(path)
     return _named(str(source))

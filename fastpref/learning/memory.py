@@ -112,10 +112,29 @@ def train_memory(
     )
 
 
-def _temporaries(
+def _temporaries(*described: Any) -> int:
+    """Bytes that the compiled update sets aside, on this machine; of the arguments of `update_arguments`."""
+    arguments, settings = update_arguments(*described)
+    compiled = update.update.lower(*arguments, **settings).compile()
+    measured: Any = compiled.memory_analysis()
+    # Results that take the place of arguments are counted with the arguments.
+    fresh = max(0, measured.output_size_in_bytes - measured.alias_size_in_bytes)
+    return int(measured.temp_size_in_bytes + fresh)
+
+
+def update_arguments(
     config: TrainConfig, definition: Any, trained: Any, opt_state: Any, base: Base | None, ref: Any
-) -> int:
-    """Bytes that the compiled update sets aside, on this machine."""
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What `update.update` is called with at the longest prompts and completions.
+
+    Args:
+      config: the settings.
+      definition: GraphDef of the policy.
+      trained: its trained parameters, or their shapes.
+      opt_state: of the optimiser that the settings name.
+      base: of adapters.
+      ref: the parameters of π_ref.
+    """
     method, dtype = config.method, learner.dtype_of(config)
     optimizer, module = optimizers.build(config), nnx.merge(definition, ref)
     completions = 1 if method.pairs == "first" else 2
@@ -137,26 +156,18 @@ def _temporaries(
         weights = [weight for weight in method.anchor_weights(*config.strengths(0)) if weight]
         models = tuple(ref if base is None else None for _ in weights)
         anchors = learner.Anchors(jnp.ones(len(weights), jnp.float32), models)
-    compiled = update.update.lower(
-        definition,
-        trained,
-        opt_state,
-        pairs,
-        np.float32(1),
-        optimizer=optimizer,
-        objective=method.objective,
-        gradient_accumulation=config.gradient_accumulation,
-        length_normalize=config.length_normalize,
-        base=base,
-        key=learner.update_key(config, 0, base),
-        remat=config.remat,
-        dtype=dtype,
-        anchors=anchors,
-    ).compile()
-    measured: Any = compiled.memory_analysis()
-    # Results that take the place of arguments are counted with the arguments.
-    fresh = max(0, measured.output_size_in_bytes - measured.alias_size_in_bytes)
-    return int(measured.temp_size_in_bytes + fresh)
+    settings: dict[str, Any] = {
+        "optimizer": optimizer,
+        "objective": method.objective,
+        "gradient_accumulation": config.gradient_accumulation,
+        "length_normalize": config.length_normalize,
+        "base": base,
+        "key": learner.update_key(config, 0, base),
+        "remat": config.remat,
+        "dtype": dtype,
+        "anchors": anchors,
+    }
+    return (definition, trained, opt_state, pairs, np.float32(1)), settings
 
 
 def _shapes(tree: Any) -> Any:

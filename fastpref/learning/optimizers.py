@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from fastpref.method.config import Settings
 from fastpref.method.errors import require
 from fastpref.method.schedules import Schedule, Value, value_at
+from fastpref.models.layers import STACKS
 from fastpref.models.lowrank import in_dtype
 
 READ = ("optimizer", "learning_rate", "warmup_steps", "lr_schedule", "weight_decay", "betas", "max_grad_norm")
@@ -59,14 +61,54 @@ def _build(
     clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
     mask = _decaying if weight_decay else None
     if name == "adafactor":
-        # Here alone optax does not multiply the decay by the rate.
-        decay = (lambda count: weight_decay * schedule(count)) if weight_decay else None
-        chosen = optax.adafactor(schedule, decay_rate=0.8, weight_decay_rate=decay, weight_decay_mask=mask)
+        # As `optax.adafactor` is made, but for the layers; which does not multiply the decay by the rate.
+        chosen = optax.chain(
+            layer_by_layer(optax.chain(optax.scale_by_factored_rms(decay_rate=0.8), optax.clip_by_block_rms(1.0))),
+            optax.scale_by_learning_rate(schedule, flip_sign=False),
+            layer_by_layer(optax.scale_by_param_block_rms()),
+            optax.add_decayed_weights(lambda count: weight_decay * schedule(count), mask)
+            if weight_decay
+            else optax.identity(),
+            optax.scale(-1.0),
+        )
     else:
         options: dict[str, float] = {} if betas is None else {"b1": betas[0], "b2": betas[1]}
         maker = {"adamw": optax.adamw, "lion": optax.lion}[name]
         chosen = maker(schedule, weight_decay=weight_decay, mask=mask, **options)
     return optax.chain(clip, chosen)
+
+
+def layer_by_layer(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A transformation that treats each parameter by itself, and of layers that lie in one array each layer's.
+
+    What it computes over a parameter, such as the scale of its entries, is so that of one matrix, as it was made for.
+    """
+
+    def of(path: tuple[Any, ...], function: Any) -> Any:
+        return jax.vmap(function) if in_layers(path) else function
+
+    def init(params: Any) -> Any:
+        return tuple(of(path, transformation.init)(leaf) for path, leaf in jax.tree.leaves_with_path(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        (leaves, structure), values = jax.tree.flatten_with_path(updates), jax.tree.leaves(params)
+        each = [
+            of(path, transformation.update)(leaf, own, value)
+            for (path, leaf), own, value in zip(leaves, state, values, strict=True)
+        ]
+        return jax.tree.unflatten(structure, [new for new, _ in each]), tuple(own for _, own in each)
+
+    return optax.GradientTransformation(init, update)
+
+
+def in_layers(path: tuple[Any, ...]) -> bool:
+    """True of a parameter or an adapter whose first axis is that of layers.
+
+    Args:
+      path: keys of the parameter in its tree, as `jax.tree_util` gives them.
+    """
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    return any("{}" in name or (name in STACKS and not after.isdigit()) for name, after in pairwise([*names, ""]))
 
 
 def decays(path: tuple[Any, ...], leaf: Any) -> bool:

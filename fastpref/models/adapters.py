@@ -19,8 +19,9 @@ from fastpref.method.adapter import ALL_LINEAR, AdapterConfig
 from fastpref.method.errors import ConfigError, ModelError, ModelWarning
 from fastpref.models.configs import text_config, write_config
 from fastpref.models.decoder import Decoder
-from fastpref.models.huggingface import KEPT_AS_IS, LanguageModel, stored_tensors
+from fastpref.models.huggingface import LanguageModel
 from fastpref.models.lowrank import Adapted, LowRank, Quantized, dense, is_quantized
+from fastpref.models.stored import KEPT_AS_IS, stored_tensors
 from fastpref.models.t5 import T5
 
 HEAD = "lm_head"
@@ -30,7 +31,8 @@ KINDS = (Adapted, Quantized)
 """Kernels that are no arrays."""
 
 Adapters = dict[str, Any]
-"""`LowRank` factors by the name of the module that they are added to; arrays of what is trained whole by their path."""
+"""`LowRank` factors by the name of the module that they are added to, with {} for the number of a layer: those of the
+layers lie one after the other, as `Site.layers` says. Arrays of what is trained whole by their path."""
 
 
 class Place(NamedTuple):
@@ -41,12 +43,31 @@ class Place(NamedTuple):
     end: int
 
 
+class Linear(NamedTuple):
+    """A module that may have an adapter. Several kernels may lie in it, side by side, as q, k and v of Phi-3 do."""
+
+    pattern: str
+    """Its name, with {} for the number of its layer."""
+    layer: int | None
+    """None of a module that is outside of the layers."""
+    places: tuple[Place, ...]
+
+
 class Site(NamedTuple):
-    """A module with an adapter. Several kernels may lie in it, side by side, as q, k and v of Phi-3 do."""
+    """A module with an adapter, or those of one kind in several layers."""
 
     name: str
+    """With {} for the number of a layer."""
     places: tuple[Place, ...]
-    scale: float
+    layers: tuple[int, ...]
+    """Those that have an adapter; empty of a module that is outside of the layers."""
+    scales: tuple[float, ...]
+    """s of each layer, or of the one module."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules."""
+        return tuple(map(self.name.format, self.layers)) if self.layers else (self.name,)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -89,11 +110,17 @@ class Base:
           key: of the dropout of the first, while it is learned; None for none.
         """
         flat = dict(nnx.to_flat_state(self.params))
-        for number, (name, places, scale) in enumerate(self.sites):
+        for number, site in enumerate(self.sites):
             noise = None if key is None or not self.dropout else jax.random.fold_in(key, number)
-            for place in places:
-                parts = tuple(None if adapters is None else _part(adapters[name], place) for adapters in models)
-                kernel = Adapted(flat[place.path][...], parts, scale, noise, self.dropout)
+            for place in site.places:
+                weight = flat[place.path][...]
+                parts = tuple(None if each is None else _part(each[site.name], place) for each in models)
+                count = weight.shape[0] if site.layers else 0
+                parts = tuple(None if part is None else _in_all(part, site.layers, count) for part in parts)
+                scale = scale_in_all(site, count)
+                factors = None if isinstance(scale, float) else jnp.asarray(scale, jnp.float32)
+                keys = noise if noise is None or not count else jax.random.split(noise, count)
+                kernel = Adapted(weight, parts, scale, factors, keys, self.dropout)
                 flat[place.path] = flat[place.path].replace(kernel)
         for path in self.whole:
             (adapters,) = models
@@ -138,8 +165,8 @@ def trainable(model: LanguageModel, config: AdapterConfig | None, *, seed: int) 
     if config is None:
         return base, adapters
     wanted = dict.fromkeys(targeted(linear_modules(model), config.targets), config.rank)
-    received = {name: factors.a.shape[1] for name, factors in adapters.items()}
-    scales = {site.scale for site in base.sites}
+    received = {name: adapters[site.name].a.shape[-1] for site in base.sites for name in site.modules}
+    scales = {scale for site in base.sites for scale in site.scales}
     if wanted != received or scales != {config.scale}:
         raise ConfigError(
             "adapter must be left out, or be as that of the policy, which goes on with its own (rank "
@@ -166,25 +193,43 @@ def adapt(model: LanguageModel, config: AdapterConfig, *, seed: int) -> tuple[Ba
       ModelError: the module is not of this package.
     """
     modules = linear_modules(model)
-    params = nnx.state(model.module)
-    shapes = {path: tuple(variable.shape) for path, variable in nnx.to_flat_state(params)}
+    chosen = targeted(modules, config.targets)
+    zeros_b = config.init == "zero-b"
     sites, adapters = [], {}
-    for number, name in enumerate(targeted(modules, config.targets)):
-        places = modules[name]
-        inner, outer = shapes[places[0].path][0], places[-1].end
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        zeros_b = config.init == "zero-b"
+    for site in sites_of(modules, dict.fromkeys(chosen, config.scale)):
+        inner, outer = sides(model, site.places)
         drawn = (inner, config.rank) if zeros_b else (config.rank, outer)
         bound = (inner if zeros_b else config.rank) ** -0.5
-        random = jax.random.uniform(key, drawn, jnp.float32, -bound, bound)
-        zeros = jnp.zeros((config.rank, outer) if zeros_b else (inner, config.rank), jnp.float32)
-        adapters[name] = LowRank(random, zeros) if zeros_b else LowRank(zeros, random)
-        sites.append(Site(name, places, config.scale))
-    return Base(params, tuple(sites), config.dropout), adapters
+        keys = [jax.random.fold_in(jax.random.key(seed), chosen.index(name)) for name in site.modules]
+        each = [jax.random.uniform(key, drawn, jnp.float32, -bound, bound) for key in keys]
+        random = jnp.stack(each) if site.layers else each[0]
+        shape = (config.rank, outer) if zeros_b else (inner, config.rank)
+        zeros = jnp.zeros((*random.shape[:-2], *shape), jnp.float32)
+        adapters[site.name] = LowRank(random, zeros) if zeros_b else LowRank(zeros, random)
+        sites.append(site)
+    return Base(nnx.state(model.module), tuple(sites), config.dropout), adapters
 
 
-def linear_modules(model: LanguageModel) -> dict[str, tuple[Place, ...]]:
-    """Kernels by the name of their module in Hugging Face's layout, in the order of the layout.
+def sites_of(modules: Mapping[str, Linear], scales: Mapping[str, float]) -> list[Site]:
+    """The sites of the modules that have a scale, those of one kind in one."""
+    kinds: dict[str, list[str]] = {}
+    for name in scales:
+        kinds.setdefault(modules[name].pattern, []).append(name)
+    sites = []
+    for pattern, names in kinds.items():
+        layers = tuple(layer for name in names if (layer := modules[name].layer) is not None)
+        sites.append(Site(pattern, modules[names[0]].places, layers, tuple(scales[name] for name in names)))
+    return sites
+
+
+def sides(model: LanguageModel, places: Sequence[Place]) -> tuple[int, int]:
+    """I and O of the module that kernels lie in."""
+    shapes = {path: tuple(variable.shape) for path, variable in nnx.to_flat_state(nnx.state(model.module))}
+    return shapes[places[0].path][-2], places[-1].end
+
+
+def linear_modules(model: LanguageModel) -> dict[str, Linear]:
+    """Modules with kernels by their name in Hugging Face's layout, in the order of the layout.
 
     Raises:
       ModelError: the module is not of this package.
@@ -198,14 +243,15 @@ def linear_modules(model: LanguageModel) -> dict[str, tuple[Place, ...]]:
     raw = text_config(model.config) or write_config(module.config, eos_id=0, pad_id=0)
     modules = {}
     for name, stored in stored_tensors(module.config, raw, nnx.state(module)).items():
-        leaves = [(path, tuple(variable.shape)) for path, variable in stored.leaves]
-        if any(len(shape) != 2 or path[-1] in KEPT_AS_IS for path, shape in leaves):
+        if any(len(leaf.shape) != 2 or leaf.path[-1] in KEPT_AS_IS for leaf in stored.leaves):
             continue
         places, end = [], 0
-        for path, shape in leaves:
-            places.append(Place(path, end, end + shape[1]))
-            end += shape[1]
-        modules[name.removesuffix(".weight")] = tuple(places)
+        for leaf in stored.leaves:
+            places.append(Place(leaf.path, end, end + leaf.shape[1]))
+            end += leaf.shape[1]
+        layer = stored.leaves[0].layer
+        linear = Linear(stored.pattern.removesuffix(".weight"), layer, tuple(places))
+        modules[name.removesuffix(".weight")] = linear
     return modules
 
 
@@ -237,7 +283,25 @@ def targeted(modules: Mapping[str, object], targets: str | Sequence[str]) -> lis
 
 def _part(factors: LowRank, place: Place) -> LowRank:
     a, b = factors
-    return factors if (place.start, place.end) == (0, b.shape[1]) else LowRank(a, b[:, place.start : place.end])
+    return factors if (place.start, place.end) == (0, b.shape[-1]) else LowRank(a, b[..., place.start : place.end])
+
+
+def _in_all(factors: LowRank, layers: tuple[int, ...], count: int) -> LowRank:
+    """The factors of all layers, zero where there are none."""
+    if len(layers) == count or not layers:
+        return factors
+
+    def spread(factor: Array) -> Array:
+        return jnp.zeros((count, *factor.shape[1:]), factor.dtype).at[jnp.asarray(layers)].set(factor)
+
+    return LowRank(*map(spread, factors))
+
+
+def scale_in_all(site: Site, count: int) -> float | tuple[float, ...]:
+    """s of every layer, 0 for one without an adapter; one number where all are alike."""
+    scales = dict(zip(site.layers, site.scales, strict=True)) if site.layers else {0: site.scales[0]}
+    each = tuple(scales.get(layer, 0.0) for layer in range(max(1, count)))
+    return each[0] if len(set(each)) == 1 else each
 
 
 def _joined(path: tuple[Any, ...]) -> str:
@@ -254,15 +318,23 @@ def split(model: LanguageModel) -> tuple[Base, Adapters] | None:
     kernels = {path: variable[...] for path, variable in flat.items() if isinstance(variable.get_value(), Adapted)}
     if not kernels:
         return None
-    sites, adapters = [], {}
-    for name, places in linear_modules(model).items():
-        parts = [kernels[place.path] for place in places if place.path in kernels]
-        if not parts:
-            continue
-        factors = [part.adapters[0] for part in parts]
-        b = factors[0].b if len(factors) == 1 else jnp.concatenate([factor.b for factor in factors], axis=1)
-        adapters[name] = LowRank(factors[0].a, b)
-        sites.append(Site(name, places, parts[0].scale))
+    modules = linear_modules(model)
+    scales: dict[str, float] = {}
+    for name, (_, layer, places) in modules.items():
+        kernel = kernels.get(places[0].path)
+        if kernel is not None:
+            each = kernel.scale
+            scale = each[layer or 0] if isinstance(each, tuple) else each
+            scales |= {name: scale} if scale else {}
+    sites = sites_of(modules, scales)
+    adapters = {}
+    for site in sites:
+        factors = [kernels[place.path].adapters[0] for place in site.places]
+        a = factors[0].a
+        b = factors[0].b if len(factors) == 1 else jnp.concatenate([factor.b for factor in factors], axis=-1)
+        if site.layers and len(site.layers) < a.shape[0]:
+            a, b = (factor[jnp.asarray(site.layers)] for factor in (a, b))
+        adapters[site.name] = LowRank(a, b)
     bare = {path: variable.replace(kernels[path].weight) for path, variable in flat.items() if path in kernels}
     dropout = next(iter(kernels.values())).dropout
     return Base(nnx.from_flat_state((flat | bare).items()), tuple(sites), dropout), adapters

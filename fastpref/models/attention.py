@@ -5,7 +5,7 @@ per key-value head, H head width, U keys.
 """
 
 from functools import partial, reduce
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,10 +51,26 @@ class Own(NamedTuple):
         """Products of queries and keys."""
         return product("...mh,...uh->...mu", queries, self.keys)
 
-    def write(self, new: "Own", slot: Int[Array, ""] | int) -> "Own":
-        """The cache with `new` stored from token `slot` on."""
-        start = (0, 0, 0, slot, 0)
-        return Own(*(jax.lax.dynamic_update_slice(old, x, start) for old, x in zip(self, new, strict=True)))
+
+class Room(NamedTuple):
+    """Where a layer keeps keys and values of completions: its part of the arrays of all layers.
+
+    A layer of a loop writes its tokens into them in place, where a cache of its own would be copied at every step.
+    """
+
+    stored: Own
+    """Of all layers, [layers, P, N, K, T, H]."""
+    layer: Int[Array, ""]
+
+    def write(self, new: Own, slot: Int[Array, ""] | int) -> "Room":
+        """The room with `new` stored from token `slot` on."""
+        start = (self.layer, 0, 0, 0, slot, 0)
+        arrays = zip(self.stored, new, strict=True)
+        return self._replace(stored=Own(*(jax.lax.dynamic_update_slice(old, x[None], start) for old, x in arrays)))
+
+    def read(self) -> Own:
+        """What is stored of the layer."""
+        return Own(*(jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False) for array in self.stored))
 
 
 def product(axes: str, rows: Float[Array, "P N K G T _"], stored: Array) -> Float[Array, "P N K G T _"]:
@@ -66,10 +82,10 @@ def product(axes: str, rows: Float[Array, "P N K G T _"], stored: Array) -> Floa
 class Cache(NamedTuple):
     """What a model of either family has read: prompts once each, completions row by row."""
 
-    prompts: tuple[Shared, ...]
-    """Of each layer of the decoder."""
-    completions: tuple[Own, ...]
-    """Of each layer of the decoder; empty where completions are not kept."""
+    prompts: Shared
+    """Of the layers of the decoder, which are the first axis."""
+    completions: Own | None
+    """Of the layers of the decoder, likewise; None where completions are not kept."""
     lengths: Int[Array, " P"]
     """Keys of each prompt that completions attend to."""
     begin: Int[Array, " P"]
@@ -78,7 +94,7 @@ class Cache(NamedTuple):
     @classmethod
     def of(
         cls,
-        prompts: tuple[Any, ...],
+        prompts: Shared,
         lengths: Int[Array, " P"],
         begin: Int[Array, " P"],
         *,
@@ -87,21 +103,21 @@ class Cache(NamedTuple):
     ) -> "Cache":
         """The cache of prompts that have been read, with room for `slots` tokens of each completion."""
 
-        def room(prompt: Shared) -> Own:
-            p, n, h, _ = prompt.keys.shape
-            shape = (p, n, completions, slots, h)
+        def room() -> Own:
+            layers, p, n, h, _ = prompts.keys.shape
+            shape = (layers, p, n, completions, slots, h)
             # Copies of what has been read, so that a compiler makes the room after reading and not beside it.
-            keys, values = prompt.keys[:, :, None, None, :, 0], prompt.values[:, :, None, None, 0]
+            keys, values = prompts.keys[:, :, :, None, None, :, 0], prompts.values[:, :, :, None, None, 0]
             return Own(jnp.broadcast_to(keys, shape), jnp.broadcast_to(values, shape))
 
-        return cls(prompts, tuple(map(room, prompts)) if slots else (), lengths, begin)
+        return cls(prompts, room() if slots else None, lengths, begin)
 
     def reading(self, size: int, step: Int[Array, ""] | int) -> tuple[Int[Array, "P 1 T"], Masks]:
         """Positions of `size` tokens of every completion from number `step` on, and what they attend to."""
         tokens = (step + jnp.arange(size))[None, None]
-        slots = self.completions[0].values.shape[3] if self.completions else size
+        slots = size if self.completions is None else self.completions.values.shape[4]
         own = Mask(Places(tokens), Places(jnp.arange(slots)[None, None]))
-        prompt = padding_mask(self.lengths, self.prompts[0].values.shape[2])
+        prompt = padding_mask(self.lengths, self.prompts.values.shape[3])
         return self.begin[:, None, None] + tokens, Masks(own, prompt)
 
 

@@ -5,10 +5,10 @@ is grouped, over all of the text or over a window of it.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from fastpref.data.batches import PackedPairs
 from fastpref.kernels import Head
-from fastpref.models.attention import Cache, Own, Shared
+from fastpref.models.attention import Cache, Own, Room, Shared
 from fastpref.models.layers import (
     ACTIVATIONS,
     NORMS,
@@ -24,8 +24,9 @@ from fastpref.models.layers import (
     FeedForward,
     Norm,
     normal,
-    rematerialised,
     right_padded,
+    scan,
+    stack,
 )
 from fastpref.models.lowrank import head_arrays
 from fastpref.models.masks import Masks, Places, causal_mask, packed_mask
@@ -187,10 +188,10 @@ class DecoderLayer(nnx.Module):
         *,
         mask: Masks,
         prompt: Shared | None,
-        past: Own | None,
+        past: Room | None,
         slot: Int[Array, ""] | int,
         rotation: Rotation | None,
-    ) -> tuple[Float[Array, "P K T D"], Shared | Own]:
+    ) -> tuple[Float[Array, "P K T D"], Shared | Own | Room]:
         """Both blocks; the arguments and the second result are those of `Attention`."""
         x, own = self.attention(x, mask, prompt=prompt, past=past, slot=slot, rotation=rotation)
         return self.feed_forward(x), own
@@ -213,7 +214,7 @@ class Decoder(nnx.Module):
         self.embedding = normal(rngs, (config.vocab_size, config.width), config.initial_std, dtype)
         places = (config.max_positions or 0, config.width)
         self.positions = normal(rngs, places, config.initial_std, dtype) if config.learned_positions else None
-        self.layers = nnx.List([DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.layers)])
+        self.layers = stack([DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.layers)])
         self.norm = Norm(config.width, kind=config.norm, eps=config.norm_eps, dtype=dtype)
         shape = (config.width, config.vocab_size)
         self.lm_head = None if config.tied else normal(rngs, shape, config.initial_std, dtype)
@@ -230,22 +231,22 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "P K T"],
         positions: Int[Array, "#P #K T"],
         mask: Masks,
-        prompts: tuple[Shared, ...] = (),
-        past: tuple[Own, ...] = (),
+        prompts: Shared | None = None,
+        past: Own | None = None,
         slot: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "P K T D"], tuple[Any, ...]]:
+    ) -> tuple[Float[Array, "P K T D"], Any]:
         """Run the layers on T tokens of every stream.
 
         Args:
           tokens: token ids, shape [P, K, T].
           positions: of the tokens in their sequences.
           mask: what they attend to.
-          prompts: keys and values that the K streams share, of each layer; empty where there are none.
-          past: what was read of every stream before, of each layer; empty where nothing is kept.
+          prompts: keys and values that the K streams share, layers in front; None where there are none.
+          past: what was read of every stream before, layers in front; None where nothing is kept.
           slot: place of the first token in `past`.
 
         Returns:
-          The states, shape [P, K, T, D], and the keys and values of the streams, of each layer.
+          The states, shape [P, K, T, D], and `past` with the keys and values of the tokens, or these alone.
         """
         config = self.config
         x = self.embedding[...][tokens]
@@ -253,16 +254,24 @@ class Decoder(nnx.Module):
         if self.positions is not None:
             # A position beyond the last is no number, so that it cannot go unseen.
             x = x + self.positions[...].at[positions].get(mode="fill", fill_value=jnp.nan)
-        rotations = self._rotations(positions)
-        masks = (mask, mask if config.window is None else mask.within(config.window))
-        none, written = (None,) * len(self.layers), []
-        for number, (layer, prompt, before) in enumerate(zip(self.layers, prompts or none, past or none, strict=True)):
-            local = number in config.local
-            rotation = None if number in config.unrotated else rotations[local]
-            run = partial(layer, mask=masks[local], slot=slot, rotation=rotation)
-            x, own = rematerialised(run, self.remat)(x, prompt=prompt, past=before)
-            written.append(own)
-        return self.norm(x), tuple(written)
+        numbers = np.arange(config.layers)
+        local, unrotated = np.isin(numbers, config.local), np.isin(numbers, config.unrotated)
+        all_masks, all_rotations = self._masks(mask), self._rotations(positions)
+
+        def run(
+            layer: DecoderLayer, carried: tuple[Array, Own | None], each: tuple[Shared | None, Array, Array, Array]
+        ) -> tuple[tuple[Array, Own | None], Any]:
+            (x, past), (prompt, number, local, unrotated) = carried, each
+            masks, rotation = chosen(all_masks, local), chosen(all_rotations, local)
+            if rotation is not None and config.unrotated:
+                rotation = rotation.off(unrotated)
+            room = None if past is None else Room(past, number)
+            x, kept = layer(x, mask=masks, prompt=prompt, past=room, slot=slot, rotation=rotation)
+            return ((x, kept.stored), None) if isinstance(kept, Room) else ((x, None), kept)
+
+        inputs = (prompts, numbers, local, unrotated)
+        (x, past), written = scan(self.layers, run, (x, past), inputs, remat=self.remat)
+        return self.norm(x), written if past is None else past
 
     hidden_states = hidden_states
     """Teacher-forced states of completions: the function of this name."""
@@ -289,13 +298,13 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "P K T D"], Cache]:
         """Read T tokens of every completion from number `step` on; return the states that predict the next ones."""
         positions, mask = cache.reading(tokens.shape[2], step)
-        size = cache.prompts[0].values.shape[2]
+        size = cache.prompts.values.shape[3]
         check_length(self, size + tokens.shape[2] - 1)
         if self.config.local:
             keys = mask.prompt.keys._replace(positions=jnp.arange(size)[None, None])
             mask = mask._replace(prompt=mask.prompt._replace(queries=Places(positions), keys=keys))
         states, written = self.forward(tokens, positions, mask, cache.prompts, cache.completions, step)
-        return states, cache._replace(completions=written) if cache.completions else cache
+        return states, cache if cache.completions is None else cache._replace(completions=written)
 
     def packed_hidden_states(self, batch: PackedPairs) -> Float[Array, "R L D"]:
         """The states of packed rows; prompts lie in the decoder stream, shared or not.
@@ -311,8 +320,16 @@ class Decoder(nnx.Module):
         tokens, positions = (jnp.asarray(x)[:, None] for x in (batch.tokens, batch.positions))
         return self.forward(tokens, positions, Masks(packed_mask(batch)))[0][:, 0]
 
+    def _masks(self, mask: Masks) -> tuple[Masks, Masks | None]:
+        """Of the layers that attend to all positions, and of the local ones, where there are both."""
+        config = self.config
+        if config.window is None:
+            return mask, None
+        near = mask.within(config.window)
+        return (near, None) if len(config.local) == config.layers else (mask, near)
+
     def _rotations(self, positions: Int[Array, "#P #K T"]) -> tuple[Rotation | None, Rotation | None]:
-        """Of the layers that read all positions, and of the local ones."""
+        """Of the layers that attend to all positions, and of the local ones, where these have their own."""
         config = self.config
         if config.learned_positions:
             return None, None
@@ -321,4 +338,10 @@ class Decoder(nnx.Module):
         if config.max_positions is not None:
             rotation = rotation.until(positions, config.max_positions)
         local = config.local_rope_theta
-        return rotation, rotation if local is None else Rotation.of(positions, size, local)
+        return rotation, None if local is None else Rotation.of(positions, size, local)
+
+
+def chosen(kinds: tuple[Any, Any], local: Bool[Array, ""]) -> Any:
+    """Of the two that `_masks` or `_rotations` returned, that of a layer."""
+    usual, near = kinds
+    return usual if near is None else usual.chosen(local, near)

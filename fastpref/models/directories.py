@@ -18,7 +18,14 @@ ADAPTER_FILES = (CONFIG, WEIGHTS)
 """Files of an adapter beside those of its tokenizer."""
 
 
-def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = True, body: bool = False) -> LanguageModel:
+def load(
+    path: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    finite: bool = True,
+    body: bool = False,
+    base: LanguageModel | None = None,
+) -> LanguageModel:
     """Read a checkpoint directory in Hugging Face's layout (`huggingface.load_whole`), or an adapter in PEFT's.
 
     Args:
@@ -26,6 +33,7 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = Tru
       dtype: of the parameters, whatever the file has; adapters are float32.
       finite: refuse weights that hold NaN or infinity.
       body: read a model whose states alone are used, by a reward model.
+      base: the model that an adapter belongs to, whose arrays are used; None to read the one that its files name.
 
     Returns:
       The module, a `Policy`, and its tokenizer.
@@ -35,7 +43,11 @@ def load(path: str | Path, *, dtype: DTypeLike = jnp.float32, finite: bool = Tru
       ModelError: a file cannot be read, the model is of an unsupported kind, or its parts do not fit each other.
     """
     if is_adapter(Path(path)):
-        return load_adapter(path, dtype=dtype, finite=finite, body=body)
+        return load_adapter(path, base=base, dtype=dtype, finite=finite, body=body)
+    if base is not None:
+        raise ModelError(
+            f"a base must come with an adapter's directory, but received {path} with a whole model. Leave base out."
+        )
     return load_whole(path, dtype=dtype, finite=finite, body=body)
 
 

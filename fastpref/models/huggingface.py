@@ -7,10 +7,9 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -26,8 +25,9 @@ from fastpref.models.decoder import Decoder, DecoderConfig
 from fastpref.models.families import FAMILIES
 from fastpref.models.lowrank import is_adapted
 from fastpref.models.policy import Policy, position_limit
+from fastpref.models.stored import Stored, layers_in, stored_tensors
 from fastpref.models.t5 import T5, T5Config
-from fastpref.models.tensors import INDEX, WEIGHTS, Tensor, open_tensors, read_tensor, settle_embedding
+from fastpref.models.tensors import INDEX, WEIGHTS, Part, Tensor, open_tensors, read_parts, settle_embedding
 
 IGNORED = re.compile(
     r"rotary_emb\.inv_freq$|^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias"
@@ -54,30 +54,6 @@ OURS = re.compile(
     "|".join([r"config\.json", r"model.*\.safetensors", *map(re.escape, (INDEX, files.MANIFEST, *FILES, FOLDER[:-1]))])
 )
 """Files that a checkpoint consists of."""
-
-
-def t5_names(gated: bool) -> dict[str, str]:
-    """Our parameter paths, with {} for a layer number, to tensor names of T5."""
-    projections = {name: f"{name}.weight" for name in "qkvo"}
-    inner = {"gate": "wi_0.weight", "up": "wi_1.weight" if gated else "wi.weight", "down": "wo.weight"}
-    names = {"embedding": "shared.weight", "lm_head": "lm_head.weight"}
-    for stack in ("encoder", "decoder"):
-        names[f"{stack}.norm.scale"] = f"{stack}.final_layer_norm.weight"
-        names[f"{stack}.position_bias"] = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    for ours, theirs, block, kernels in (
-        ("encoder.layers.{}.attention", "encoder.block.{}.layer.0", "SelfAttention", projections),
-        ("encoder.layers.{}.feed_forward", "encoder.block.{}.layer.1", "DenseReluDense", inner),
-        ("decoder.layers.{}.attention", "decoder.block.{}.layer.0", "SelfAttention", projections),
-        ("cross.{}", "decoder.block.{}.layer.1", "EncDecAttention", projections),
-        ("decoder.layers.{}.feed_forward", "decoder.block.{}.layer.2", "DenseReluDense", inner),
-    ):
-        names[f"{ours}.norm.scale"] = f"{theirs}.layer_norm.weight"
-        names |= {f"{ours}.{name}": f"{theirs}.{block}.{kernel}" for name, kernel in kernels.items()}
-    return names
-
-
-KEPT_AS_IS = ("embedding", "positions", "position_bias")
-"""Matrices that are not kernels: both layouts are the same. Every other matrix is [out, in] on disk, [in, out] here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +110,7 @@ def load_whole(
         is.
     """
     described = describe(path, body=body)
-    leaves = {place: variable.replace(array) for place, variable, array in described.arrays(dtype=dtype, finite=finite)}
+    leaves = {path: variable.replace(array) for path, variable, array in described.arrays(dtype=dtype, finite=finite)}
     module = nnx.merge(described.graph, nnx.from_flat_state(leaves))
     tokenizer = read_tokenizer(described)
     return LanguageModel(module, tokenizer, described.raw, described.source)
@@ -157,16 +133,19 @@ class Description:
     @property
     def leaves(self) -> list[tuple[tuple[Any, ...], nnx.Variable[Any]]]:
         """Path in the module and variable of each parameter."""
-        return [leaf for stored in self.places.values() for leaf in stored.leaves]
+        return list({leaf.path: leaf.variable for stored in self.places.values() for leaf in stored.leaves}.items())
 
     def arrays(
         self, *, dtype: DTypeLike, finite: bool = True
     ) -> Iterator[tuple[tuple[Any, ...], nnx.Variable[Any], Array]]:
         """Path in the module, variable and array of each parameter, one after the other."""
+        parts: dict[tuple[Any, ...], list[Part]] = {}
         for name, stored in self.places.items():
-            for (path, variable), part in zip(stored.leaves, stored.parts, strict=True):
-                array = read_tensor(self.tensors[name], dtype, turned=stored.turned, finite=finite, **part)
-                yield path, variable, array
+            for leaf, part in zip(stored.leaves, stored.parts, strict=True):
+                parts.setdefault(leaf.path, []).append(Part(self.tensors[name], turned=stored.turned, **part))
+        for path, variable in self.leaves:
+            stacked = layers_in(path) is not None
+            yield path, variable, read_parts(parts[path], dtype, stacked=stacked, finite=finite)
 
 
 def describe(path: str | Path, *, body: bool = False) -> Description:
@@ -343,7 +322,7 @@ def write_tensors(directory: Path, module: T5 | Decoder, raw: Mapping[str, Any],
     shards: list[list[str]] = [[]]
     size = total = 0
     for name in sorted(places, key=natural):
-        more = sum(variable[...].nbytes for _, variable in places[name].leaves)
+        more = sum(leaf.nbytes for leaf in places[name].leaves)
         total += more
         if shards[-1] and size + more > max_shard_bytes:
             shards.append([])
@@ -381,67 +360,6 @@ def make_module(config: T5Config | DecoderConfig) -> T5 | Decoder:
     """The module of a configuration, with initial values."""
     rngs = nnx.Rngs(0)
     return T5(config, rngs=rngs) if isinstance(config, T5Config) else Decoder(config, rngs=rngs)
-
-
-class Stored(NamedTuple):
-    """A tensor on disk, and the parameters that lie in it one after the other."""
-
-    leaves: tuple[tuple[tuple[Any, ...], nnx.Variable[Any]], ...]
-    """Path in the module and variable of each."""
-    turned: bool
-    """Whether it is [out, in] on disk and [in, out] here."""
-
-    @property
-    def sides(self) -> list[tuple[int, ...]]:
-        """The shape on disk of each parameter."""
-        shapes = [tuple(variable.shape) for _, variable in self.leaves]
-        return [shape[::-1] for shape in shapes] if self.turned else shapes
-
-    @property
-    def axis(self) -> int:
-        """The axis on disk along which the parameters lie."""
-        return 0 if self.turned else len(self.sides[0]) - 1
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape on disk of the whole."""
-        whole, axis = list(self.sides[0]), self.axis
-        whole[axis] = sum(side[axis] for side in self.sides)
-        return tuple(whole)
-
-    @property
-    def parts(self) -> list[dict[str, slice]]:
-        """Where each parameter lies on disk, in the words of `read_tensor`."""
-        if len(self.leaves) == 1:
-            return [{}]
-        ends = np.cumsum([side[self.axis] for side in self.sides]).tolist()
-        word = "columns" if self.axis else "rows"
-        return [{word: slice(start, end)} for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-
-    def tensor(self) -> np.ndarray:
-        """The tensor to write."""
-        arrays = [np.asarray(variable[...]) for _, variable in self.leaves]
-        arrays = [array.T for array in arrays] if self.turned else arrays
-        return np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=self.axis))
-
-
-def stored_tensors(config: T5Config | DecoderConfig, raw: Mapping[str, Any], state: Any) -> dict[str, Stored]:
-    """Every tensor of a checkpoint by its name on disk, with the parameters that it holds."""
-    family = FAMILIES.get(raw["model_type"])
-    names = t5_names(config.gated) if isinstance(config, T5Config) else FAMILIES[raw["model_type"]].names
-    as_is = KEPT_AS_IS if family is None else (*KEPT_AS_IS, *family.as_is)
-    order = {pattern: number for number, pattern in enumerate(names)}
-
-    def pattern(path: tuple[Any, ...]) -> str:
-        return ".".join("{}" if isinstance(part, int) else str(part) for part in path)
-
-    tensors: dict[str, Stored] = {}
-    for path, variable in sorted(nnx.to_flat_state(state), key=lambda leaf: order[pattern(leaf[0])]):
-        name = names[pattern(path)].format(*(part for part in path if isinstance(part, int)))
-        turned = len(variable.shape) == 2 and path[-1] not in as_is
-        before = tensors[name].leaves if name in tensors else ()
-        tensors[name] = Stored((*before, (path, variable)), turned)
-    return tensors
 
 
 def natural(name: str) -> list[tuple[int, str]]:

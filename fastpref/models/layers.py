@@ -5,9 +5,9 @@ G query heads per key-value head, H head width. A stream of activations is [P, K
 with K = 1. Kernels are stored [in, out], so that no step transposes a weight.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from fastpref.models.attention import Own, Shared, attend
+from fastpref.models.attention import Own, Room, Shared, attend
 from fastpref.models.lowrank import Kernel, product
 from fastpref.models.masks import Mask, Masks
 from fastpref.models.rope import Rotation
@@ -84,15 +84,52 @@ class Norm(nnx.Module):
 
 
 REMAT = {
+    "none": jax.checkpoint_policies.dots_saveable,
     "layers": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "all": jax.checkpoint_policies.nothing_saveable,
 }
-"""What is kept of a layer besides its input for the gradient, by the setting `remat`; "none" keeps all."""
+"""What is kept of a layer besides its input for the gradient, by the setting `remat`.
+
+What is no product costs less to compute again than to keep for every layer of the loop."""
 
 
-def rematerialised(layer: Callable[..., Any], remat: str) -> Callable[..., Any]:
-    """A layer as a function of arrays, of which the rest is computed again for the gradient."""
-    return layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat])
+STACKS = ("layers", "cross")
+"""Names of modules that are layers of one kind: each parameter in them has an axis of layers in front."""
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def stack(layers: Sequence[M]) -> M:
+    """Layers of one kind as one module, whose parameters lie on a new first axis, layer by layer."""
+    graph = nnx.graphdef(layers[0])
+    module: M = nnx.merge(graph, jax.tree.map(lambda *arrays: jnp.stack(arrays), *map(nnx.state, layers)))
+    return module
+
+
+def scan(
+    layers: M, run: Callable[[M, Any, Any], tuple[Any, Any]], x: Any, inputs: Any = None, *, remat: str = "none"
+) -> tuple[Any, Any]:
+    """Run layers one after the other, as one loop over stacked parameters: compiled once, however many they are.
+
+    Args:
+      layers: what `stack` returned, or several of them in a dict.
+      run: called with a layer, what the layer before returned first, and its own inputs; returns what the next layer is
+        called with, and what is kept of this one.
+      x: what the first layer is called with.
+      inputs: arrays with an axis of layers in front.
+      remat: what is computed again for the gradient, a key of `REMAT`.
+
+    Returns:
+      What the last layer returned first, and what was kept, with an axis of layers in front.
+    """
+    graph, state = nnx.split(layers)
+
+    def body(x: Any, each: tuple[Any, Any]) -> tuple[Any, Any]:
+        own, own_inputs = each
+        return run(nnx.merge(graph, own), x, own_inputs)
+
+    # Within a loop nothing else can be merged with what is computed again.
+    return jax.lax.scan(jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False), x, (state, inputs))
 
 
 def residual(x: Array, result: Array, after: Norm | None, multiplier: float) -> Array:
@@ -161,34 +198,36 @@ class Attention(nnx.Module):
         mask: Masks,
         *,
         prompt: Shared | None = None,
-        past: Own | None = None,
+        past: Room | None = None,
         slot: Int[Array, ""] | int = 0,
         rotation: Rotation | None = None,
-    ) -> tuple[Float[Array, "P K T D"], Shared | Own]:
+    ) -> tuple[Float[Array, "P K T D"], Shared | Own | Room]:
         """Let tokens attend to their own stream, and to the prompt under the same softmax.
 
         Args:
           x: T tokens of every stream.
           mask: what they attend to.
           prompt: what the streams of a prompt share.
-          past: what was read of every stream before; the keys and values of `x` are written to it.
+          past: room with what was read of every stream before; the keys and values of `x` are written to it.
           slot: place of the first token in `past`.
           rotation: of queries and keys, by their positions.
 
         Returns:
-          `x` plus what was read, and the keys and values of the streams.
+          `x` plus what was read, and the keys and values of `x`, or the room that they were written to.
         """
         inner = x if self.norm is None else self.norm(x)
         queries, keys = self.queries(inner), self.keys(inner)
         if rotation is not None:
             queries, keys = rotation.turn(queries), rotation.turn(keys)
         own: Shared | Own
+        kept: Shared | Own | Room
         if past is None:
-            own = (Shared if x.shape[1] == 1 else Own).of(keys, self.values(inner))
+            kept = own = (Shared if x.shape[1] == 1 else Own).of(keys, self.values(inner))
         else:
-            own = past.write(Own.of(keys, self.values(inner)), slot)
+            kept = past.write(Own.of(keys, self.values(inner)), slot)
+            own = kept.read()
         shared = () if prompt is None else ((prompt, mask.prompt),)
-        return self.merge(x, attend(as_queries(queries), *shared, (own, mask.own), cap=self.cap)), own
+        return self.merge(x, attend(as_queries(queries), *shared, (own, mask.own), cap=self.cap)), kept
 
     def cross(self, x: Float[Array, "P K T D"], prompt: Shared, mask: Mask) -> Float[Array, "P K T D"]:
         """`x` plus what its tokens read of the prompt."""

@@ -16,10 +16,13 @@ from jaxtyping import Float
 
 
 class LowRank(NamedTuple):
-    """A trained difference of rank r to a kernel: s · A B (LoRA, section 4.1), s kept by the kernel."""
+    """A trained difference of rank r to a kernel: s · A B (LoRA, section 4.1), s kept by the kernel.
 
-    a: Float[Array, "I r"]
-    b: Float[Array, "r O"]
+    Those of layers have an axis of layers in front.
+    """
+
+    a: Float[Array, "*layers I r"]
+    b: Float[Array, "*layers r O"]
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -75,32 +78,38 @@ class Quantized:
 @jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapted:
-    """A kernel with the adapters of M models that share it. It stands in the place of the kernel's array."""
+    """A kernel with the adapters of M models that share it. It stands in the place of the kernel's array.
+
+    Kernels of layers that are run in a loop lie in one array with an axis of layers in front, and so do their adapters.
+    """
 
     weight: Array | Quantized
     """W, [I, O], read once for the rows of all models."""
     adapters: tuple[LowRank | None, ...]
     """Of each model; None for one that is the base itself."""
-    scale: float = 1.0
-    """s, α / r."""
+    scale: float | tuple[float, ...] = 1.0
+    """s, α / r; where layers differ, that of each: 0 for one without an adapter."""
+    factors: Array | None = None
+    """The same numbers as an array of float32, where layers differ."""
     noise: Array | None = None
     """A key, while the first model's adapter is trained with dropout."""
     dropout: float = 0.0
     """Probability that an entry of x does not reach A, where there is noise."""
 
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[float, float]]:
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, float]]:
         """The arrays, and what is static."""
-        names = ("weight", "adapters", "noise")
+        names = ("weight", "adapters", "factors", "noise")
         return tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names), (
             self.scale,
             self.dropout,
         )
 
     @classmethod
-    def tree_unflatten(cls, static: tuple[float, float], leaves: tuple[Any, ...]) -> "Adapted":
+    def tree_unflatten(cls, static: tuple[Any, float], leaves: tuple[Any, ...]) -> "Adapted":
         """Rebuild without validation: JAX puts tracers, shapes and None in the place of leaves."""
         kernel = object.__new__(cls)
-        for name, value in zip(("weight", "adapters", "noise", "scale", "dropout"), (*leaves, *static), strict=True):
+        names = ("weight", "adapters", "factors", "noise", "scale", "dropout")
+        for name, value in zip(names, (*leaves, *static), strict=True):
             object.__setattr__(kernel, name, value)
         return kernel
 
@@ -118,7 +127,7 @@ class Adapted:
         """Entries of the kernel."""
         return int(self.weight.size)
 
-    def merged(self) -> Float[Array, "I O"]:
+    def merged(self) -> Float[Array, "*layers I O"]:
         """W + s · A B of a single model, in the dtype of W.
 
         Raises:
@@ -135,7 +144,9 @@ class Adapted:
             return weight
         a, b = (x.astype(jnp.float32) for x in adapter)
         difference = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-        return (weight.astype(jnp.float32) + self.scale * difference).astype(weight.dtype)
+        strength: Any = self.scale if self.factors is None else self.factors[:, None, None]
+        whole: Array = (weight.astype(jnp.float32) + strength * difference).astype(weight.dtype)
+        return whole
 
 
 Kernel = Array | Quantized | Adapted
@@ -172,7 +183,9 @@ def _difference(
     if noise is not None and kernel.dropout:
         kept = jax.random.bernoulli(noise, 1 - kernel.dropout, x.shape)
         x = jnp.where(kept, x / (1 - kernel.dropout), jnp.zeros_like(x))
-    return kernel.scale * ((x @ a) @ b)
+    strength: Any = kernel.scale if kernel.factors is None else kernel.factors.astype(x.dtype)
+    difference: Array = strength * ((x @ a) @ b)
+    return difference
 
 
 def in_dtype(params: Any, dtype: DTypeLike) -> Any:
@@ -248,7 +261,7 @@ def _shared(path: Any, first: Kernel, second: Kernel) -> Kernel | None:
     if not alike or "lm_head" in jax.tree_util.keystr(path):
         return None
     adapters = tuple(kernel.adapters[0] if isinstance(kernel, Adapted) else None for kernel in (first, second))
-    return Adapted(weight_of(first), adapters, both[0].scale)
+    return Adapted(weight_of(first), adapters, both[0].scale, both[0].factors)
 
 
 def _is_kernel(leaf: Any) -> bool:

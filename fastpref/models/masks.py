@@ -21,6 +21,9 @@ MASKED = -1e30
 LEAST, MOST = 64, 512
 """Fewest and most queries of a packed row that are taken at once."""
 
+ALL_POSITIONS = 1 << 30
+"""A window that leaves out no position."""
+
 ANYWHERE = np.zeros((1, 1, 1), np.int32)
 
 
@@ -78,7 +81,7 @@ class Mask(NamedTuple):
     queries: Places = Places()
     keys: Places = Places()
     distances: Distances | None = None
-    window: int | None = None
+    window: int | Int[Array, ""] | None = None
     """Positions that a query attends to, back from its own; None for all."""
     spans: Spans | None = None
     """Of blocks of `block_size` queries; None where all queries are taken at once."""
@@ -102,6 +105,14 @@ class Mask(NamedTuple):
         local = self._replace(window=window)
         return local if self.spans is None else in_blocks(local)
 
+    def chosen(self, local: Bool[Array, ""], near: "Mask") -> "Mask":
+        """`near`, the mask within a window, where `local` is true; else this one."""
+        window = jnp.where(local, jnp.asarray(near.window), ALL_POSITIONS)
+        if self.spans is None or near.spans is None:
+            return self._replace(window=window)
+        spans = Spans(*(jnp.where(local, first, second) for first, second in zip(near.spans, self.spans, strict=True)))
+        return self._replace(window=window, spans=spans)
+
 
 class Masks(NamedTuple):
     """What the tokens of streams attend to."""
@@ -114,6 +125,10 @@ class Masks(NamedTuple):
     def within(self, window: int) -> "Masks":
         """The masks of a layer whose queries attend to so many positions, back from their own."""
         return Masks(self.own.within(window), self.prompt.within(window))
+
+    def chosen(self, local: Bool[Array, ""], near: "Masks") -> "Masks":
+        """The masks of a layer, of two kinds of layers: `near` where `local` is true."""
+        return Masks(self.own.chosen(local, near.own), self.prompt.chosen(local, near.prompt))
 
 
 def causal_mask(size: int) -> Mask:

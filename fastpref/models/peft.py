@@ -20,10 +20,11 @@ from fastpref.data.token_files import FILES, read_json
 from fastpref.data.tokenizer import Tokenizer
 from fastpref.kernels import quantize
 from fastpref.method.errors import ModelError, ModelWarning
-from fastpref.models.adapters import HEAD, Adapters, Base, Site, linear_modules, split, with_adapters
+from fastpref.models.adapters import HEAD, Adapters, Base, linear_modules, sides, sites_of, split, with_adapters
 from fastpref.models.huggingface import LanguageModel, load_whole, write_json
 from fastpref.models.int8 import quantized_params
 from fastpref.models.lowrank import LowRank, Quantized, is_quantized
+from fastpref.models.stored import layers_in
 from fastpref.models.t5 import T5
 from fastpref.models.tensors import Tensor, read_header, read_tensor
 
@@ -161,7 +162,7 @@ def read_factors(
         match = FACTOR.fullmatch(name)
         if match is None and (copied := COPIED.fullmatch(name)) is not None and copied[1] in modules:
             # PEFT writes a head that has an adapter beside it.
-            (place,) = modules[copied[1]]
+            (place,) = modules[copied[1]].places
             kernel = dict(nnx.to_flat_state(params))[place.path][...]
             copy: Any = read_tensor(tensor, kernel.dtype, turned=True)
             if isinstance(kernel, Quantized):
@@ -178,29 +179,54 @@ def read_factors(
                 "Merge it into its base with peft: merge_and_unload()."
             )
         named.setdefault(match[1], {})[match[2]] = tensor
-    widths = {path: tuple(variable.shape) for path, variable in nnx.to_flat_state(params)}
     strangers = sorted(named.keys() - modules.keys())
     if strangers or not named:
         raise ModelError(
             f"modules of an adapter must be kernels of its base, but received "
             f"{strangers[0] if strangers else 'none'} in {source}. Give the base that it was trained on."
         )
-    sites, adapters = [], {}
-    for name, places in modules.items():
-        if name not in named:
-            continue
-        factors, inner, outer = named[name], widths[places[0].path][0], places[-1].end
-        shapes = {factor: tensor.shape for factor, tensor in factors.items()}
+    factors: dict[str, LowRank] = {}
+    for name in (name for name in modules if name in named):
+        inner, outer = sides(model, modules[name].places)
+        shapes = {factor: tensor.shape for factor, tensor in named[name].items()}
         rank = shapes.get("A", (0,))[0]
         if not rank or shapes != {"A": (rank, inner), "B": (outer, rank)}:
             raise ModelError(
                 f"lora_A and lora_B of {name} must have shapes (r, {inner}) and ({outer}, r) for this base, but "
                 f"received {shapes.get('A')} and {shapes.get('B')} in {source}. Give the base that it was trained on."
             )
-        a, b = (read_tensor(factors[factor], jnp.float32, turned=True, finite=finite) for factor in "AB")
-        adapters[name] = LowRank(a, b)
-        sites.append(Site(name, places, _scale(entries, name, rank)))
+        a, b = (read_tensor(named[name][factor], jnp.float32, turned=True, finite=finite) for factor in "AB")
+        factors[name] = LowRank(a, b)
+    scales = {name: _scale(entries, name, pair.a.shape[1]) for name, pair in factors.items()}
+    sites = sites_of(modules, scales)
+    adapters = {}
+    for site in sites:
+        pairs = [factors[name] for name in site.modules]
+        adapters[site.name] = _of_layers(pairs) if site.layers else pairs[0]
     return Base(params, tuple(sites)), adapters
+
+
+def _of_layers(pairs: list[LowRank]) -> LowRank:
+    """Factors one after the other, with zeros beside those of a lower rank."""
+    rank = max(pair.a.shape[1] for pair in pairs)
+    rest = [rank - pair.a.shape[1] for pair in pairs]
+    return LowRank(
+        jnp.stack([jnp.pad(pair.a, ((0, 0), (0, more))) for pair, more in zip(pairs, rest, strict=True)]),
+        jnp.stack([jnp.pad(pair.b, ((0, more), (0, 0))) for pair, more in zip(pairs, rest, strict=True)]),
+    )
+
+
+def by_module(base: Base, adapters: Adapters) -> dict[str, LowRank]:
+    """Factors of each module by its name, without columns of A and rows of B that are both zero, which end them."""
+    factors = {}
+    for site in base.sites:
+        a, b = (np.asarray(factor) for factor in adapters[site.name])
+        pairs = zip(a, b, strict=True) if site.layers else [(a, b)]
+        for name, (first, second) in zip(site.modules, pairs, strict=True):
+            used = np.flatnonzero(first.any(0) | second.any(1))
+            rank = int(used[-1]) + 1 if used.size else first.shape[1]
+            factors[name] = LowRank(first[:, :rank], second[:rank])
+    return factors
 
 
 def _scale(entries: Mapping[str, Any], name: str, rank: int) -> float:
@@ -217,14 +243,21 @@ def _scale(entries: Mapping[str, Any], name: str, rank: int) -> float:
 
 def base_digest(params: Any) -> str:
     """The dtypes of the parameters of a base, and a hash of them by their paths."""
-    leaves = [
-        (".".join(map(str, path)), np.asarray(array))
-        for path, variable in nnx.to_flat_state(params)
-        for array in jax.tree.leaves(variable[...])
-    ]
+    # Layer by layer, so that a base has one hash however its layers lie in memory.
+    numbered: list[tuple[tuple[Any, ...], np.ndarray]] = []
+    for path, variable in nnx.to_flat_state(params):
+        at = layers_in(path)
+        for array in map(np.asarray, jax.tree.leaves(variable[...])):
+            parts = (
+                [(path, array)]
+                if at is None
+                else [((*path[: at + 1], number, *path[at + 1 :]), part) for number, part in enumerate(array)]
+            )
+            numbered += parts
+    leaves = [(".".join(map(str, path)), array) for path, array in sorted(numbered, key=lambda leaf: leaf[0])]
     dtypes = ",".join(sorted({str(array.dtype) for _, array in leaves}))
-    parts = (part for name, array in leaves for part in (f"{name}{array.shape}".encode(), array.tobytes()))
-    return f"{dtypes}:{hashes.of_buffers(parts).hex()}"
+    buffers = (part for name, array in leaves for part in (f"{name}{array.shape}".encode(), array.tobytes()))
+    return f"{dtypes}:{hashes.of_buffers(buffers).hex()}"
 
 
 def save_adapter(
@@ -268,7 +301,7 @@ def save_adapter(
             )
     tensors = {
         f"base_model.model.{name}.lora_{factor}.weight": np.ascontiguousarray(np.asarray(array).T)
-        for name, pair in adapters.items()
+        for name, pair in by_module(frozen, adapters).items()
         for factor, array in zip("AB", pair, strict=True)
     }
     # One entry alone: of several, safetensors writes the order anew each time.
@@ -285,8 +318,9 @@ def save_adapter(
 
 def described(model: LanguageModel, base: Base, adapters: Adapters, place: str) -> dict[str, Any]:
     """`adapter_config.json`, whose α is s · r of each module."""
-    ranks = {site.name: int(adapters[site.name].a.shape[1]) for site in base.sites}
-    alphas = {site.name: site.scale * ranks[site.name] for site in base.sites}
+    ranks = {name: int(pair.a.shape[1]) for name, pair in by_module(base, adapters).items()}
+    scales = {name: scale for site in base.sites for name, scale in zip(site.modules, site.scales, strict=True)}
+    alphas = {name: scales[name] * rank for name, rank in ranks.items()}
     rank, alpha = (_most_common(list(values.values())) for values in (ranks, alphas))
     kind = "SEQ_2_SEQ_LM" if isinstance(model.module, T5) else "CAUSAL_LM"
     return {

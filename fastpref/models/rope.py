@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 KINDS = ("linear", "dynamic", "llama3", "yarn", "longrope")
 
@@ -112,6 +112,14 @@ class Rotation(NamedTuple):
     def until(self, positions: Int[Array, "#P #K T"], limit: int) -> "Rotation":
         """The rotation below a position; from there on it is no number, so that it cannot go unseen."""
         return Rotation(*(jnp.where((positions < limit)[..., None], table, jnp.nan) for table in self))
+
+    def chosen(self, local: Bool[Array, ""], near: "Rotation") -> "Rotation":
+        """`near` where `local` is true; else this one."""
+        return Rotation(*(jnp.where(local, first, second) for first, second in zip(near, self, strict=True)))
+
+    def off(self, where: Bool[Array, ""]) -> "Rotation":
+        """The rotation that leaves every head as it is, bit for bit, where `where` is true; else this one."""
+        return Rotation(jnp.where(where, 1.0, self.cos), jnp.where(where, 0.0, self.sin))
 
     def turn(self, heads: Float[Array, "P K T *heads H"]) -> Float[Array, "P K T *heads H"]:
         """Rotate the two halves of the first entries of every head, in float32; entries behind them stay."""

@@ -6,7 +6,6 @@ stack, is added instead (Raffel et al., 2020).
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,8 +17,8 @@ from jaxtyping import Bool, Float, Int
 
 from fastpref.data.batches import PackedPairs
 from fastpref.kernels import Head
-from fastpref.models.attention import Cache, Own, Shared
-from fastpref.models.layers import ACTIVATIONS, Attention, FeedForward, Norm, normal, rematerialised, right_padded
+from fastpref.models.attention import Cache, Own, Room, Shared
+from fastpref.models.layers import ACTIVATIONS, Attention, FeedForward, Norm, normal, right_padded, scan, stack
 from fastpref.models.lowrank import head_arrays
 from fastpref.models.masks import Distances, Mask, Masks, cross_mask, packed_mask, padding_mask, prompt_mask
 from fastpref.models.policy import hidden_states
@@ -116,9 +115,9 @@ class T5Layer(nnx.Module):
         mask: Masks,
         cross: Attention | None = None,
         prompt: Shared | None = None,
-        past: Own | None = None,
+        past: Room | None = None,
         slot: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "P K T D"], Shared | Own]:
+    ) -> tuple[Float[Array, "P K T D"], Shared | Own | Room]:
         """The blocks, with `cross` between them, which reads the prompt, in a decoder; and what attention returns."""
         x, own = self.attention(x, mask, past=past, slot=slot)
         if cross is not None and prompt is not None:
@@ -154,7 +153,7 @@ class Stack(nnx.Module):
         count = config.decoder_layers if decoder else config.encoder_layers
         std = config.initial_factor * config.width**-0.5
         self.position_bias = normal(rngs, (config.buckets, config.heads), std, dtype)
-        self.layers = nnx.List([T5Layer(config, dtype=dtype, rngs=rngs) for _ in range(count)])
+        self.layers = stack([T5Layer(config, dtype=dtype, rngs=rngs) for _ in range(count)])
         self.norm = Norm(config.width, eps=config.norm_eps, dtype=dtype)
 
     def distances(self, size: int, first: Int[Array, ""] | int = 0) -> Distances:
@@ -186,7 +185,7 @@ class T5(nnx.Module):
         self.encoder = Stack(config, decoder=False, dtype=dtype, rngs=rngs)
         self.decoder = Stack(config, decoder=True, dtype=dtype, rngs=rngs)
         # One for each layer of the decoder: reads the encoder's result between that layer's two blocks.
-        self.cross = nnx.List([attention(config, dtype=dtype, rngs=rngs) for _ in range(config.decoder_layers)])
+        self.cross = stack([attention(config, dtype=dtype, rngs=rngs) for _ in range(config.decoder_layers)])
         shape = (config.width, config.vocab_size)
         self.lm_head = None if config.tied else normal(rngs, shape, config.initial_factor, dtype)
 
@@ -197,44 +196,56 @@ class T5(nnx.Module):
             return Head(**head_arrays(self.embedding[...]), scale=scale)
         return Head(**head_arrays(self.lm_head[...]), vocab_axis=1, scale=scale)
 
-    def encode(self, tokens: Int[Array, "P S"], mask: Mask) -> tuple[Shared, ...]:
-        """Run the encoder on prompts; return the keys and values that each layer of the decoder reads of them."""
+    def encode(self, tokens: Int[Array, "P S"], mask: Mask) -> Shared:
+        """Run the encoder on prompts; return the keys and values that the layers of the decoder read of them."""
         x = self.embedding[...][tokens][:, None]
         own = Masks(mask._replace(distances=self.encoder.distances(tokens.shape[1])))
-        for layer in self.encoder.layers:
-            x, _ = rematerialised(partial(layer, mask=own), self.remat)(x)
-        x = self.encoder.norm(x)
-        return tuple(Shared.of(cross.keys(x), cross.values(x)) for cross in self.cross)
+
+        def run(layer: T5Layer, x: Array, _: None) -> tuple[Array, None]:
+            return layer(x, mask=own)[0], None
+
+        def read(cross: Attention, x: Array, _: None) -> tuple[Array, Shared]:
+            return x, Shared.of(cross.keys(x), cross.values(x))
+
+        x, _ = scan(self.encoder.layers, run, x, remat=self.remat)
+        prompts: Shared = scan(self.cross, read, self.encoder.norm(x))[1]
+        return prompts
 
     def forward(
         self,
         tokens: Int[Array, "P K T"],
         mask: Masks,
-        prompts: tuple[Shared, ...],
-        past: tuple[Own, ...] = (),
+        prompts: Shared,
+        past: Own | None = None,
         slot: Int[Array, ""] | int = 0,
-    ) -> tuple[Float[Array, "P K T D"], tuple[Any, ...]]:
+    ) -> tuple[Float[Array, "P K T D"], Own | None]:
         """Run the decoder on T tokens of every completion. Positions are places in the stream.
 
         Args:
           tokens: token ids, shape [P, K, T].
           mask: what they attend to.
           prompts: what `encode` returned.
-          past: what was read of every completion before, of each layer; empty where nothing is kept.
+          past: what was read of every completion before, layers in front; None where nothing is kept.
           slot: place of the first token in `past`.
 
         Returns:
-          The states, shape [P, K, T, D], and the keys and values of the completions, of each layer.
+          The states, shape [P, K, T, D], and `past` with the keys and values of the tokens, if it was given.
         """
         x = self.embedding[...][tokens]
-        size = past[0].values.shape[3] if past else tokens.shape[2]
+        size = tokens.shape[2] if past is None else past.values.shape[4]
         mask = mask._replace(own=mask.own._replace(distances=self.decoder.distances(size, slot)))
-        none, written = (None,) * len(self.cross), []
-        for layer, cross, prompt, before in zip(self.decoder.layers, self.cross, prompts, past or none, strict=True):
-            run = partial(layer, mask=mask, cross=cross, slot=slot)
-            x, own = rematerialised(run, self.remat)(x, prompt=prompt, past=before)
-            written.append(own)
-        return self.decoder.norm(x), tuple(written)
+
+        def run(
+            layers: Any, carried: tuple[Array, Own | None], each: tuple[Shared, Array]
+        ) -> tuple[tuple[Array, Own | None], None]:
+            (x, past), (prompt, number) = carried, each
+            room = None if past is None else Room(past, number)
+            x, kept = layers["own"](x, mask=mask, cross=layers["cross"], prompt=prompt, past=room, slot=slot)
+            return (x, kept.stored if isinstance(kept, Room) else None), None
+
+        layers: Any = nnx.Dict(own=self.decoder.layers, cross=self.cross)
+        (x, past), _ = scan(layers, run, (x, past), (prompts, np.arange(self.config.decoder_layers)), remat=self.remat)
+        return self.decoder.norm(x), past
 
     hidden_states = hidden_states
     """Teacher-forced states of completions: the function of this name."""
@@ -255,7 +266,7 @@ class T5(nnx.Module):
         """Read T tokens of every completion from number `step` on; return the states that predict the next ones."""
         _, mask = cache.reading(tokens.shape[2], step)
         states, written = self.forward(tokens, mask, cache.prompts, cache.completions, step)
-        return states, cache._replace(completions=written) if cache.completions else cache
+        return states, cache if cache.completions is None else cache._replace(completions=written)
 
     def packed_hidden_states(self, batch: PackedPairs) -> Float[Array, "R L D"]:
         """The states of packed rows; prompts lie in the encoder stream.

@@ -86,6 +86,52 @@ def parts(first: int, last: int, row_bytes: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, last)
 
 
+class Part(NamedTuple):
+    """A tensor, or a part of it, as an array is read from it."""
+
+    tensor: Tensor
+    turned: bool = False
+    """Whether the array is the transpose of what is stored."""
+    rows: slice = slice(None)
+    """Of the first axis of what is stored."""
+    columns: slice = slice(None)
+    """Of the second."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        cuts = (self.rows, self.columns, *(slice(None),) * len(self.tensor.shape))
+        shape = tuple(len(range(*cut.indices(size))) for cut, size in zip(cuts, self.tensor.shape, strict=False))
+        return shape[::-1] if self.turned else shape
+
+    def pieces(self, dtype: DTypeLike, *, finite: bool) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        """The array in pieces of a few megabytes, each with the place of its first number."""
+        tensor = self.tensor
+        if tensor.dtype not in DTYPES:
+            raise ModelError(
+                f"a tensor must be of type {', '.join(DTYPES)}, but received {tensor.name} of {tensor.file.parent} "
+                f"with type {tensor.dtype}. Save the weights in one of these."
+            )
+        whole = tensor if tensor.shape else tensor._replace(shape=(1,))
+        first, last, _ = self.rows.indices(whole.shape[0])
+        for start, end in parts(first, last, whole.row_bytes):
+            piece = whole.rows(start, end)
+            piece = piece if len(whole.shape) < 2 else piece[:, self.columns]
+            with np.errstate(over="ignore", invalid="ignore"):  # said below
+                # NumPy casts from eight bits to single precision alone.
+                piece = piece.astype(np.float32 if piece.dtype.itemsize == 1 else dtype).astype(dtype, copy=False)
+            if finite and not np.isfinite(piece).all():
+                raise ModelError(
+                    f"weights must be finite, but received {tensor.name} of {tensor.file.parent} with NaN or infinity "
+                    f"in {jnp.dtype(dtype).name}. Use an earlier checkpoint, or load(..., finite=False)."
+                )
+            if not tensor.shape:
+                yield (), piece[0]
+                continue
+            begin = (start - first, *(0,) * (piece.ndim - 1))
+            yield (begin[::-1], np.ascontiguousarray(piece.T)) if self.turned else (begin, np.ascontiguousarray(piece))
+
+
 def read_tensor(
     tensor: Tensor,
     dtype: DTypeLike,
@@ -95,55 +141,44 @@ def read_tensor(
     columns: slice = slice(None),
     finite: bool = True,
 ) -> Array:
-    """Read a tensor, or a part of it, into an array on the default device, a few megabytes at a time.
+    """Read a tensor, or a part of it, into an array on the default device: `read_parts` of one."""
+    return read_parts([Part(tensor, turned, rows, columns)], dtype, finite=finite)
+
+
+def read_parts(parts: Sequence[Part], dtype: DTypeLike, *, stacked: bool = False, finite: bool = True) -> Array:
+    """Read an array on the default device from tensors, a few megabytes at a time.
 
     Args:
-      tensor: what is read.
+      parts: what is read, of one shape.
       dtype: of the array.
-      turned: the array is the transpose of what is stored.
-      rows: of the first axis of what is stored.
-      columns: of the second.
+      stacked: the parts lie one after the other on a new first axis; else there is one.
       finite: refuse NaN and infinity, also where they come from a `dtype` that is too narrow.
 
     Raises:
-      ModelError: the tensor's type is not in `DTYPES`, or a number is not finite.
+      ModelError: a tensor's type is not in `DTYPES`, or a number is not finite.
     """
-    if tensor.dtype not in DTYPES:
-        raise ModelError(
-            f"a tensor must be of type {', '.join(DTYPES)}, but received {tensor.name} of {tensor.file.parent} with "
-            f"type {tensor.dtype}. Save the weights in one of these."
-        )
-    whole = tensor if tensor.shape else tensor._replace(shape=(1,))
-    first, last, _ = rows.indices(whole.shape[0])
-    pieces = list(parts(first, last, whole.row_bytes))
-    array = None
-    for start, end in pieces:
-        piece = whole.rows(start, end)
-        piece = piece if len(whole.shape) < 2 else piece[:, columns]
-        with np.errstate(over="ignore", invalid="ignore"):  # said below
-            # NumPy casts from eight bits to single precision alone.
-            piece = piece.astype(np.float32 if piece.dtype.itemsize == 1 else dtype).astype(dtype, copy=False)
-        if finite and not np.isfinite(piece).all():
-            raise ModelError(
-                f"weights must be finite, but received {tensor.name} of {tensor.file.parent} with NaN or infinity in "
-                f"{jnp.dtype(dtype).name}. Use an earlier checkpoint, or load(..., finite=False)."
-            )
-        piece = np.ascontiguousarray(piece.T if turned else piece)
-        if len(pieces) == 1:
-            return jnp.asarray(piece.reshape(tensor.shape) if not tensor.shape else piece)
-        axis = piece.ndim - 1 if turned else 0
-        if array is None:
-            array = jnp.zeros(tuple(last - first if at == axis else n for at, n in enumerate(piece.shape)), dtype)
-        array = _put(array, piece, start - first, axis=axis)
+    shape = (len(parts), *parts[0].shape) if stacked else parts[0].shape
+    pieces = (
+        ((number, *at), piece[None]) if stacked else (at, piece)
+        for number, part in enumerate(parts)
+        for at, piece in part.pieces(dtype, finite=finite)
+    )
+    if np.prod(shape, dtype=np.int64) * np.dtype(dtype).itemsize <= PART:
+        small = np.zeros(shape, dtype)
+        for at, piece in pieces:
+            small[tuple(slice(start, start + size) for start, size in zip(at, piece.shape, strict=True))] = piece
+        return jnp.asarray(small)
+    array = jnp.zeros(shape, dtype)
+    for at, piece in pieces:
+        array = _put(array, piece, at)
         # What is on its way would else take the memory of the whole.
         array.block_until_ready()
-    shape = tuple(len(range(*part.indices(n))) for part, n in zip((rows, columns), tensor.shape, strict=False))
-    return jnp.zeros(shape[::-1] if turned else shape, dtype) if array is None else array
+    return array
 
 
-@partial(jax.jit, donate_argnames="array", static_argnames="axis")
-def _put(array: Array, piece: Array, at: Array, *, axis: int) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(array, piece, at, axis)
+@partial(jax.jit, donate_argnames="array")
+def _put(array: Array, piece: Array, at: tuple[Array, ...]) -> Array:
+    return jax.lax.dynamic_update_slice(array, piece, at)
 
 
 # Files --------------------------------------------------------------------------------------------------------------
