@@ -1,6 +1,7 @@
 """Strictness for every test, no implicit dtype promotion and no silent broadcasting of ranks; and cheap compiling."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
@@ -32,11 +33,42 @@ def pytest_report_header() -> str:
 
 
 OPTIMISED = {
-    *("adapters", "divergence", "losses", "mixture_sample", "noise", "optimizers", "packed_families", "precision"),
+    *("divergence", "losses", "mixture_sample", "noise", "optimizers", "packed_families", "precision"),
     *("preference_loss", "split_vocabulary", "token_logprobs", "tpu_kernels", "training"),
     *("convergence", "demo", "games", "gold", "reproduce", "smollm2", "theory_inpo", "theory_ipo", "theory_ipo_md"),
 }
 """Modules that run the machine code that users get: their claims are about numbers, or they compute for long."""
+
+
+SLOW = {
+    "adapters": r"rows_of_two_models.*\[t5\]",
+    "convergence": r"a_round_of_inpo.*|a_reward_is_followed.*|adapters_of_full_rank.*",
+    "divergence": r"values_are.*\[(V513-.*|V1000-.*float32|V32128-.*)-tpu\]|equal_models.*\[(V5-|V513-|V1000-).*-tpu\]",
+    "int8_heads": r"a_split_head.*\[0-.*|draws_are.*\[(V32128-.*|(V17|V513|V1100)-.*-(xla|reference))\]"
+    r"|an_int8_policy.*\[reference\]",
+    "mixture_sample": r"(tokens_are|temperature_zero).*\[V32128-.*-(tpu|reference)\]"
+    r"|log_probs_are.*\[(V50257|V32128)-.*-tpu\]|the_ends_of_beta.*\[1.0-(tpu|reference)\]|ids_past.*\[(1|100|999)-tpu\]"
+    r"|the_flag.*\[(reference|xla)\]"
+    r"|a_draw_depends.*\[reference\]|models_may_differ.*\[xla\]|draws_have.*\[700-(1.0-reference|0.6-xla)\]"
+    r"|masked_tokens.*\[reference\]|a_shared_weight.*\[float32\]",
+    "precision": r".*\[(inpo-t5-adapter10|decoder-None)\]",
+    "preference_loss": r"values_and.*\[(slic|ipo|dpo-frozen)-V17-.*-xla\]"
+    r"|values_and.*\[slic-V32128-.*\]|windows_and.*\[(24|48|128)\]",
+    "split_vocabulary": r"draws_are.*\[(whole groups-.*|greedy-tpu)\]",
+    "studies": r"a_matrix_of_runs|rounds_of_tournaments",
+    "training": r"at_the_reference.*\[t5\]",
+}
+"""Names of tests, by module, that are `slow` beside others of their kind. Of each kind some case of every
+implementation always runs."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases of `SLOW`."""
+    for item in items:
+        pattern = SLOW.get(item.path.stem.removeprefix("test_"))
+        if pattern is not None and re.fullmatch(f"test_({pattern})", item.name):
+            item.add_marker(pytest.mark.slow)
 
 
 PLAIN = {"xla_cpu_use_fusion_emitters": False}
