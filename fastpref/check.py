@@ -19,7 +19,7 @@ from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ChatError, FastprefError
 from fastpref.method.tables import from_mapping
 from fastpref.models import LanguageModel, load
-from fastpref.models.adapters import adapt, split
+from fastpref.models.adapters import adapted_shapes, split
 from fastpref.models.configs import architectures_of
 from fastpref.models.huggingface import SCALAR_HEAD, Description, abstract_module, describe, read_tokenizer
 from fastpref.models.t5 import T5Config
@@ -217,7 +217,7 @@ def memory_of(described: Description, config: TrainConfig) -> Iterator[Line]:
     parts = None
     if config.adapter is not None:
         model = LanguageModel(module, read_tokenizer(described), described.raw)
-        parts = adapt(model, config.adapter, seed=config.seed)
+        parts = adapted_shapes(model, config.adapter)
     yield from memory_lines(train_memory(config, definition, params, parts), config)
 
 

@@ -13,7 +13,8 @@ def platform() -> str:
     That of the abstract mesh's device (`jax.sharding.use_abstract_mesh`), so that a host without a TPU compiles what
     one would run; else that of `jax.default_device`; else that of this process.
     """
-    device: Any = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device  # type: ignore[attr-defined]
+    config: Any = jax.config
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device or config.jax_default_device
     if device is None:
         return jax.default_backend()
     return device if isinstance(device, str) else str(device.platform)

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax import nnx
 from small import tokenizer
 
@@ -13,7 +12,7 @@ from fastpref.learning.memory import TrainMemory, train_memory
 from fastpref.method.adapter import AdapterConfig
 from fastpref.method.config import TrainConfig
 from fastpref.models import DecoderConfig, LanguageModel
-from fastpref.models.adapters import adapt
+from fastpref.models.adapters import adapted_shapes as of_adapters
 from fastpref.models.huggingface import abstract_module
 
 PAGE = Path(__file__).parent.parent / "docs" / "fit_in_memory.md"
@@ -62,16 +61,7 @@ def shapes(name: str) -> Any:
 @functools.cache
 def adapted_shapes(name: str, config: AdapterConfig) -> Any:
     """Base and adapters of a model of shapes."""
-    model = LanguageModel(shapes(name), tokenizer())
-    bases: list[Any] = []
-
-    def made() -> Any:
-        base, adapters = adapt(model, config, seed=0)
-        bases.append(base)
-        return adapters
-
-    adapters = jax.eval_shape(made)
-    return bases[0], adapters
+    return of_adapters(LanguageModel(shapes(name), tokenizer()), config)
 
 
 def table() -> str:

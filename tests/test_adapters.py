@@ -233,7 +233,9 @@ def test_an_adapter_of_another_shape_is_not_gone_on_with() -> None:
     model = adapted("decoder")
     parts = trainable(model, None, seed=0)
     assert parts is not None
-    assert trainable(model, replace(CONFIG, dropout=0.5), seed=0)[0].dropout == 0.5  # type: ignore[index]
+    with_dropout = trainable(model, replace(CONFIG, dropout=0.5), seed=0)
+    assert with_dropout is not None
+    assert with_dropout[0].dropout == 0.5
     for config in (replace(CONFIG, rank=4), replace(CONFIG, targets=("q_proj",)), replace(CONFIG, alpha=1.0)):
         with pytest.raises(ConfigError, match=r"goes on with its own \(rank 3, scale 2.0, 14 modules\)"):
             trainable(model, config, seed=0)

@@ -20,7 +20,9 @@ from fastpref.method.adapter import AdapterConfig
 from fastpref.method.algorithms import ALGORITHMS
 from fastpref.method.config import TrainConfig
 from fastpref.method.errors import ConfigError
+from fastpref.models import Decoder, DecoderConfig
 from fastpref.models.adapters import adapt
+from fastpref.models.masks import Mask, Masks, Places, in_blocks
 
 ADAPTER = AdapterConfig(rank=3, alpha=6.0)
 RECORDED = [
@@ -185,6 +187,22 @@ def test_what_is_computed_again_changes_no_gradient(family: str, adapter: Any) -
         for mine, theirs in zip(jax.tree.leaves(results[0][0]), jax.tree.leaves(other[0]), strict=True):
             # A sum of so many terms rounds by some units of the largest of them.
             np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5 + 5e-7 * float(jnp.abs(theirs).max()))
+
+
+def test_scores_of_long_rows_are_never_all_kept() -> None:
+    """Whatever `remat` is: of rows in blocks they would be the square of the length, for each head and layer."""
+    length, heads = 2048, 8
+    config = DecoderConfig(vocab_size=16, width=32, hidden=32, layers=4, heads=heads, kv_heads=heads, head_dim=4)
+    definition, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    numbers = jnp.arange(length)[None, None]
+    places = Places(numbers % 256, numbers // 256, jnp.zeros_like(numbers))
+
+    def loss(params: Any) -> jax.Array:
+        module = nnx.merge(definition, params)
+        return module.forward(numbers % 16, places.positions, Masks(in_blocks(Mask(places, places))))[0].sum()
+
+    memory: Any = jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < heads * length**2 * 4
 
 
 def test_less_is_kept_for_the_gradient() -> None:

@@ -46,25 +46,22 @@ def load_judge(source: str | Path | Mapping[str, Any], *, base: LanguageModel | 
       A `PreferenceModel`, a `RewardModel`, an `HttpJudge`, or the object.
 
     Raises:
-      ValueError: none of these, or a directory or a setting that cannot be used.
+      ValueError: none of these, a directory or a setting that cannot be used, or a base for a judge without an adapter.
       FileNotFoundError: a file of a directory is missing.
     """
-    path = Path("." if isinstance(source, Mapping) else source)
-    for folder in () if isinstance(source, Mapping) else (path, path / "model"):
+    for folder in () if isinstance(source, Mapping) else (Path(source), Path(source) / "model"):
         if (folder / "preference_model.json").exists():
             return PreferenceModel.load(folder, base=base)
         if (folder / "reward_model.json").exists():
             return RewardModel.load(folder, base=base)
     if base is not None:
         raise ModelError(
-            f"a base must come with a preference or reward model that has an adapter on it, but received {source}. "
-            "Leave base out."
+            "a base must come with a preference or reward model that has an adapter on it, but received "
+            f"{'a server' if isinstance(source, Mapping) else source}. Leave base out."
         )
     if isinstance(source, Mapping):
         return _server(source)
-    if path.is_dir():
-        return read_reward_model(path)
-    return _named(str(source))
+    return read_reward_model(source) if Path(source).is_dir() else _named(str(source))
 
 
 def read_reward_model(path: str | Path) -> RewardModel:

@@ -86,7 +86,9 @@ def train_memory(
     trained = jax.eval_shape(partial(in_dtype, dtype=config.param_dtype), trained)
     optimizer, method = optimizers.build(config), config.method
     opt_state = jax.eval_shape(partial(optimizers.initial_state, optimizer), trained)
-    temporaries = _temporaries(config, definition, trained, opt_state, base, read) if peak else 0
+    temporaries = 0
+    if peak:
+        temporaries = _temporaries(*update_arguments(config, definition, trained, opt_state, base, read))
     cache = 0
     if peak and not method.offline:
         shape = (config.batch_size, config.max_prompt_tokens)
@@ -112,9 +114,8 @@ def train_memory(
     )
 
 
-def _temporaries(*described: Any) -> int:
-    """Bytes that the compiled update sets aside, on this machine; of the arguments of `update_arguments`."""
-    arguments, settings = update_arguments(*described)
+def _temporaries(arguments: tuple[Any, ...], settings: dict[str, Any]) -> int:
+    """Bytes that the compiled update sets aside, on this machine."""
     compiled = update.update.lower(*arguments, **settings).compile()
     measured: Any = compiled.memory_analysis()
     # Results that take the place of arguments are counted with the arguments.

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import re
-from itertools import pairwise
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jaxtyping import Float
 from fastpref.method.config import Settings
 from fastpref.method.errors import require
 from fastpref.method.schedules import Schedule, Value, value_at
-from fastpref.models.layers import STACKS
+from fastpref.models.layers import layers_in
 from fastpref.models.lowrank import in_dtype
 
 READ = ("optimizer", "learning_rate", "warmup_steps", "lr_schedule", "weight_decay", "betas", "max_grad_norm")
@@ -32,7 +31,8 @@ def build(config: Settings, given: optax.GradientTransformation | None = None) -
 
     Args:
       config: the settings.
-      given: any optax transformation, instead of the one that the config names.
+      given: any optax transformation, instead of the one that the config names. Of layers it is given one array with an
+        axis of layers in front; one that computes something over a whole parameter belongs in `layer_by_layer`.
 
     Raises:
       ConfigError: an object is given, and a setting that it does not read is not at its default.
@@ -61,14 +61,14 @@ def _build(
     clip = optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm)
     mask = _decaying if weight_decay else None
     if name == "adafactor":
-        # As `optax.adafactor` is made, but for the layers; which does not multiply the decay by the rate.
+        # As `optax.adafactor` is made, but layer by layer; and that does not multiply the decay by the rate.
+        decayed = optax.add_decayed_weights(lambda count: weight_decay * schedule(count), mask)
+        decay = decayed if weight_decay else optax.identity()
         chosen = optax.chain(
             layer_by_layer(optax.chain(optax.scale_by_factored_rms(decay_rate=0.8), optax.clip_by_block_rms(1.0))),
             optax.scale_by_learning_rate(schedule, flip_sign=False),
             layer_by_layer(optax.scale_by_param_block_rms()),
-            optax.add_decayed_weights(lambda count: weight_decay * schedule(count), mask)
-            if weight_decay
-            else optax.identity(),
+            decay,
             optax.scale(-1.0),
         )
     else:
@@ -108,7 +108,7 @@ def in_layers(path: tuple[Any, ...]) -> bool:
       path: keys of the parameter in its tree, as `jax.tree_util` gives them.
     """
     names = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    return any("{}" in name or (name in STACKS and not after.isdigit()) for name, after in pairwise([*names, ""]))
+    return layers_in(names) is not None or any("{}" in name for name in names)
 
 
 def decays(path: tuple[Any, ...], leaf: Any) -> bool:

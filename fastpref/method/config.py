@@ -218,8 +218,8 @@ class TrainConfig(Settings):
       max_grad_norm: clip the global gradient norm to this; None for no clipping.
       adapter: train low-rank adapters on the frozen model, which then serves as reference as well; None trains all
         parameters. A model with an adapter goes on with it; this is then left out or says the same.
-      remat: what is kept of each layer for the gradient: "none" keeps all products, "layers" its input and the
-        products with kernels, "all" its input alone; the rest is computed again. Memory for time.
+      remat: what is kept of each layer for the gradient: "none" keeps products with kernels and what attention read,
+        "layers" its input and those products, "all" its input alone; the rest is computed again. Memory for time.
       dtype: of products and activations: "float32", "bfloat16", or "auto" for the one that suits the device, float32 on
         a CPU and bfloat16 elsewhere.
       param_dtype: of what is trained, whatever the model came in. In "bfloat16", updates are rounded stochastically,

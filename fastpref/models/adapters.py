@@ -210,6 +210,19 @@ def adapt(model: LanguageModel, config: AdapterConfig, *, seed: int) -> tuple[Ba
     return Base(nnx.state(model.module), tuple(sites), config.dropout), adapters
 
 
+def adapted_shapes(model: LanguageModel, config: AdapterConfig) -> tuple[Base, Adapters]:
+    """What `adapt` returns of a model of shapes, with shapes in the place of arrays. Raises what that does."""
+    bases: list[Base] = []
+
+    def initial() -> Adapters:
+        base, adapters = adapt(model, config, seed=0)
+        bases.append(base)
+        return adapters
+
+    adapters = jax.eval_shape(initial)
+    return bases[0], adapters
+
+
 def sites_of(modules: Mapping[str, Linear], scales: Mapping[str, float]) -> list[Site]:
     """The sites of the modules that have a scale, those of one kind in one."""
     kinds: dict[str, list[str]] = {}

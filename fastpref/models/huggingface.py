@@ -23,9 +23,10 @@ from fastpref.method.errors import ModelError, ModelWarning
 from fastpref.models.configs import architectures_of, check_sizes, is_tied, read_config, text_config, write_config
 from fastpref.models.decoder import Decoder, DecoderConfig
 from fastpref.models.families import FAMILIES
+from fastpref.models.layers import layers_in
 from fastpref.models.lowrank import is_adapted
 from fastpref.models.policy import Policy, position_limit
-from fastpref.models.stored import Stored, layers_in, stored_tensors
+from fastpref.models.stored import Stored, stored_tensors
 from fastpref.models.t5 import T5, T5Config
 from fastpref.models.tensors import INDEX, WEIGHTS, Part, Tensor, open_tensors, read_parts, settle_embedding
 

@@ -7,12 +7,14 @@ with K = 1. Kernels are stored [in, out], so that no step transposes a weight.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
@@ -83,10 +85,18 @@ class Norm(nnx.Module):
         return (wide * scale.astype(jnp.float32) + bias).astype(x.dtype)
 
 
+ATTENDED = "attended"
+"""The name of what attention read, for policies of what is kept."""
+_named: Callable[[Array, str], Array] = checkpoint_name
+
+_POLICIES = jax.checkpoint_policies
 REMAT = {
-    "none": jax.checkpoint_policies.dots_saveable,
-    "layers": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "all": jax.checkpoint_policies.nothing_saveable,
+    # Not the scores: of a long row that is taken in blocks, all of them together are the square of its length.
+    "none": _POLICIES.save_from_both_policies(
+        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(ATTENDED)
+    ),
+    "layers": _POLICIES.dots_with_no_batch_dims_saveable,
+    "all": _POLICIES.nothing_saveable,
 }
 """What is kept of a layer besides its input for the gradient, by the setting `remat`.
 
@@ -97,6 +107,15 @@ STACKS = ("layers", "cross")
 """Names of modules that are layers of one kind: each parameter in them has an axis of layers in front."""
 
 M = TypeVar("M", bound=nnx.Module)
+
+
+def layers_in(path: Sequence[Any]) -> int | None:
+    """Place in a path of the module whose parameters have an axis of layers; None of other parameters.
+
+    A module of one's own may have layers in a list: a number then follows their name.
+    """
+    pairs = enumerate(pairwise([*path, ""]))
+    return next((at for at, (name, after) in pairs if name in STACKS and not str(after).isdigit()), None)
 
 
 def stack(layers: Sequence[M]) -> M:
@@ -251,6 +270,7 @@ class Attention(nnx.Module):
 
     def merge(self, x: Float[Array, "P K T D"], attended: Float[Array, "P N K G T H"]) -> Float[Array, "P K T D"]:
         """`x` plus the projected heads."""
+        attended = _named(attended, ATTENDED)
         flat = attended.transpose(0, 2, 4, 1, 3, 5).reshape(*x.shape[:3], -1)
         return residual(x, project(flat, self.o, self.o_bias), self.after, self.multiplier)
 

@@ -23,8 +23,8 @@ from fastpref.method.errors import ModelError, ModelWarning
 from fastpref.models.adapters import HEAD, Adapters, Base, linear_modules, sides, sites_of, split, with_adapters
 from fastpref.models.huggingface import LanguageModel, load_whole, write_json
 from fastpref.models.int8 import quantized_params
+from fastpref.models.layers import layers_in
 from fastpref.models.lowrank import LowRank, Quantized, is_quantized
-from fastpref.models.stored import layers_in
 from fastpref.models.t5 import T5
 from fastpref.models.tensors import Tensor, read_header, read_tensor
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from fastpref.models.decoder import DecoderConfig
 from fastpref.models.families import FAMILIES
-from fastpref.models.layers import STACKS
+from fastpref.models.layers import layers_in
 from fastpref.models.t5 import T5Config
 
 
@@ -134,8 +134,3 @@ def stored_tensors(config: T5Config | DecoderConfig, raw: Mapping[str, Any], sta
             turned = len(leaf.shape) == 2 and path[-1] not in as_is
             tensors[name] = Stored(theirs, (*before, leaf), turned)
     return tensors
-
-
-def layers_in(path: tuple[Any, ...]) -> int | None:
-    """Place in a path of the module whose parameters have an axis of layers; None of other parameters."""
-    return next((at for at, name in enumerate(path) if name in STACKS), None)
