@@ -22,11 +22,11 @@ import machine
 import numpy as np
 from flax import nnx
 
-from fastpref import AdapterConfig, LanguageModel, TrainConfig, load
+from fastpref import AdapterConfig, LanguageModel, TrainConfig
 from fastpref.demo.smollm2 import checkpoint
 from fastpref.learning.memory import train_memory
-from fastpref.models.adapters import adapt
-from fastpref.models.huggingface import abstract_module
+from fastpref.models.adapters import adapted_shapes
+from fastpref.models.huggingface import Description, abstract_module, describe, read_tokenizer
 from fastpref.sampling.generate import generate_jit
 
 LAYERS, ROUNDS, LIMIT = (4, 36), 3, 1.5
@@ -36,10 +36,10 @@ SIDES = ("one loop", "layer after layer")
 Program = Callable[[], Any]
 
 
-def programs(model: LanguageModel, layers: int) -> dict[str, Program]:
+def programs(described: Description, layers: int) -> dict[str, Program]:
     """Compilations of what a step runs, of a model with so many layers."""
-    module = abstract_module(replace(model.module.config, layers=layers))  # type: ignore[attr-defined]
-    sized = replace(model, module=module, config={})
+    config: Any = described.config
+    module = abstract_module(replace(config, layers=layers))
     definition, params = nnx.split(module)
     settings: dict[str, Any] = {
         "batch_size": PROMPTS,
@@ -58,19 +58,12 @@ def programs(model: LanguageModel, layers: int) -> dict[str, Program]:
         "eos_id": 2, "max_new_tokens": NEW_TOKENS, "num_valid_tokens": None, "temperature": 1.0,
     }  # fmt: skip
     adapter = AdapterConfig(rank=16)
-    bases: list[Any] = []
-
-    def initial() -> Any:
-        base, adapters = adapt(sized, adapter, seed=0)
-        bases.append(base)
-        return adapters
-
-    adapters = jax.eval_shape(initial)
+    parts = adapted_shapes(LanguageModel(module, read_tokenizer(described)), adapter)
     return {
         "generate": lambda: generate_jit.lower(definition, params, definition, params, *drawn, **how).compile(),
         "update of all parameters, Adafactor": lambda: train_memory(TrainConfig(**settings), definition, params),
         "update of an adapter, AdamW": lambda: train_memory(
-            TrainConfig(**settings, optimizer="adamw", adapter=adapter), definition, params, (bases[0], adapters)
+            TrainConfig(**settings, optimizer="adamw", adapter=adapter), definition, params, parts
         ),
     }
 
@@ -87,8 +80,8 @@ def compiled(program: Program, side: str) -> float:
 
 def measure(layers: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     """Seconds of every compilation, in turn."""
-    model = load(checkpoint())
-    made = {count: programs(model, count) for count in layers}
+    described = describe(checkpoint())
+    made = {count: programs(described, count) for count in layers}
     rows = []
     for name in made[layers[0]]:
         cases = [(side, count) for side in SIDES for count in layers]

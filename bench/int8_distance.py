@@ -7,9 +7,7 @@ chip is not there: bytes are the compiler's (`libtpu`), and nothing is timed.
 """
 
 import argparse
-import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +15,22 @@ import jax
 import jax.numpy as jnp
 import machine
 import numpy as np
+import tpu_compiler
 from flax import nnx
+from one_chip import HBM, Batch, fits, parts, writing
 
 from fastpref.demo import smollm2
 from fastpref.kernels import divergence
 from fastpref.learning.learner import cast_once
-from fastpref.method.adapter import AdapterConfig
-from fastpref.models import DecoderConfig, LanguageModel, load, quantized
-from fastpref.models.adapters import Base, adapt
-from fastpref.models.huggingface import abstract_module
-from fastpref.models.int8 import quantized_params
-from fastpref.models.lowrank import in_dtype
+from fastpref.learning.memory import size
+from fastpref.models import DecoderConfig, load, quantized
 from fastpref.models.policy import hidden_states
-from fastpref.sampling.generate import generate_jit
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "tests"))
 LLAMA_8B = DecoderConfig(vocab_size=128256, width=4096, hidden=14336, layers=32, heads=32, kv_heads=8, head_dim=128)
-PROMPTS, COMPLETIONS, PROMPT_TOKENS, TOKENS = 8, 2, 512, 128
-BANDWIDTH, HBM = 819e9, 15.75
-"""Of a v5e: bytes per second, and GiB that a program may use."""
+BATCH = Batch(8, 2, 512, 128)
+BANDWIDTH = 819e9
+"""Of a v5e: bytes per second."""
 
 
 def distances(texts: int = 16, length: int = 128) -> list[dict[str, Any]]:
@@ -77,44 +71,11 @@ def distances(texts: int = 16, length: int = 128) -> list[dict[str, Any]]:
 
 def decoding(base_dtype: str) -> dict[str, Any]:
     """Bytes of the program that lets π = base + A and π_ref = base write, their rows in one pass, on one v5e."""
-    import tpu_compile
-    from small import tokenizer
-
-    module = abstract_module(LLAMA_8B)
-    definition, params = nnx.split(module)
-    bases: list[Base] = []
-
-    def initial() -> Any:
-        base, adapters = adapt(LanguageModel(module, tokenizer()), AdapterConfig(), seed=0)
-        bases.append(base)
-        return adapters
-
-    def both(params: Any, adapters: Any) -> Any:
-        params = in_dtype(params, jnp.bfloat16)
-        params = quantized_params(params) if base_dtype == "int8" else params
-        return replace(bases[0], params=params).adapted(adapters, None)
-
-    shapes = jax.eval_shape(both, params, jax.eval_shape(initial))
-    shape, rows = jax.ShapeDtypeStruct, (PROMPTS, COMPLETIONS)
-
-    def draw(both: Any, tokens: Any, lengths: Any, beta: Any, key: Any, ids: Any) -> Any:
-        return generate_jit(
-            definition, both, None, None, tokens, lengths, beta, jax.random.wrap_key_data(key), ids,
-            eos_id=1, max_new_tokens=TOKENS, num_valid_tokens=None, temperature=1.0, stacked=True,
-        )  # fmt: skip
-
-    arguments = (
-        shape((PROMPTS, PROMPT_TOKENS), jnp.int32), shape((PROMPTS,), jnp.int32), shape(rows, jnp.float32),
-        shape((2,), jnp.uint32), shape(rows, jnp.int32),
-    )  # fmt: skip
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    definition, base, adapters = parts(LLAMA_8B, base_dtype)
+    held = size((base.params, adapters))
     embedding = LLAMA_8B.vocab_size * LLAMA_8B.width * 2
     row = {"base": base_dtype, "held": held, "read": held - embedding}
-    try:
-        memory = tpu_compile.one_chip(draw, shapes, *arguments).memory_analysis()
-    except jax.errors.JaxRuntimeError as error:
-        return row | {"error": str(error).partition("HLO module")[0].strip()}
-    return row | {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
+    return row | writing(definition, base, adapters, BATCH)
 
 
 def text(report: dict[str, Any]) -> str:
@@ -134,15 +95,14 @@ def text(report: dict[str, Any]) -> str:
         lines.append(f"| {row['base']} | {row['mean KL']:.2e} | {row['largest KL']:.2e} | {row['other token']:.2%} |")
     lines += [
         "",
-        f"Llama-3.1-8B with rank-16 adapters, π and π_ref in one pass, {PROMPTS} prompts of {PROMPT_TOKENS} tokens ×",
-        f"{COMPLETIONS} × {TOKENS} tokens, compiled for one v5e ({HBM} GiB); products in bfloat16. The weights alone",
-        "take so long a token to read.",
+        f"Llama-3.1-8B with rank-16 adapters, π and π_ref in one pass, {BATCH} tokens,",
+        f"compiled for one v5e ({HBM} GiB); products in bfloat16. The weights alone take so long a token to read.",
         "",
         "| base | parameters, GiB | temporaries, GiB | fits | weights over bandwidth, ms a token |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in report["decoding"]:
-        used = f"{row['temporaries'] / 2**30:.2f} | yes" if "error" not in row else f"– | no: {row['error']}"
+        used = f"{row['temporaries'] / 2**30:.2f} | {'yes' if fits(row) else 'no'}"
         lines.append(f"| {row['base']} | {row['held'] / 2**30:.2f} | {used} | {1e3 * row['read'] / BANDWIDTH:.1f} |")
     return "\n".join(lines) + "\n"
 
@@ -151,14 +111,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--write", action="store_true", help="update bench/results/int8.md and .json")
     options = parser.parse_args()
-    sys.path.append(str(Path(sys.prefix) / "libtpu"))
-    os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    jax.config.update("jax_platforms", "cpu")
+    tpu_compiler.prepare()
     report = {
         "command": "python bench/int8_distance.py --write",
         "machine": machine.name("jax", "libtpu"),

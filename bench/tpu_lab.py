@@ -17,7 +17,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import machine
 import numpy as np
+import tpu_compiler
 from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -211,18 +211,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="regular expression that the name of a case must match")
     parser.add_argument("--write", action="store_true", help="update bench/results/tpu_compiled.md and .json")
     options = parser.parse_args()
-    sys.path.append(str(Path(sys.prefix) / "libtpu"))
-    if find_spec("libtpu") is None:
-        parser.error("libtpu, the TPU's compiler, is missing: `make test` installs it, or install it with pip")
-    jax.config.update("jax_platforms", "cpu")
     flags = [f"dump_to={DUMP}", "dump_llo_text=true", f"dump_llo_pass_label_regex={PASSES}"]
-    os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "LIBTPU_INIT_ARGS": " ".join(f"--xla_jf_{flag}" for flag in flags),
-    }
+    tpu_compiler.prepare(LIBTPU_INIT_ARGS=" ".join(f"--xla_jf_{flag}" for flag in flags))
     jobs = [(case, name) for name in options.chip or CHIPS for case in CASES if re.search(options.only, case.name)]
     rows = [row(*job) for job in track(jobs, "Compiling")]
     shutil.rmtree(DUMP, ignore_errors=True)
